@@ -1,0 +1,1 @@
+"""Factors, GGN columns and gradient in one sweep of activation-only backward passes."""

@@ -1,0 +1,365 @@
+"""Roots of the loss Hessian: what the backward passes start from.
+
+`H_n = d^2 L / d f_n^2 = S_n S_n^T` for the outputs `f_n` of one example, in the scale of L as trained. A column k is
+backpropagated for all examples in one pass: its cotangent holds `S_n[:, k]` for every n.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvscope.errors import LossError, UsageError
+from curvscope.graph.layout import Layout
+from curvscope.load.problem import Loss
+
+CALLABLE_LIMIT = 2048
+
+
+@dataclass(frozen=True)
+class Root:
+    """A root of the loss Hessian in its outputs.
+
+    Attributes:
+        fisher: exact, probe, mc or empirical.
+        columns: K, the columns of one example (draws, for probe and mc).
+        column: k -> cotangent shaped like the outputs; the draws' 1/sqrt(K) is in it.
+        gradient: dL/df, shaped like the outputs.
+        loss: L itself.
+        outputs: how many outputs one example has.
+    """
+
+    fisher: str
+    columns: int
+    column: Callable[[int], Tensor]
+    gradient: Tensor
+    loss: float
+    outputs: int
+
+
+@dataclass(frozen=True)
+class _HessianRoot:
+    """S_n in the three forms that are needed: column by column, times signs, and as one model-drawn gradient."""
+
+    columns: int
+    column: Callable[[int], Tensor]
+    probe: Callable[[torch.Generator], Tensor]
+    draw: Callable[[torch.Generator], Tensor] | None
+    true_gradient: Callable[[Tensor], Tensor] | None
+
+
+def make_root(
+    loss: Loss, outputs: Tensor, targets: Any, layout: Layout, *, fisher: str, samples: int, seed: int
+) -> Root:
+    """The root of L's Hessian in the outputs, for `fisher` exact, probe, mc or empirical.
+
+    `outputs` are the model's, detached; `layout` says where their examples are. Arithmetic is float64; columns come
+    back in the outputs' dtype. Draws come from a generator of their own, seeded with `seed`.
+
+    Raises:
+        LossError: a callable loss that is no sum over examples, not convex, or too large for its Hessian.
+        UsageError: `mc` or `empirical` for a callable loss, whose per-example terms are not known.
+    """
+    value, gradient = _loss_and_gradient(loss, outputs, targets)
+    makers = {"cross_entropy": _cross_entropy, "mse": _mse, "bce_with_logits": _bce}
+    maker = makers.get(loss.name)
+    root = maker(loss, outputs, targets, layout) if maker else _callable(loss, outputs, targets, layout, seed)
+    dtype = outputs.dtype
+    generator = torch.Generator(device=outputs.device).manual_seed(seed)
+    count = layout.flat(outputs).shape[1]
+    if fisher == "exact":
+        columns, column = root.columns, root.column
+    elif fisher == "empirical":
+        if root.true_gradient is None:
+            raise _no_terms(fisher)
+        single = root.true_gradient(gradient)
+        columns, column = 1, lambda k: single
+    else:
+        source = root.probe if fisher == "probe" else root.draw
+        if source is None:
+            raise _no_terms(fisher)
+        drawn = [source(generator) / samples**0.5 for _ in range(samples)]
+        columns, column = samples, lambda k: drawn[k]
+    return Root(fisher, columns, lambda k: column(k).to(dtype), gradient, value, count)
+
+
+def exact_columns(loss: Loss, outputs: Tensor, layout: Layout) -> int:
+    """K of the exact root: (C - 1) a term for cross-entropy, one an output otherwise."""
+    flat = layout.flat(outputs)
+    if loss.name == "cross_entropy":
+        classes = outputs.shape[1]
+        return flat.shape[1] // classes * (classes - 1)
+    return int(flat.shape[1])
+
+
+def _no_terms(fisher: str) -> UsageError:
+    return UsageError(
+        f"--fisher {fisher} needs to know the loss of each example, and a callable loss gives only their sum.",
+        where="loss",
+        remedy="Use --fisher exact or --fisher probe, or one of the named losses.",
+    )
+
+
+def _loss_and_gradient(loss: Loss, outputs: Tensor, targets: Any) -> tuple[float, Tensor]:
+    with torch.enable_grad():
+        leaf = outputs.detach().requires_grad_()
+        value = loss(leaf, targets)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise LossError(
+                f"The loss is not a scalar: expected one number, got {got}.",
+                where=f"loss {loss.label}",
+                remedy="Sum or average it over the batch, as it is trained.",
+            )
+        if not bool(torch.isfinite(value)):
+            raise LossError(
+                f"The loss is {float(value)}.",
+                where=f"loss {loss.label} on this batch",
+                remedy="Look at the outputs and targets: a finite loss is needed to speak of curvature.",
+            )
+        if not value.requires_grad:
+            raise LossError(
+                "The loss does not depend on the outputs.",
+                where=f"loss {loss.label}",
+                remedy="It must be computed from the model's outputs by differentiable operations.",
+            )
+        (gradient,) = torch.autograd.grad(value, leaf)
+    return float(value.detach()), gradient.detach()
+
+
+def _cross_entropy(loss: Loss, outputs: Tensor, targets: Tensor, layout: Layout) -> _HessianRoot:
+    """`S = sqrt(c) (diag(sqrt p) - p sqrt(p)^T) Q`, Q the reflection that takes sqrt(p) to the likeliest class.
+
+    That class's column is zero and dropped, C - 1 remain. Column j is
+    `sqrt(c p_j) [(e_j - p) - sqrt(p_m) / (1 + sqrt(p_m)) (e_m - p)]`, m the likeliest class.
+    """
+    classes = outputs.shape[1]
+    places = layout.rows(torch.arange(outputs.numel(), device=outputs.device).view(outputs.shape), 1)  # [N, T, C]
+    flat = outputs.detach().double().flatten()
+    p = torch.softmax(flat[places], dim=-1)
+    weight = _term_weights(loss, outputs, targets)
+    c = weight.unsqueeze(1).expand(outputs.shape).flatten()[places[..., 0]]  # [N, T]
+    likeliest = p.argmax(dim=-1, keepdim=True)
+    everything = torch.arange(classes, device=outputs.device).expand_as(places)
+    others = everything[everything != likeliest].view(*p.shape[:2], classes - 1)
+    p_m = p.gather(-1, likeliest)
+    # 1 - p_m as the sum of the other classes: the difference has no digits left when softmax saturates
+    rest = p.gather(-1, others).sum(-1, keepdim=True)
+    tilt = p_m.sqrt() / (1 + p_m.sqrt())
+
+    def spread(values: Tensor, term: int | None = None) -> Tensor:
+        where = places if term is None else places[:, term]
+        out = torch.zeros(outputs.numel(), dtype=torch.float64, device=outputs.device)
+        return out.index_put((where.reshape(-1),), values.reshape(-1)).view(outputs.shape)
+
+    def column(k: int) -> Tensor:
+        term, j = divmod(k, classes - 1)
+        q, m, own = p[:, term], likeliest[:, term], others[:, term, j : j + 1]
+        q_j = q.gather(-1, own)
+        values = -q * (1 - tilt[:, term])
+        values = values.scatter(-1, own, 1 - q_j * (1 - tilt[:, term]))
+        values = values.scatter(-1, m, -p_m[:, term] - tilt[:, term] * rest[:, term])
+        return spread(values * (c[:, term, None] * q_j).sqrt(), term)
+
+    def probe(generator: torch.Generator) -> Tensor:
+        # any root serves a random sign vector: the symmetric one needs no reflection
+        s = p.sqrt() * _signs(p, generator)
+        return spread((s - p * s.sum(-1, keepdim=True)) * c.sqrt().unsqueeze(-1))
+
+    def draw(generator: torch.Generator) -> Tensor:
+        labels = torch.multinomial(p.flatten(0, 1), 1, generator=generator).view(*p.shape[:2], 1)
+        return spread(p.scatter_add(-1, labels, -torch.ones_like(p_m)) * c.sqrt().unsqueeze(-1))
+
+    def true_gradient(gradient: Tensor) -> Tensor:
+        scale = torch.where(c > 0, c, torch.ones_like(c)).sqrt().unsqueeze(-1)
+        return spread(gradient.double().flatten()[places] / scale)
+
+    return _HessianRoot(p.shape[1] * (classes - 1), column, probe, draw, true_gradient)
+
+
+def _term_weights(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
+    """c of every term, shaped like the targets: `[(1-eps) w_y + (eps/C) sum(w)]`, over `sum(w_y)` for the mean."""
+    settings = loss.settings
+    classes = outputs.shape[1]
+    eps = float(settings.get("label_smoothing", 0.0))
+    weight = settings.get("weight")
+    w = torch.ones(classes, dtype=torch.float64, device=outputs.device)
+    if weight is not None:
+        w = torch.as_tensor(weight).to(w)
+    mean = settings.get("reduction", "mean") == "mean"
+    if targets.is_floating_point():
+        q = targets.double() * (1 - eps) + eps / classes
+        c = torch.einsum("nc...,c->n...", q, w)
+        return c / c.numel() if mean else c
+    kept = targets != settings.get("ignore_index", -100)
+    w_y = torch.where(kept, w[torch.where(kept, targets, torch.zeros_like(targets)).long()], torch.zeros((), dtype=w.dtype, device=w.device))
+    c = (1 - eps) * w_y + torch.where(kept, eps / classes * w.sum(), torch.zeros_like(w_y))
+    return c / w_y.sum() if mean else c
+
+
+def _mse(loss: Loss, outputs: Tensor, targets: Tensor, layout: Layout) -> _HessianRoot:
+    """`S = sqrt(2 c) I`, c = 1 / (number of outputs) for the mean, 1 for the sum."""
+    c = 1.0 / outputs.numel() if loss.settings.get("reduction", "mean") == "mean" else 1.0
+    scale = torch.full(outputs.shape, (2 * c) ** 0.5, dtype=torch.float64, device=outputs.device)
+
+    def draw(generator: torch.Generator) -> Tensor:
+        noise = torch.randn(outputs.shape, dtype=torch.float64, device=outputs.device, generator=generator)
+        return scale * noise
+
+    return _elementwise(scale, layout, draw, lambda gradient: gradient.double() / c**0.5)
+
+
+def _bce(loss: Loss, outputs: Tensor, targets: Tensor, layout: Layout) -> _HessianRoot:
+    """`S = diag(sqrt(c w p (1 - p)))`, w = weight * (pos_weight y + 1 - y)."""
+    settings = loss.settings
+    c = 1.0 / outputs.numel() if settings.get("reduction", "mean") == "mean" else 1.0
+    y = targets.to(device=outputs.device, dtype=torch.float64)
+    positive = torch.as_tensor(settings["pos_weight"]).to(y) if settings.get("pos_weight") is not None else 1.0
+    w = positive * y + (1 - y)
+    if settings.get("weight") is not None:
+        w = w * torch.as_tensor(settings["weight"]).to(y)
+    z = outputs.detach().double()
+    p, q = torch.sigmoid(z), torch.sigmoid(-z)
+    coefficient = (c * w).expand_as(z)
+
+    def draw(generator: torch.Generator) -> Tensor:
+        label = torch.bernoulli(p, generator=generator)
+        return coefficient.sqrt() * (p - label)
+
+    def true_gradient(gradient: Tensor) -> Tensor:
+        return gradient.double() / torch.where(coefficient > 0, coefficient, torch.ones_like(coefficient)).sqrt()
+
+    return _elementwise((coefficient * p * q).sqrt(), layout, draw, true_gradient)
+
+
+def _elementwise(
+    scale: Tensor,
+    layout: Layout,
+    draw: Callable[[torch.Generator], Tensor],
+    true_gradient: Callable[[Tensor], Tensor],
+) -> _HessianRoot:
+    """The root of a diagonal Hessian: one column an output of the example."""
+    flat = layout.flat(scale)
+
+    def column(k: int) -> Tensor:
+        out = torch.zeros_like(flat)
+        out[:, k] = flat[:, k]
+        return layout.unflat(out, scale)
+
+    def probe(generator: torch.Generator) -> Tensor:
+        return scale * _signs(scale, generator)
+
+    return _HessianRoot(flat.shape[1], column, probe, draw, true_gradient)
+
+
+def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
+    drawn = torch.randint(0, 2, like.shape, generator=generator, device=like.device)
+    return (2 * drawn - 1).to(like.dtype)
+
+
+def _callable(loss: Loss, outputs: Tensor, targets: Any, layout: Layout, seed: int) -> _HessianRoot:
+    """`S_n = U sqrt(Lambda)` from the eigenvectors of each H_n, after checking that L may be treated so.
+
+    The D products with a unit output of all examples at once give every H_n, provided that the Hessian blocks
+    between examples vanish; the same products with random signs an example tell whether they do.
+    """
+    count = layout.flat(outputs).shape[1]
+    if count > CALLABLE_LIMIT:
+        raise LossError(
+            f"The Hessian of a callable loss is formed for each example, and {count} outputs an example are too "
+            f"many (at most {CALLABLE_LIMIT}).",
+            where=f"loss {loss.label}",
+            remedy="Use one of the named losses (cross_entropy, mse, bce_with_logits) where that is what it computes.",
+        )
+    product = _hessian_product(loss, outputs, targets)
+    examples = layout.flat(outputs).shape[0]
+    generator = torch.Generator(device=outputs.device).manual_seed(seed)
+    hessian = torch.zeros(examples, count, count, dtype=torch.float64, device=outputs.device)
+    like = outputs.detach().double()
+    for d in range(count):
+        unit = torch.zeros(examples, count, dtype=torch.float64, device=outputs.device)
+        unit[:, d] = 1.0
+        hessian[:, :, d] = layout.flat(product(layout.unflat(unit, like)))
+    size = float(hessian.abs().max())
+    if not torch.isfinite(hessian).all():
+        raise LossError(
+            "The loss has no finite second derivative at these outputs.",
+            where=f"loss {loss.label}",
+            remedy="Use a loss that is twice differentiable where the model is.",
+        )
+    tolerance = _loss_eps(loss, outputs, targets) * max(size, 1e-300) * 100
+    for _ in range(2):
+        vector = _signs(torch.empty(examples, count, dtype=torch.float64, device=outputs.device), generator)
+        expected = torch.einsum("nde,ne->nd", hessian, vector)
+        got = layout.flat(product(layout.unflat(vector, like)))
+        gap = float((got - expected).abs().max())
+        if gap > tolerance * count * max(1, examples) ** 0.5:
+            raise LossError(
+                f"The loss is not a sum over examples: its Hessian couples different examples (by {gap:.2g}, where "
+                f"the largest entry within an example is {size:.2g}).",
+                where=f"loss {loss.label}",
+                remedy="Write it as a sum or mean of one term an example; K-FAC and the GGN are defined for that.",
+            )
+    hessian = (hessian + hessian.transpose(1, 2)) / 2
+    values, vectors = torch.linalg.eigh(hessian)
+    lowest, highest = float(values.min()), float(values.max())
+    if lowest < -tolerance * count:
+        raise LossError(
+            f"The loss is not convex in the outputs: its Hessian has an eigenvalue {lowest:.3g} (largest {highest:.3g}).",
+            where=f"loss {loss.label}",
+            remedy="The GGN needs a loss that is convex in the model's outputs; compute it from logits, not from "
+            "probabilities, for example.",
+        )
+    # Beyond rounding nothing is cut: an eigenvalue below zero here is what rounding left of a zero.
+    root = vectors * values.clamp(min=0.0).sqrt().unsqueeze(1)
+    rank = int((values > tolerance).sum(1).max())
+    root = root[:, :, count - rank :]
+
+    def column(k: int) -> Tensor:
+        return layout.unflat(root[:, :, k], like)
+
+    def probe(generator: torch.Generator) -> Tensor:
+        signs = _signs(root[:, 0], generator)
+        return layout.unflat(torch.einsum("ndk,nk->nd", root, signs), like)
+
+    return _HessianRoot(rank, column, probe, None, None)
+
+
+def _loss_eps(loss: Loss, outputs: Tensor, targets: Any) -> float:
+    return float(torch.finfo(_working_dtype(loss, outputs, targets)).eps)
+
+
+def _working_dtype(loss: Loss, outputs: Tensor, targets: Any) -> torch.dtype:
+    """float64 where the loss runs in it, else the outputs' own dtype."""
+    try:
+        value = loss(outputs.detach().double(), _double(targets))
+    except (RuntimeError, TypeError, ValueError):
+        return outputs.dtype
+    return value.dtype if isinstance(value, Tensor) and value.is_floating_point() else outputs.dtype
+
+
+def _double(targets: Any) -> Any:
+    return targets.double() if isinstance(targets, Tensor) and targets.is_floating_point() else targets
+
+
+def _hessian_product(loss: Loss, outputs: Tensor, targets: Any) -> Callable[[Tensor], Tensor]:
+    """v -> (d^2 L / d f^2) v for all outputs together, float64 in and out."""
+    dtype = _working_dtype(loss, outputs, targets)
+    aims = _double(targets) if dtype == torch.float64 else targets
+    with torch.enable_grad():
+        leaf = outputs.detach().to(dtype).requires_grad_()
+        (gradient,) = torch.autograd.grad(loss(leaf, aims), leaf, create_graph=True)
+
+    def product(vector: Tensor) -> Tensor:
+        if not gradient.requires_grad:
+            return torch.zeros_like(vector)  # a loss linear in the outputs
+        (result,) = torch.autograd.grad(
+            gradient, leaf, grad_outputs=vector.to(dtype), retain_graph=True, allow_unused=True
+        )
+        return torch.zeros_like(vector) if result is None else result.detach().double()
+
+    return product

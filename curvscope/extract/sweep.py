@@ -1,0 +1,360 @@
+"""One sweep: a forward pass, one backward pass for the gradient and one a column, all with respect to activations.
+
+Out come A and B of both flavours, the gradient and the GGN columns of every layer (conventions: records.CONVENTIONS).
+Passes are looped over columns on one retained graph, so memory holds one pass's gradients at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from curvscope.extract.extension import SiteExtension, active, extended
+from curvscope.extract.roots import Root
+from curvscope.extract.rows import SiteRows
+from curvscope.extract.symmetric import GramSum, gram
+from curvscope.graph.functional import Graph
+from curvscope.graph.sites import LayerSpec
+from curvscope.graph.verify import Layouts
+
+Form = Literal["outer", "factored", "dense", "formed"]
+Progress = Callable[[str, str, int, int], None]
+BUFFERED_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Columns:
+    """A layer's GGN columns v[n, k] in whichever form is cheapest to keep.
+
+    outer and factored keep `inputs` [N, R, d_in(+1)] and `gradients` [K, N, R, d_out] (outer is R = 1); dense keeps
+    `values` [K, N, d_out, d_in(+1)]; formed keeps `block` = G itself, [P, P] in float64, where P < N K.
+    """
+
+    form: Form
+    examples: int
+    count: int
+    inputs: Tensor | None = None
+    gradients: Tensor | None = None
+    values: Tensor | None = None
+    block: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Extract:
+    """What one sweep found for one layer.
+
+    `factors` maps expand and reduce to (A, B) in the run's dtype; `probe_B` maps them to the B of each draw alone,
+    [K, d_out, d_out] (only for probe and mc); `gradient` is dL/dW as [d_out, d_in(+1)]; `positions` the mean
+    number of real positions an example; `padded` the share of rows found to be padding.
+    """
+
+    spec: LayerSpec
+    examples: int
+    positions: float
+    padded: float
+    factors: dict[str, tuple[Tensor, Tensor]]
+    gradient: Tensor | None
+    columns: Columns | None
+    probe_B: dict[str, Tensor] = field(default_factory=dict)
+
+
+def no_progress(stage: str, item: str, done: int, total: int) -> None:
+    """Report to nobody."""
+
+
+def sweep(
+    graph: Graph,
+    tensors: Sequence[Tensor],
+    layouts: Layouts,
+    root: Root,
+    forms: Mapping[str, Form | None],
+    *,
+    factors: bool = True,
+    per_draw: bool = False,
+    progress: Progress = no_progress,
+) -> dict[str, Extract]:
+    """Factors, gradient and columns of the layers named in `forms`, in one sweep.
+
+    Args:
+        graph: the functional graph.
+        tensors: the batch, flat.
+        layouts: the verified layouts of the sites' rows.
+        root: columns and gradient to backpropagate.
+        forms: layer -> the form its columns are kept in, None for no columns.
+        factors: also accumulate A, B and the gradient.
+        per_draw: also keep B of each draw alone (for error bars).
+        progress: called after every backward pass.
+    """
+    collectors = {
+        name: _Collector(graph.layers[name], layouts, form, root.columns, factors, per_draw)
+        for name, form in forms.items()
+    }
+    padding = _Padding(graph, layouts) if factors else None
+    owners = {id(site.module): (site.target, site.layer) for site in graph.sites()}
+    watched = [site.module for site in graph.sites() if site.layer in collectors or padding is not None]
+
+    def receive(module: nn.Module, tensor: Tensor, gradient: Tensor) -> None:
+        target, layer = owners[id(module)]
+        if layer in collectors:
+            collectors[layer].receive(target, tensor.detach(), gradient)
+        if padding is not None:
+            padding.receive(target, gradient)
+
+    extension = SiteExtension(receive)
+    modules = {site.target: site.module for site in graph.sites()}
+    with extended(watched), torch.enable_grad():
+        output = graph.run(*tensors)
+        leaves = graph.leaves()
+        with active(extension):
+            passes = ([root.gradient] if factors else []) + [None] * root.columns
+            for index, given in enumerate(passes):
+                cotangent = root.column(index - int(factors)) if given is None else given
+                for collector in collectors.values():
+                    collector.start(None if given is not None else index - int(factors))
+                if padding is not None:
+                    padding.counts = given is None
+                ends = torch.autograd.grad(
+                    output, list(leaves.values()), cotangent, retain_graph=index + 1 < len(passes), allow_unused=True
+                )
+                for (target, leaf), end in zip(leaves.items(), ends, strict=True):
+                    extension(modules[target], (None,), (torch.zeros_like(leaf) if end is None else end,))
+                for collector in collectors.values():
+                    collector.finish()
+                progress("backward passes", f"column {index + 1} of {len(passes)}", index + 1, len(passes))
+        masks = padding.masks() if padding is not None else {}
+        return {name: collector.result(masks) for name, collector in collectors.items()}
+
+
+class _Buffered:
+    """A GramSum that gathers small pieces, so that products stay large."""
+
+    def __init__(self, size: int, like: Tensor) -> None:
+        self.total = GramSum(size, dtype=like.dtype, device=like.device)
+        self.waiting: list[Tensor] = []
+
+    def add(self, rows: Tensor) -> None:
+        self.waiting.append(rows)
+        if sum(piece.shape[0] for piece in self.waiting) >= BUFFERED_ROWS:
+            self.flush()
+
+    def flush(self) -> None:
+        if self.waiting:
+            self.total.add(self.waiting[0] if len(self.waiting) == 1 else torch.cat(self.waiting))
+            self.waiting = []
+
+    def result(self) -> Tensor:
+        self.flush()
+        return self.total.result()
+
+
+class _Collector:
+    """One layer's sums while the passes run."""
+
+    def __init__(
+        self, spec: LayerSpec, layouts: Layouts, form: Form | None, columns: int, factors: bool, per_draw: bool
+    ) -> None:
+        self.spec = spec
+        self.form = form
+        self.count = columns
+        self.factors = factors
+        self.per_draw = per_draw
+        self.examples = layouts.examples
+        self.rows = {site.target: SiteRows(site.module, layouts.sites[site.target]) for site in spec.sites}
+        self.inputs: dict[str, Tensor] = {}
+        self.pending: dict[str, Tensor] = {}
+        self.column: int | None = None
+        self.expand: _Buffered | None = None
+        self.reduce: _Buffered | None = None
+        self.draws: dict[str, list[Tensor]] = {"expand": [], "reduce": []}
+        self.gradient: Tensor | None = None
+        self.kept: list[Tensor] = []
+        self.values: Tensor | None = None
+        self.block: Tensor | None = None
+        self._joined: Tensor | None = None
+
+    def start(self, column: int | None) -> None:
+        """The next gradients belong to this column; None: to the loss itself."""
+        self.column = column
+        self.pending = {}
+
+    def receive(self, target: str, tensor: Tensor, gradient: Tensor) -> None:
+        if target not in self.inputs:
+            self.inputs[target] = self.rows[target].inputs(tensor)
+        self.pending[target] = self.rows[target].outputs(gradient)
+
+    def finish(self) -> None:
+        """All sites of the layer have reported: add the pass up."""
+        missing = [target for target in self.rows if target not in self.pending]
+        for target in missing:
+            if target in self.inputs:
+                a = self.inputs[target]
+                self.pending[target] = a.new_zeros(*a.shape[:2], self.spec.d_out)
+        if len(self.pending) != len(self.rows):
+            # A call that no column reaches contributes no gradient; its inputs are then unknown, too.
+            self.pending = {target: self.pending[target] for target in self.rows if target in self.pending}
+            if not self.pending:
+                return
+        parts = [self.pending[target] for target in self.rows if target in self.pending]
+        g = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        flat = g.reshape(-1, g.shape[-1])
+        if self.column is None:
+            a = self._a()
+            weight = flat.T @ a.reshape(-1, a.shape[-1])
+            self.gradient = torch.cat([weight, flat.sum(0).unsqueeze(1)], dim=1) if self.spec.bias else weight
+            return
+        single = g.shape[1] == 1
+        total = g[:, 0] if single else g.sum(1)
+        if self.factors:
+            if self.reduce is None:
+                self.reduce = _Buffered(g.shape[-1], g)
+                self.expand = None if single else _Buffered(g.shape[-1], g)
+            self.reduce.add(total)
+            if self.expand is not None:
+                self.expand.add(flat)
+            if self.per_draw:
+                self.draws["reduce"].append(gram(total))
+                self.draws["expand"].append(self.draws["reduce"][-1] if single else gram(flat))
+        self._keep(g, total)
+
+    def _a(self) -> Tensor:
+        """The layer's rows of all calls, [N, R, d_in]."""
+        if self._joined is None:
+            parts = [self.inputs[target] for target in self.rows if target in self.inputs]
+            self._joined = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return self._joined
+
+    def _keep(self, g: Tensor, total: Tensor) -> None:
+        if self.form is None:
+            return
+        if self.form in ("outer", "factored"):
+            self.kept.append(g)
+            return
+        a = self._a()
+        d_in = a.shape[-1] + (self.spec.bias is not None)
+        if self.form == "dense":
+            if self.values is None:
+                self.values = g.new_empty(self.count, self.examples, g.shape[-1], d_in)
+            assert self.column is not None
+            column = self.values[self.column]
+        else:
+            column = g.new_empty(self.examples, g.shape[-1], d_in)
+        column[..., : a.shape[-1]] = torch.bmm(g.transpose(1, 2), a)
+        if self.spec.bias is not None:
+            column[..., -1] = total
+        if self.form == "formed":
+            flat = column.reshape(self.examples, -1).double()
+            if self.block is None:
+                self.block = flat.new_zeros(flat.shape[1], flat.shape[1])
+            self.block.addmm_(flat.T, flat)
+
+    def result(self, masks: Mapping[str, Tensor]) -> Extract:
+        """The layer's sums, scaled as records.CONVENTIONS says."""
+        a = self._a()
+        examples, positions = a.shape[:2]
+        real = self._real(masks)
+        counts = torch.full((examples,), float(positions), device=a.device) if real is None else real.sum(1).to(a.dtype)
+        factors = {}
+        if self.factors and self.reduce is not None:
+            B_reduce = self.reduce.result()
+            B_expand = B_reduce if self.expand is None else self.expand.result()
+            masked = a if real is None else a * real.unsqueeze(-1)
+            A_expand = _input_gram(masked.reshape(-1, a.shape[-1]), float(counts.sum()), self.spec.bias is not None)
+            if positions == 1:
+                A_reduce = A_expand
+            else:
+                A_reduce = _input_gram(
+                    masked.sum(1) / counts.unsqueeze(1).to(a.dtype), float(examples), self.spec.bias is not None
+                )
+            factors = {"expand": (A_expand, B_expand), "reduce": (A_reduce, B_reduce)}
+        padded = 0.0 if real is None else 1.0 - float(counts.sum()) / (examples * positions)
+        draws = {name: torch.stack(each) for name, each in self.draws.items() if each}
+        return Extract(
+            self.spec, examples, float(counts.mean()), padded, factors, self.gradient, self._columns(a), draws
+        )
+
+    def _real(self, masks: Mapping[str, Tensor]) -> Tensor | None:
+        parts = [masks.get(target) for target in self.rows if target in self.inputs]
+        if all(part is None for part in parts):
+            return None
+        shapes = [self.inputs[target].shape[:2] for target in self.rows if target in self.inputs]
+        device = next(part.device for part in parts if part is not None)
+        full = [
+            torch.ones(shape, dtype=torch.bool, device=device) if part is None else part
+            for part, shape in zip(parts, shapes, strict=True)
+        ]
+        return torch.cat(full, dim=1)
+
+    def _columns(self, a: Tensor) -> Columns | None:
+        if self.form is None:
+            return None
+        if self.form == "dense":
+            return Columns("dense", self.examples, self.count, values=self.values)
+        if self.form == "formed":
+            return Columns("formed", self.examples, self.count, block=self.block)
+        if self.spec.bias is not None:
+            a = torch.cat([a, a.new_ones(*a.shape[:2], 1)], dim=-1)
+        return Columns(self.form, self.examples, self.count, inputs=a, gradients=torch.stack(self.kept))
+
+
+def _input_gram(rows: Tensor, count: float, bias: bool) -> Tensor:
+    """`(1/count) sum a a^T` with the constant 1 of the bias as last input, without copying the rows for it."""
+    core = gram(rows)
+    if bias:
+        size = rows.shape[1]
+        full = core.new_empty(size + 1, size + 1)
+        full[:size, :size] = core
+        full[:size, size] = full[size, :size] = rows.sum(0)
+        full[size, size] = count
+        core = full
+    return core / count
+
+
+class _Padding:
+    """Finds padded positions: rows whose gradient is exactly zero in every column at every linear layer of their kind.
+
+    Layers are grouped by the number of positions an example has; a position is padding only where all of a group's
+    layers agree, since a single layer's row may vanish for other reasons (dead units, a pooled first token). An
+    example whose rows all vanish has a saturated loss, not only padding: it is left alone.
+    """
+
+    def __init__(self, graph: Graph, layouts: Layouts) -> None:
+        self.layouts = layouts
+        self.linear = {}
+        for site in graph.sites():
+            features = site.module.weight.shape[1]
+            positions = layouts.positions[site.target] // features if site.kind == "linear" else 1
+            if positions > 1:
+                self.linear[site.target] = (SiteRows(site.module, layouts.sites[site.target]), positions)
+        self.alive: dict[int, Tensor | None] = {}
+        self.done: set[int] = set()
+        self.counts = False
+
+    def receive(self, target: str, gradient: Tensor) -> None:
+        if not self.counts or target not in self.linear:
+            return
+        rows, positions = self.linear[target]
+        if positions in self.done:
+            return
+        # One product with ones would miss cancelling entries: the largest absolute entry can't.
+        alive = rows.outputs(gradient).abs().amax(-1) > 0
+        known = self.alive.get(positions)
+        alive = alive if known is None else alive | known
+        self.alive[positions] = alive
+        if bool(alive.all()):
+            self.done.add(positions)
+
+    def masks(self) -> dict[str, Tensor]:
+        """Site -> which of its rows [N, R] are real, for groups in which some are not."""
+        found = {}
+        for target, (_, positions) in self.linear.items():
+            alive = self.alive.get(positions)
+            if positions in self.done or alive is None:
+                continue
+            real = alive | ~alive.any(1, keepdim=True)
+            if not bool(real.all()):
+                found[target] = real
+        return found

@@ -1,0 +1,1 @@
+"""Any model as one functional graph whose linear operations are modules."""

@@ -1,0 +1,417 @@
+"""The functional graph with its sites: what every later stage runs."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.utils import _pytree as pytree
+
+from curvscope.errors import ModelError, UsageError
+from curvscope.graph import sites as finding
+from curvscope.graph.sites import LayerSpec, Leaf, ParameterUse, Site
+
+aten = torch.ops.aten
+
+# Shape and metadata checks that would pin the traced batch size, dtype or device.
+CHECKS = ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size")
+
+
+@dataclass
+class Graph:
+    """A model as one function of flat tensors, with its linear layers as sites.
+
+    Attributes:
+        run: the forward pass, `(*tensors) -> output`; root sites end in fresh leaves.
+        layers: the layers to analyze, in forward order.
+        uses: how every parameter is treated.
+        parameters: every parameter by name, detached, in the run's dtype and on its device.
+        requires_grad: whether the user trains it.
+        origin: "exported", "exported (fixed batch size)" or "eager modules: <reason>".
+        leaves: the root sites' outputs of the last forward pass, by target.
+    """
+
+    run: Callable[..., Tensor]
+    layers: dict[str, LayerSpec]
+    uses: list[ParameterUse]
+    parameters: dict[str, Tensor]
+    requires_grad: dict[str, bool]
+    origin: str
+    leaves: Callable[[], dict[str, Tensor]]
+
+    def chosen(self) -> list[LayerSpec]:
+        """The layers that --layers and --skip keep."""
+        return [layer for layer in self.layers.values() if layer.selected]
+
+    def sites(self) -> list[Site]:
+        """All sites of all layers, layer by layer."""
+        return [site for layer in self.layers.values() for site in layer.sites]
+
+
+def layer_names(weights: Sequence[str]) -> dict[str, str]:
+    """Weight name -> layer name: its module's path, or its own where that module owns several; `model` at the root."""
+    owners = Counter(weight.rpartition(".")[0] for weight in weights)
+    names = {}
+    for weight in weights:
+        owner = weight.rpartition(".")[0]
+        names[weight] = weight if owners[owner] > 1 else owner or "model"
+    return names
+
+
+def selected(name: str, keep: Sequence[str], skip: Sequence[str]) -> bool:
+    """Whether the globs keep this layer."""
+    kept = not keep or any(fnmatch.fnmatchcase(name, pattern) for pattern in keep)
+    return kept and not any(fnmatch.fnmatchcase(name, pattern) for pattern in skip)
+
+
+def require_layers(found: Sequence[str], keep: Sequence[str], skip: Sequence[str]) -> None:
+    """Refuse a selection that leaves nothing.
+
+    Raises:
+        UsageError: the globs match none of the layers found.
+    """
+    if found and not any(selected(name, keep, skip) for name in found):
+        shown = ", ".join(found[:8]) + (f", ... ({len(found)} in all)" if len(found) > 8 else "")
+        raise UsageError(
+            "No layer is left to analyze.",
+            where=f"--layers {' '.join(keep) or '*'}" + (f" --skip {' '.join(skip)}" if skip else ""),
+            remedy=f"The model's linear layers are: {shown}.",
+        )
+
+
+def build(
+    program: torch.export.ExportedProgram,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    dynamic: bool,
+    layers: Sequence[str] = (),
+    skip: Sequence[str] = (),
+) -> Graph:
+    """The exported program as a `Graph`, in `dtype` on `device`.
+
+    Raises:
+        ModelError: it has no linear layer with a parameter, or all of them are frozen.
+        UsageError: `layers` and `skip` leave nothing.
+    """
+    module, parameters, requires_grad = _unlift(program, device, dtype)
+    graph = module.graph
+    _tidy(graph, device, dtype)
+    shapes = {name: tensor.shape for name, tensor in parameters.items()}
+    operations = finding.find_operations(graph, set(parameters))
+    weights = list(dict.fromkeys(operation.weight for operation in operations))
+    names = layer_names(weights)
+    readers = _readers(graph, set(parameters))
+    if not operations:
+        raise ModelError(
+            "The model has no linear layer whose weight is a parameter.",
+            where=f"{len(parameters)} parameters, {len(graph.nodes)} operations",
+            remedy="curvscope analyzes nn.Linear, nn.Conv1d/2d/3d and products with a parameter; this model has none of them.",
+        )
+    _require_trainable(weights, requires_grad)
+    trainable = [names[weight] for weight in weights if requires_grad[weight]]
+    require_layers(trainable, layers, skip)
+
+    specs: dict[str, LayerSpec] = {}
+    reasons: dict[str, tuple[str, str, str]] = {}  # parameter -> (layer, treatment, reason)
+    blocked = _mixed_roles(operations, readers)
+    chosen = []
+    for operation in operations:
+        weight, name = operation.weight, names[operation.weight]
+        if weight in blocked:
+            reasons[weight] = ("", "uncovered", blocked[weight])
+        elif not requires_grad[weight]:
+            reasons[weight] = (name, "frozen", "its weight does not require a gradient")
+        elif not _depends_on_inputs(operation.node):
+            reasons[weight] = ("", "uncovered", "its rows depend on no example; its exact block is not computed yet")
+        else:
+            chosen.append(operation)
+
+    biases = _biases(chosen, parameters, requires_grad, readers, shapes)
+    tainted: set[fx.Node] = set()
+    replaced: dict[fx.Node, Site] = {}
+    for index, operation in enumerate(chosen):
+        weight = operation.weight
+        value = parameters[weight]
+        value = value.t() if operation.transposed else value
+        bias_tensor = _plain_bias(operation.bias, parameters, graph)
+        site_bias = bias_tensor if isinstance(bias_tensor, Tensor) else None
+        name = names[weight]
+        spec = specs.get(name)
+        if spec is None:
+            d_in = int(value[0].numel())
+            spec = specs[name] = LayerSpec(
+                name, operation.kind, weight, biases.get(weight), d_in, value.shape[0], operation.transposed
+            )
+            spec.selected = selected(name, layers, skip)
+        site = Site(f"curvscope_site_{index}", name, operation.kind, nn.Identity())
+        site.module = finding.site_module(operation.kind, value, site_bias, operation.options)
+        spec.sites.append(site)
+        module.add_submodule(site.target, site.module)
+        with graph.inserting_before(operation.node):
+            x = operation.x
+            if operation.x_transposed:
+                x = graph.call_function(aten.transpose.int, (x, -1, -2))
+            called = graph.call_module(site.target, (x,))
+            called.meta = dict(operation.node.meta)
+            out = called
+            if bias_tensor is _COMPUTED:
+                out = graph.call_function(aten.add.Tensor, (out, operation.bias))
+            if operation.x_transposed:
+                out = graph.call_function(aten.transpose.int, (out, -1, -2))
+        operation.node.replace_all_uses_with(out)
+        graph.erase_node(operation.node)
+        replaced[called] = site
+
+    for node in list(graph.nodes):
+        before = any(parent in tainted for parent in node.all_input_nodes)
+        if node in replaced:
+            site = replaced[node]
+            if not before:
+                site.root = True
+                leaf = Leaf()
+                module.add_submodule(site.target + "_leaf", leaf)
+                with graph.inserting_after(node):
+                    cut = graph.call_module(site.target + "_leaf", (node,))
+                node.replace_all_uses_with(cut, delete_user_cb=lambda user, cut=cut: user is not cut)
+                tainted.add(cut)
+            tainted.add(node)
+        elif before:
+            tainted.add(node)
+    graph.eliminate_dead_code()
+    graph.lint()
+    module.recompile()
+
+    uses = _account(parameters, requires_grad, specs, reasons, readers)
+    roots = [(site.target, module.get_submodule(site.target + "_leaf")) for s in specs.values() for site in s.sites if site.root]
+
+    def leaves() -> dict[str, Tensor]:
+        return {target: leaf.value for target, leaf in roots if leaf.value is not None}  # type: ignore[misc, union-attr]
+
+    origin = "exported" if dynamic else "exported with a fixed batch size"
+    return Graph(module, specs, uses, parameters, requires_grad, origin, leaves)
+
+
+class _Computed:
+    """A bias that is neither absent nor a tensor the graph holds."""
+
+
+_COMPUTED = _Computed()
+
+
+def _plain_bias(bias: Any, parameters: dict[str, Tensor], graph: fx.Graph) -> Tensor | None | _Computed:
+    """The bias as a tensor the site can hold; `_COMPUTED` where it has to stay an addition in the graph."""
+    if bias is None:
+        return None
+    found = finding.parameter_of(bias, set(parameters))
+    if found is not None and parameters[found[0]].ndim == 1:
+        return parameters[found[0]]
+    return _COMPUTED
+
+
+def _require_trainable(weights: Sequence[str], requires_grad: dict[str, bool]) -> None:
+    if not any(requires_grad[weight] for weight in weights):
+        raise ModelError(
+            "Every linear layer is frozen: none of their weights requires a gradient.",
+            where=f"{len(weights)} weights, the first is {weights[0]}",
+            remedy="Set requires_grad_(True) on the parameters that are trained before saving or analyzing.",
+        )
+
+
+def _unlift(
+    program: torch.export.ExportedProgram, device: torch.device, dtype: torch.dtype
+) -> tuple[fx.GraphModule, dict[str, Tensor], dict[str, bool]]:
+    """The program's graph with its parameters, buffers and constants as attributes and only the output returned."""
+    graph = fx.Graph()
+    signature = program.graph_signature
+    kinds = {spec.arg.name: spec for spec in signature.input_specs}
+    state: dict[str, Any] = {**program.state_dict, **program.constants}
+    root = nn.Module()
+    attributes: dict[str, str] = {}
+    parameters: dict[str, Tensor] = {}
+    requires_grad: dict[str, bool] = {}
+    copied: dict[fx.Node, fx.Node] = {}
+    for node in program.graph.nodes:
+        spec = kinds.get(node.name) if node.op == "placeholder" else None
+        if spec is not None and spec.kind is not InputKind.USER_INPUT:
+            if spec.target is None:
+                continue
+            attribute = attributes.get(spec.target)
+            if attribute is None:
+                value = state[spec.target]
+                if isinstance(value, Tensor):
+                    trained = spec.kind is InputKind.PARAMETER
+                    tensor = value.detach().to(device=device, dtype=dtype if value.is_floating_point() else None)
+                    # get_attr targets with dots need submodules: one flat name each instead
+                    attribute = spec.target if trained else f"curvscope_state_{len(attributes)}"
+                    if trained:
+                        parameters[spec.target] = tensor
+                        requires_grad[spec.target] = value.requires_grad
+                    _attach(root, attribute, tensor)
+                else:
+                    attribute = f"curvscope_state_{len(attributes)}"
+                    setattr(root, attribute, value)
+                attributes[spec.target] = attribute
+            new = graph.create_node("get_attr", attribute, name=node.name)
+            new.meta = dict(node.meta)
+            copied[node] = new
+        elif node.op == "get_attr":
+            setattr(root, str(node.target), getattr(program.graph_module, str(node.target)))
+            copied[node] = graph.node_copy(node, lambda n: copied[n])
+        elif node.op == "output":
+            names = [spec.arg.name for spec in signature.output_specs if spec.kind is OutputKind.USER_OUTPUT]
+            by_name = {n.name: n for n in program.graph.nodes}
+            graph.output(copied[by_name[names[0]]])
+        else:
+            copied[node] = graph.node_copy(node, lambda n: copied[n])
+    for name, value in program.state_dict.items():
+        # Parameters that no operation reads still have to be accounted for.
+        if isinstance(value, nn.Parameter) and name not in parameters:
+            parameters[name] = value.detach()
+            requires_grad[name] = value.requires_grad
+    module = fx.GraphModule(root, graph)
+    return module, parameters, requires_grad
+
+
+def _attach(root: nn.Module, path: str, tensor: Tensor) -> None:
+    """Hang a tensor at a dotted path under root."""
+    *parents, last = path.split(".")
+    owner = root
+    for parent in parents:
+        if not hasattr(owner, parent):
+            owner.add_module(parent, nn.Module())
+        owner = getattr(owner, parent)
+    owner.register_buffer(last, tensor, persistent=False)
+
+
+def _tidy(graph: fx.Graph, device: torch.device, dtype: torch.dtype) -> None:
+    """Drop checks, move baked-in devices and too narrow dtypes, and make every view a reshape."""
+    width = torch.finfo(dtype).bits
+
+    def retarget(item: Any) -> Any:
+        if isinstance(item, torch.dtype) and item.is_floating_point and torch.finfo(item).bits < width:
+            return dtype
+        return device if isinstance(item, torch.device) else item
+
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        if str(node.target).removeprefix("aten.").split(".")[0] in CHECKS:
+            graph.erase_node(node)
+            continue
+        if node.target is aten.view.default:
+            # A site's output may have other strides than the traced operation's had.
+            node.target = aten.reshape.default
+        node.args = pytree.tree_map(retarget, tuple(node.args), is_leaf=lambda x: isinstance(x, fx.Node))
+        node.kwargs = pytree.tree_map(retarget, dict(node.kwargs), is_leaf=lambda x: isinstance(x, fx.Node))
+    graph.eliminate_dead_code()
+
+
+def _readers(graph: fx.Graph, parameters: set[str]) -> dict[str, list[fx.Node]]:
+    """Parameter name -> the operations that read it, seen through aliases and transposes."""
+    readers: dict[str, list[fx.Node]] = {name: [] for name in parameters}
+    through = (*finding.SAME_VALUES, *finding.TRANSPOSES)
+    for node in graph.nodes:
+        if node.op == "get_attr" and str(node.target) in parameters:
+            pending = list(node.users)
+            while pending:
+                user = pending.pop(0)
+                if user.op == "call_function" and user.target in through:
+                    pending += list(user.users)
+                elif user.op != "output":
+                    readers[str(node.target)].append(user)
+    return readers
+
+
+def _mixed_roles(operations: Sequence[Any], readers: dict[str, list[fx.Node]]) -> dict[str, str]:
+    """Weights that are read by something else than linear operations, or both plain and transposed."""
+    blocked = {}
+    nodes = {operation.node for operation in operations}
+    forms: dict[str, set[tuple[str, bool]]] = {}
+    for operation in operations:
+        forms.setdefault(operation.weight, set()).add((operation.kind, operation.transposed))
+        others = [reader for reader in readers[operation.weight] if reader not in nodes]
+        if others:
+            other = str(others[0].target).removeprefix("aten.").split(".")[0]
+            blocked[operation.weight] = f"tied in two roles (also read by {other}): not covered yet"
+    for weight, seen in forms.items():
+        if len(seen) > 1:
+            blocked.setdefault(weight, "tied in two roles (plain and transposed): not covered yet")
+    return blocked
+
+
+def _depends_on_inputs(node: fx.Node) -> bool:
+    """Whether any user input is among the node's ancestors."""
+    seen: set[fx.Node] = set()
+    pending = list(node.all_input_nodes)
+    while pending:
+        parent = pending.pop()
+        if parent in seen:
+            continue
+        seen.add(parent)
+        # A size read off an input is no dependence on its values.
+        if parent.op == "placeholder" and isinstance(parent.meta.get("val"), Tensor):
+            return True
+        if parent.target is not aten.sym_size.int:
+            pending += parent.all_input_nodes
+    return False
+
+
+def _biases(
+    operations: Sequence[Any],
+    parameters: dict[str, Tensor],
+    requires_grad: dict[str, bool],
+    readers: dict[str, list[fx.Node]],
+    shapes: dict[str, torch.Size],
+) -> dict[str, str]:
+    """Weight -> the bias that trains with it: at every site of the weight the same one, and nowhere else."""
+    per_weight: dict[str, list[str | None]] = {}
+    names = set(parameters)
+    for operation in operations:
+        found = finding.parameter_of(operation.bias, names)
+        bias = found[0] if found is not None else None
+        if operation.bias is None and not operation.x_transposed:
+            d_out = shapes[operation.weight][1 if operation.transposed else 0]
+            bias = finding.added_bias(operation.node, operation.kind, d_out, names, shapes)
+        per_weight.setdefault(operation.weight, []).append(bias)
+    chosen = {}
+    for weight, biases in per_weight.items():
+        bias = biases[0]
+        same = bias is not None and set(biases) == {bias}
+        if same and bias is not None and requires_grad[bias] and len(readers[bias]) == len(biases):
+            chosen[weight] = bias
+    return chosen
+
+
+def _account(
+    parameters: dict[str, Tensor],
+    requires_grad: dict[str, bool],
+    specs: dict[str, LayerSpec],
+    reasons: dict[str, tuple[str, str, str]],
+    readers: dict[str, list[fx.Node]],
+) -> list[ParameterUse]:
+    """One `ParameterUse` for every parameter."""
+    owner = {spec.weight: spec.name for spec in specs.values()}
+    owner |= {spec.bias: spec.name for spec in specs.values() if spec.bias is not None}
+    uses = []
+    for name, tensor in parameters.items():
+        if name in owner and not specs[owner[name]].selected:
+            uses.append(
+                ParameterUse(name, owner[name], tensor.numel(), "uncovered", "left out by --layers / --skip")
+            )
+        elif name in owner:
+            uses.append(ParameterUse(name, owner[name], tensor.numel(), "kronecker"))
+        elif name in reasons:
+            layer, treatment, reason = reasons[name]
+            uses.append(ParameterUse(name, layer, tensor.numel(), treatment, reason))
+        elif not requires_grad[name]:
+            uses.append(ParameterUse(name, "", tensor.numel(), "frozen", "it does not require a gradient"))
+        else:
+            uses.append(ParameterUse(name, "", tensor.numel(), "uncovered", finding.why_uncovered(readers[name])))
+    return uses

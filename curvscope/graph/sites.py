@@ -1,0 +1,271 @@
+"""Finding the linear operations of a functional graph and making each one a module: a site.
+
+A site is exactly an nn.Linear or nn.ConvNd that shares the model's parameter, called where the graph had the
+operation. BackPACK looks its rules up by exact class, so nothing else will do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+aten = torch.ops.aten
+
+CONVOLUTIONS = {
+    aten.conv1d.default: 1,
+    aten.conv2d.default: 2,
+    aten.conv3d.default: 3,
+    aten.conv1d.padding: 1,
+    aten.conv2d.padding: 2,
+    aten.conv3d.padding: 3,
+}
+PRODUCTS = (aten.mm.default, aten.matmul.default)
+SAME_VALUES = (
+    aten.alias.default,
+    aten.detach.default,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.lift_fresh_copy.default,
+)
+TRANSPOSES = (aten.t.default, aten.transpose.int, aten.permute.default, aten.numpy_T.default)
+NORMALISATIONS = ("layer_norm", "batch_norm", "group_norm", "instance_norm", "rms_norm")
+
+
+@dataclass
+class Site:
+    """One call of one linear operation.
+
+    Attributes:
+        target: the site's name as a submodule of the graph.
+        layer: the name of the layer, that is the weight, it belongs to.
+        kind: linear, conv1d, conv2d or conv3d.
+        module: the nn.Linear or nn.ConvNd that shares the parameter.
+        root: nothing before it is a site, so its output is where the backward pass ends.
+    """
+
+    target: str
+    layer: str
+    kind: str
+    module: nn.Module
+    root: bool = False
+
+
+@dataclass
+class LayerSpec:
+    """One weight with its bias and all its sites.
+
+    `transposed` says that the parameter is stored [d_in, d_out]; `bias` is None where the linear has none, where
+    it is frozen, or where it is shared with something else. `selected` is whether --layers and --skip keep it.
+    """
+
+    name: str
+    kind: str
+    weight: str
+    bias: str | None
+    d_in: int
+    d_out: int
+    transposed: bool
+    sites: list[Site] = field(default_factory=list)
+    groups: int = 1
+    selected: bool = True
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the layer trains: P."""
+        return self.d_out * (self.d_in + (self.bias is not None))
+
+
+@dataclass(frozen=True)
+class ParameterUse:
+    """How one parameter tensor is treated: kronecker, frozen or uncovered, and why."""
+
+    parameter: str
+    layer: str
+    count: int
+    treatment: str
+    reason: str = ""
+
+
+class Leaf(nn.Module):
+    """Cuts the graph behind a root site: its output is what the backward passes are taken with respect to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value: Tensor | None = None
+
+    def forward(self, tensor: Tensor) -> Tensor:
+        """The same values as a fresh leaf that requires a gradient."""
+        self.value = tensor.detach().requires_grad_()
+        return self.value
+
+
+@dataclass(frozen=True)
+class _Operation:
+    """A linear operation as the graph states it, before it becomes a site."""
+
+    node: fx.Node
+    kind: str
+    weight: str
+    transposed: bool
+    x: fx.Node
+    x_transposed: bool
+    bias: Any
+    options: dict[str, Any]
+
+
+def find_operations(graph: fx.Graph, parameters: set[str]) -> list[_Operation]:
+    """The graph's linear operations whose weight is a parameter, in forward order."""
+    found = []
+    for node in graph.nodes:
+        if node.op == "call_function":
+            operation = _linear(node, parameters) or _product(node, parameters) or _convolution(node, parameters)
+            if operation is not None:
+                found.append(operation)
+    return found
+
+
+def parameter_of(node: Any, parameters: set[str]) -> tuple[str, bool] | None:
+    """The parameter behind a node and whether it arrives transposed; None if it is anything else."""
+    transposed = False
+    while isinstance(node, fx.Node):
+        if node.op == "get_attr":
+            return (str(node.target), transposed) if str(node.target) in parameters else None
+        if node.op != "call_function":
+            return None
+        if node.target in TRANSPOSES:
+            if not _swaps_two_axes(node):
+                return None
+            transposed = not transposed
+        elif node.target not in SAME_VALUES:
+            return None
+        node = node.args[0]
+    return None
+
+
+def _swaps_two_axes(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    if value is None or value.ndim != 2:
+        return False
+    if node.target is aten.permute.default:
+        return [axis % 2 for axis in _sequence(node.args[1])] == [1, 0]
+    if node.target is aten.transpose.int:
+        return int(node.args[1]) % 2 != int(node.args[2]) % 2  # type: ignore[arg-type]
+    return True
+
+
+def _sequence(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, Sequence) else [value]
+
+
+def _linear(node: fx.Node, parameters: set[str]) -> _Operation | None:
+    if node.target is not aten.linear.default:
+        return None
+    weight = parameter_of(node.args[1], parameters)
+    if weight is None or node.args[1].meta["val"].ndim != 2:  # type: ignore[union-attr]
+        return None
+    bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+    return _Operation(node, "linear", weight[0], weight[1], node.args[0], False, bias, {})  # type: ignore[arg-type]
+
+
+def _product(node: fx.Node, parameters: set[str]) -> _Operation | None:
+    """addmm, mm and matmul: `x @ w` has the weight transposed; in `w @ x` the rows are the columns of x."""
+    bias = None
+    args = list(node.args)
+    if node.target is aten.addmm.default:
+        if node.kwargs.get("beta", 1) != 1 or node.kwargs.get("alpha", 1) != 1:
+            return None
+        bias = args.pop(0)
+    elif node.target not in PRODUCTS:
+        return None
+    left, right = args[:2]
+    weight = parameter_of(right, parameters)
+    if weight is not None and right.meta["val"].ndim == 2 and left.meta["val"].ndim >= 2:  # type: ignore[union-attr]
+        return _Operation(node, "linear", weight[0], not weight[1], left, False, bias, {})  # type: ignore[arg-type]
+    weight = parameter_of(left, parameters)
+    if bias is None and weight is not None and left.meta["val"].ndim == 2 and right.meta["val"].ndim >= 2:  # type: ignore[union-attr]
+        return _Operation(node, "linear", weight[0], weight[1], right, True, None, {})  # type: ignore[arg-type]
+    return None
+
+
+def _convolution(node: fx.Node, parameters: set[str]) -> _Operation | None:
+    dims = CONVOLUTIONS.get(node.target)
+    if dims is None:
+        return None
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    weight = parameter_of(given["weight"], parameters)
+    if weight is None or weight[1] or given.get("groups", 1) != 1:
+        return None
+    if given["input"].meta["val"].ndim != dims + 2:
+        return None
+    padding = given.get("padding", 0)
+    options = {
+        "stride": _tuple(given.get("stride", 1), dims),
+        "padding": padding if isinstance(padding, str) else _tuple(padding, dims),
+        "dilation": _tuple(given.get("dilation", 1), dims),
+    }
+    kind = f"conv{dims}d"
+    return _Operation(node, kind, weight[0], False, given["input"], False, given.get("bias"), options)
+
+
+def _tuple(value: Any, dims: int) -> tuple[int, ...]:
+    values = [int(v) for v in _sequence(value)]
+    return tuple(values * dims) if len(values) == 1 else tuple(values)
+
+
+def site_module(kind: str, weight: Tensor, bias: Tensor | None, options: dict[str, Any]) -> nn.Module:
+    """An nn.Linear or nn.ConvNd around these tensors (weight [d_out, d_in, ...]), which it shares."""
+    with torch.device("meta"):
+        if kind == "linear":
+            module: nn.Module = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+        else:
+            classes = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
+            module = classes[kind](
+                weight.shape[1], weight.shape[0], tuple(weight.shape[2:]), bias=bias is not None, **options
+            )
+    module.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    if bias is not None:
+        module.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return module.eval()
+
+
+def added_bias(node: fx.Node, kind: str, d_out: int, parameters: set[str], shapes: dict[str, torch.Size]) -> str | None:
+    """The parameter added to all rows of this node right after it, if there is one and nothing else reads it."""
+    users = list(node.users)
+    if len(users) != 1 or users[0].target is not aten.add.Tensor or users[0].kwargs.get("alpha", 1) != 1:
+        return None
+    left, right = users[0].args
+    found = parameter_of(right if left is node else left, parameters)
+    if found is None or found[1]:
+        return None
+    shape = list(shapes[found[0]])
+    if kind == "linear":
+        fits = shape[-1:] == [d_out] and math.prod(shape) == d_out
+    else:
+        spatial = int(kind[4])
+        fits = math.prod(shape) == d_out and shape[-1 - spatial :] == [d_out] + [1] * spatial
+    return found[0] if fits else None
+
+
+def why_uncovered(users: Sequence[fx.Node]) -> str:
+    """In words, what the parameter is used for instead of as a linear layer's weight."""
+    if not users:
+        return "this forward pass does not reach it"
+    name = str(users[0].target).removeprefix("aten.").split(".")[0]
+    if any(norm in name for norm in NORMALISATIONS):
+        return f"normalisation ({name}): no Kronecker form; its exact block is not computed yet"
+    if name == "embedding":
+        return "embedding: not covered yet"
+    if "conv" in name:
+        grouped = len(users[0].args) > 6 and users[0].args[6] != 1
+        return "grouped convolution: not covered yet" if grouped else f"{name}: not covered yet"
+    if name in ("add", "mul", "sub", "expand", "cat"):
+        return f"free parameter ({name}): no Kronecker form; its exact block is not computed yet"
+    if name in ("linear", "addmm", "mm", "matmul", "bmm", "einsum"):
+        return f"{name} with a form that is not covered yet"
+    return f"used by {name}: its weight is computed or of a kind not covered yet"

@@ -1,0 +1,146 @@
+"""Which rows of a site belong to which example: established by permuting the examples, never assumed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from curvscope.errors import LayoutError, ModelError
+from curvscope.graph.functional import Graph
+from curvscope.graph.layout import Layout, candidates, holds
+
+
+@dataclass(frozen=True)
+class Layouts:
+    """The layout of the output and of every site, by target; `outputs` is the model's output, detached."""
+
+    examples: int
+    output: Layout
+    sites: dict[str, Layout]
+    outputs: Tensor
+    positions: dict[str, int]
+
+
+def verify(graph: Graph, tensors: Sequence[Tensor], axes: Sequence[int | None], examples: int) -> Layouts:
+    """Layouts of the output and of all sites' rows.
+
+    Candidates are the axes whose size N divides. One holds if permuting the examples permutes the rows
+    accordingly, up to rounding; of several that hold the closest match is taken, the plainest where they are equal.
+
+    Raises:
+        LayoutError: no candidate holds for some layer, or for the output.
+        ModelError: NaN or Inf appears along the way; the first layer is named.
+    """
+    output, inputs = _observe(graph, tensors)
+    if examples == 1:
+        return Layouts(
+            1,
+            _whole(output),
+            {target: _whole(tensor) for target, tensor in inputs.items()},
+            output,
+            _positions(graph, inputs, output, 1),
+        )
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(examples, generator=generator)
+    if bool((order == torch.arange(examples)).all()):
+        order = order.roll(1)
+    order = order.to(output.device)
+    permuted = [
+        tensor if axis is None else tensor.index_select(axis, order)
+        for tensor, axis in zip(tensors, axes, strict=True)
+    ]
+    output_permuted, inputs_permuted = _observe(graph, permuted)
+    tolerance = float(torch.finfo(output.dtype).eps) ** 0.5
+    found: dict[str, Layout] = {}
+    for site in graph.sites():
+        spatial = 0 if site.kind == "linear" else int(site.kind[4])
+        allowed = 1 if spatial else inputs[site.target].ndim - 1
+        found[site.target] = _best(
+            inputs[site.target], inputs_permuted[site.target], order, examples, allowed, tolerance, f"layer {site.layer}"
+        )
+    layout = _best(output, output_permuted, order, examples, output.ndim, tolerance, "the model's output")
+    return Layouts(examples, layout, found, output, _positions(graph, inputs, output, examples))
+
+
+def _positions(graph: Graph, inputs: dict[str, Tensor], output: Tensor, examples: int) -> dict[str, int]:
+    return {target: tensor.numel() // examples for target, tensor in inputs.items()}
+
+
+def _whole(tensor: Tensor) -> Layout:
+    """The layout of one example: every row is its own."""
+    return Layout(0, 1, tensor.shape[0] if tensor.ndim else 1)
+
+
+def _best(
+    original: Tensor,
+    permuted: Tensor,
+    order: Tensor,
+    examples: int,
+    allowed_axes: int,
+    tolerance: float,
+    where: str,
+) -> Layout:
+    factors = {
+        axis: original.shape[axis] // examples
+        for axis in range(allowed_axes)
+        if original.shape[axis] % examples == 0 and original.shape[axis] > 0
+    }
+    tried = [(holds(layout, original, permuted, order), i, layout) for i, layout in enumerate(candidates(factors))]
+    # Equal to rounding counts as equal: the plainest candidate then wins.
+    passing = [(gap if gap > tolerance**2 else 0.0, i, layout) for gap, i, layout in tried if gap <= tolerance]
+    if passing:
+        return min(passing)[2]
+    closest = f"; the closest candidate is off by {min(tried)[0]:.2g}" if tried else ""
+    raise LayoutError(
+        f"Its rows can't be assigned to examples: shape {list(original.shape)}, {examples} examples, and no axis "
+        f"follows when the examples are permuted{closest}.",
+        where=where,
+        remedy="Say which axis of each input holds the examples (--example-axis NAME=AXIS). A layer that mixes examples "
+        "(attention over the batch, batch statistics) has no per-example rows: leave it out with --skip.",
+    )
+
+
+def _observe(graph: Graph, tensors: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The output and every site's input of one forward pass without gradients."""
+    inputs: dict[str, Tensor] = {}
+    bad: list[tuple[str, str, str]] = []
+    handles = []
+
+    def watcher(target: str, layer: str) -> object:
+        def watch(module: nn.Module, args: tuple[Tensor, ...], result: Tensor) -> None:
+            inputs[target] = args[0].detach()
+            if not bad:
+                for what, tensor in (("input", args[0]), ("output", result)):
+                    if not bool(torch.isfinite(tensor).all()):
+                        kind = "NaN" if bool(torch.isnan(tensor).any()) else "Inf"
+                        bad.append((layer, what, kind))
+                        break
+
+        return watch
+
+    try:
+        for site in graph.sites():
+            handles.append(site.module.register_forward_hook(watcher(site.target, site.layer)))  # type: ignore[arg-type]
+        with torch.no_grad():
+            output = graph.run(*tensors).detach()
+    finally:
+        for handle in handles:
+            handle.remove()
+    if bad:
+        layer, what, kind = bad[0]
+        raise ModelError(
+            f"{kind} appears in the forward pass: first in the {what} of layer {layer}.",
+            where=f"layer {layer}, {what}",
+            remedy="The weights and the batch are finite, so the pass itself overflows there: look at the layers just "
+            "before it, or analyze with --dtype float64 to tell overflow from divergence.",
+        )
+    if not bool(torch.isfinite(output).all()):
+        raise ModelError(
+            "The model's output is not finite.",
+            where="the forward pass, after the last linear layer",
+            remedy="Look at the operations behind the last layer, or analyze with --dtype float64.",
+        )
+    return output, inputs
