@@ -138,7 +138,9 @@ def _cross_entropy(loss: Loss, outputs: Tensor, targets: Tensor, layout: Layout)
     `sqrt(c p_j) [(e_j - p) - sqrt(p_m) / (1 + sqrt(p_m)) (e_m - p)]`, m the likeliest class.
     """
     classes = outputs.shape[1]
-    places = layout.rows(torch.arange(outputs.numel(), device=outputs.device).view(outputs.shape), 1)  # [N, T, C]
+    places = layout.rows(
+        torch.arange(outputs.numel(), device=outputs.device).view(outputs.shape), 1
+    )  # [N, T, C]
     flat = outputs.detach().double().flatten()
     p = torch.softmax(flat[places], dim=-1)
     weight = _term_weights(loss, outputs, targets)
@@ -182,7 +184,7 @@ def _cross_entropy(loss: Loss, outputs: Tensor, targets: Tensor, layout: Layout)
 
 
 def _term_weights(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
-    """c of every term, shaped like the targets: `[(1-eps) w_y + (eps/C) sum(w)]`, over `sum(w_y)` for the mean."""
+    """C of every term, shaped like the targets: `[(1-eps) w_y + (eps/C) sum(w)]`, over `sum(w_y)` for the mean."""
     settings = loss.settings
     classes = outputs.shape[1]
     eps = float(settings.get("label_smoothing", 0.0))
@@ -196,7 +198,11 @@ def _term_weights(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
         c = torch.einsum("nc...,c->n...", q, w)
         return c / c.numel() if mean else c
     kept = targets != settings.get("ignore_index", -100)
-    w_y = torch.where(kept, w[torch.where(kept, targets, torch.zeros_like(targets)).long()], torch.zeros((), dtype=w.dtype, device=w.device))
+    w_y = torch.where(
+        kept,
+        w[torch.where(kept, targets, torch.zeros_like(targets)).long()],
+        torch.zeros((), dtype=w.dtype, device=w.device),
+    )
     c = (1 - eps) * w_y + torch.where(kept, eps / classes * w.sum(), torch.zeros_like(w_y))
     return c / w_y.sum() if mean else c
 
@@ -218,7 +224,9 @@ def _bce(loss: Loss, outputs: Tensor, targets: Tensor, layout: Layout) -> _Hessi
     settings = loss.settings
     c = 1.0 / outputs.numel() if settings.get("reduction", "mean") == "mean" else 1.0
     y = targets.to(device=outputs.device, dtype=torch.float64)
-    positive = torch.as_tensor(settings["pos_weight"]).to(y) if settings.get("pos_weight") is not None else 1.0
+    positive = (
+        torch.as_tensor(settings["pos_weight"]).to(y) if settings.get("pos_weight") is not None else 1.0
+    )
     w = positive * y + (1 - y)
     if settings.get("weight") is not None:
         w = w * torch.as_tensor(settings["weight"]).to(y)
@@ -231,7 +239,9 @@ def _bce(loss: Loss, outputs: Tensor, targets: Tensor, layout: Layout) -> _Hessi
         return coefficient.sqrt() * (p - label)
 
     def true_gradient(gradient: Tensor) -> Tensor:
-        return gradient.double() / torch.where(coefficient > 0, coefficient, torch.ones_like(coefficient)).sqrt()
+        return (
+            gradient.double() / torch.where(coefficient > 0, coefficient, torch.ones_like(coefficient)).sqrt()
+        )
 
     return _elementwise((coefficient * p * q).sqrt(), layout, draw, true_gradient)
 
@@ -347,7 +357,7 @@ def _double(targets: Any) -> Any:
 
 
 def _hessian_product(loss: Loss, outputs: Tensor, targets: Any) -> Callable[[Tensor], Tensor]:
-    """v -> (d^2 L / d f^2) v for all outputs together, float64 in and out."""
+    """V -> (d^2 L / d f^2) v for all outputs together, float64 in and out."""
     dtype = _working_dtype(loss, outputs, targets)
     aims = _double(targets) if dtype == torch.float64 else targets
     with torch.enable_grad():

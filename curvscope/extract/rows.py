@@ -23,7 +23,7 @@ class SiteRows:
     layout: Layout
 
     def inputs(self, tensor: Tensor) -> Tensor:
-        """a without the constant 1, [N, R, d_in]; a view for linear sites wherever strides allow."""
+        """A without the constant 1, [N, R, d_in]; a view for linear sites wherever strides allow."""
         if isinstance(self.module, nn.Linear):
             return self.layout.rows(tensor)
         return _merge(patches(self.module, tensor), self.layout)

@@ -75,6 +75,7 @@ def sweep(
     *,
     factors: bool = True,
     per_draw: bool = False,
+    gradient_only: Sequence[str] = (),
     progress: Progress = no_progress,
 ) -> dict[str, Extract]:
     """Factors, gradient and columns of the layers named in `forms`, in one sweep.
@@ -87,12 +88,15 @@ def sweep(
         forms: layer -> the form its columns are kept in, None for no columns.
         factors: also accumulate A, B and the gradient.
         per_draw: also keep B of each draw alone (for error bars).
+        gradient_only: further layers of which only the gradient is wanted.
         progress: called after every backward pass.
     """
     collectors = {
         name: _Collector(graph.layers[name], layouts, form, root.columns, factors, per_draw)
         for name, form in forms.items()
     }
+    for name in gradient_only:
+        collectors[name] = _Collector(graph.layers[name], layouts, None, root.columns, False, False)
     padding = _Padding(graph, layouts) if factors else None
     owners = {id(site.module): (site.target, site.layer) for site in graph.sites()}
     watched = [site.module for site in graph.sites() if site.layer in collectors or padding is not None]
@@ -118,12 +122,17 @@ def sweep(
                 if padding is not None:
                     padding.counts = given is None
                 ends = torch.autograd.grad(
-                    output, list(leaves.values()), cotangent, retain_graph=index + 1 < len(passes), allow_unused=True
+                    output,
+                    list(leaves.values()),
+                    cotangent,
+                    retain_graph=index + 1 < len(passes),
+                    allow_unused=True,
                 )
                 for (target, leaf), end in zip(leaves.items(), ends, strict=True):
                     extension(modules[target], (None,), (torch.zeros_like(leaf) if end is None else end,))
-                for collector in collectors.values():
-                    collector.finish()
+                for name, collector in collectors.items():
+                    if given is not None or name in forms:
+                        collector.finish()
                 progress("backward passes", f"column {index + 1} of {len(passes)}", index + 1, len(passes))
         masks = padding.masks() if padding is not None else {}
         return {name: collector.result(masks) for name, collector in collectors.items()}
@@ -155,7 +164,13 @@ class _Collector:
     """One layer's sums while the passes run."""
 
     def __init__(
-        self, spec: LayerSpec, layouts: Layouts, form: Form | None, columns: int, factors: bool, per_draw: bool
+        self,
+        spec: LayerSpec,
+        layouts: Layouts,
+        form: Form | None,
+        columns: int,
+        factors: bool,
+        per_draw: bool,
     ) -> None:
         self.spec = spec
         self.form = form
@@ -173,7 +188,7 @@ class _Collector:
         self.gradient: Tensor | None = None
         self.kept: list[Tensor] = []
         self.values: Tensor | None = None
-        self.block: Tensor | None = None
+        self.block: GramSum | None = None
         self._joined: Tensor | None = None
 
     def start(self, column: int | None) -> None:
@@ -248,26 +263,34 @@ class _Collector:
         if self.form == "formed":
             flat = column.reshape(self.examples, -1).double()
             if self.block is None:
-                self.block = flat.new_zeros(flat.shape[1], flat.shape[1])
-            self.block.addmm_(flat.T, flat)
+                self.block = GramSum(flat.shape[1], dtype=flat.dtype, device=flat.device)
+            self.block.add(flat)
 
     def result(self, masks: Mapping[str, Tensor]) -> Extract:
         """The layer's sums, scaled as records.CONVENTIONS says."""
         a = self._a()
         examples, positions = a.shape[:2]
         real = self._real(masks)
-        counts = torch.full((examples,), float(positions), device=a.device) if real is None else real.sum(1).to(a.dtype)
+        counts = (
+            torch.full((examples,), float(positions), device=a.device)
+            if real is None
+            else real.sum(1).to(a.dtype)
+        )
         factors = {}
         if self.factors and self.reduce is not None:
             B_reduce = self.reduce.result()
             B_expand = B_reduce if self.expand is None else self.expand.result()
             masked = a if real is None else a * real.unsqueeze(-1)
-            A_expand = _input_gram(masked.reshape(-1, a.shape[-1]), float(counts.sum()), self.spec.bias is not None)
+            A_expand = _input_gram(
+                masked.reshape(-1, a.shape[-1]), float(counts.sum()), self.spec.bias is not None
+            )
             if positions == 1:
                 A_reduce = A_expand
             else:
                 A_reduce = _input_gram(
-                    masked.sum(1) / counts.unsqueeze(1).to(a.dtype), float(examples), self.spec.bias is not None
+                    masked.sum(1) / counts.unsqueeze(1).to(a.dtype),
+                    float(examples),
+                    self.spec.bias is not None,
                 )
             factors = {"expand": (A_expand, B_expand), "reduce": (A_reduce, B_reduce)}
         padded = 0.0 if real is None else 1.0 - float(counts.sum()) / (examples * positions)
@@ -294,7 +317,8 @@ class _Collector:
         if self.form == "dense":
             return Columns("dense", self.examples, self.count, values=self.values)
         if self.form == "formed":
-            return Columns("formed", self.examples, self.count, block=self.block)
+            assert self.block is not None
+            return Columns("formed", self.examples, self.count, block=self.block.result())
         if self.spec.bias is not None:
             a = torch.cat([a, a.new_ones(*a.shape[:2], 1)], dim=-1)
         return Columns(self.form, self.examples, self.count, inputs=a, gradients=torch.stack(self.kept))
@@ -325,8 +349,8 @@ class _Padding:
         self.layouts = layouts
         self.linear = {}
         for site in graph.sites():
-            features = site.module.weight.shape[1]
-            positions = layouts.positions[site.target] // features if site.kind == "linear" else 1
+            # a convolution's positions are all real: its rows vanish where units are dead
+            positions = layouts.positions[site.target] if site.kind == "linear" else 1
             if positions > 1:
                 self.linear[site.target] = (SiteRows(site.module, layouts.sites[site.target]), positions)
         self.alive: dict[int, Tensor | None] = {}

@@ -36,5 +36,5 @@ def gram(piece: Tensor) -> Tensor:
 
 def _edges(size: int, device: torch.device) -> list[int]:
     """Block boundaries: small blocks would cost more in calls than they save; a GPU wants one call."""
-    blocks = 1 if size < 128 or device.type != "cpu" else 2 if size < 256 else 4 if size < 768 else 8
+    blocks = 1 if size < 128 or device.type != "cpu" else 2 if size < 256 else 4
     return [round(size * i / blocks) for i in range(blocks + 1)]

@@ -35,6 +35,7 @@ class Graph:
         requires_grad: whether the user trains it.
         origin: "exported", "exported (fixed batch size)" or "eager modules: <reason>".
         leaves: the root sites' outputs of the last forward pass, by target.
+        rest: `(tensors, dL/df) -> gradients` of the trained parameters that belong to no layer.
     """
 
     run: Callable[..., Tensor]
@@ -44,6 +45,7 @@ class Graph:
     requires_grad: dict[str, bool]
     origin: str
     leaves: Callable[[], dict[str, Tensor]]
+    rest: Callable[[Sequence[Tensor], Tensor], dict[str, Tensor]]
 
     def chosen(self) -> list[LayerSpec]:
         """The layers that --layers and --skip keep."""
@@ -108,13 +110,7 @@ def build(
     weights = list(dict.fromkeys(operation.weight for operation in operations))
     names = layer_names(weights)
     readers = _readers(graph, set(parameters))
-    if not operations:
-        raise ModelError(
-            "The model has no linear layer whose weight is a parameter.",
-            where=f"{len(parameters)} parameters, {len(graph.nodes)} operations",
-            remedy="curvscope analyzes nn.Linear, nn.Conv1d/2d/3d and products with a parameter; this model has none of them.",
-        )
-    _require_trainable(weights, requires_grad)
+    require_trainable(weights, requires_grad)
     trainable = [names[weight] for weight in weights if requires_grad[weight]]
     require_layers(trainable, layers, skip)
 
@@ -129,18 +125,23 @@ def build(
         elif not requires_grad[weight]:
             reasons[weight] = (name, "frozen", "its weight does not require a gradient")
         elif not _depends_on_inputs(operation.node):
-            reasons[weight] = ("", "uncovered", "its rows depend on no example; its exact block is not computed yet")
+            reasons[weight] = (
+                "",
+                "uncovered",
+                "its rows depend on no example; its exact block is not computed yet",
+            )
         else:
             chosen.append(operation)
 
     biases = _biases(chosen, parameters, requires_grad, readers, shapes)
     tainted: set[fx.Node] = set()
     replaced: dict[fx.Node, Site] = {}
+    roots: list[tuple[str, Leaf]] = []
     for index, operation in enumerate(chosen):
         weight = operation.weight
         value = parameters[weight]
         value = value.t() if operation.transposed else value
-        bias_tensor = _plain_bias(operation.bias, parameters, graph)
+        bias_tensor = _plain_bias(operation.bias, parameters, requires_grad, biases.get(weight))
         site_bias = bias_tensor if isinstance(bias_tensor, Tensor) else None
         name = names[weight]
         spec = specs.get(name)
@@ -176,6 +177,7 @@ def build(
             if not before:
                 site.root = True
                 leaf = Leaf()
+                roots.append((site.target, leaf))
                 module.add_submodule(site.target + "_leaf", leaf)
                 with graph.inserting_after(node):
                     cut = graph.call_module(site.target + "_leaf", (node,))
@@ -189,13 +191,32 @@ def build(
     module.recompile()
 
     uses = _account(parameters, requires_grad, specs, reasons, readers)
-    roots = [(site.target, module.get_submodule(site.target + "_leaf")) for s in specs.values() for site in s.sites if site.root]
 
     def leaves() -> dict[str, Tensor]:
-        return {target: leaf.value for target, leaf in roots if leaf.value is not None}  # type: ignore[misc, union-attr]
+        return {target: leaf.value for target, leaf in roots if leaf.value is not None}
+
+    owned = {spec.weight for spec in specs.values()} | {spec.bias for spec in specs.values()}
+    wanted = [
+        name for name, trained in requires_grad.items() if trained and name not in owned and readers[name]
+    ]
+
+    def rest(tensors: Sequence[Tensor], cotangent: Tensor) -> dict[str, Tensor]:
+        if not wanted:
+            return {}
+        fresh = {name: parameters[name].detach().requires_grad_() for name in wanted}
+        for _, leaf in roots:
+            leaf.cut = False
+        try:
+            with torch.enable_grad():
+                output = torch.func.functional_call(module, fresh, tuple(tensors))
+                found = torch.autograd.grad(output, list(fresh.values()), cotangent, allow_unused=True)
+        finally:
+            for _, leaf in roots:
+                leaf.cut = True
+        return {name: grad.detach() for name, grad in zip(fresh, found, strict=True) if grad is not None}
 
     origin = "exported" if dynamic else "exported with a fixed batch size"
-    return Graph(module, specs, uses, parameters, requires_grad, origin, leaves)
+    return Graph(module, specs, uses, parameters, requires_grad, origin, leaves, rest)
 
 
 class _Computed:
@@ -205,17 +226,37 @@ class _Computed:
 _COMPUTED = _Computed()
 
 
-def _plain_bias(bias: Any, parameters: dict[str, Tensor], graph: fx.Graph) -> Tensor | None | _Computed:
-    """The bias as a tensor the site can hold; `_COMPUTED` where it has to stay an addition in the graph."""
+def _plain_bias(
+    bias: Any, parameters: dict[str, Tensor], requires_grad: dict[str, bool], own: str | None
+) -> Tensor | _Computed | None:
+    """The bias as a tensor the site can hold; `_COMPUTED` where it has to stay an addition in the graph.
+
+    That is a bias that is no parameter, and a trained one that is not the layer's own: its gradient is wanted.
+    """
     if bias is None:
         return None
     found = finding.parameter_of(bias, set(parameters))
-    if found is not None and parameters[found[0]].ndim == 1:
+    if (
+        found is not None
+        and parameters[found[0]].ndim == 1
+        and (found[0] == own or not requires_grad[found[0]])
+    ):
         return parameters[found[0]]
     return _COMPUTED
 
 
-def _require_trainable(weights: Sequence[str], requires_grad: dict[str, bool]) -> None:
+def require_trainable(weights: Sequence[str], requires_grad: dict[str, bool]) -> None:
+    """Refuse a model without a linear layer that is trained.
+
+    Raises:
+        ModelError: there are no linear layers, or every one of them is frozen.
+    """
+    if not weights:
+        raise ModelError(
+            "The model has no linear layer whose weight is a parameter.",
+            where=f"{len(requires_grad)} parameters",
+            remedy="curvscope analyzes nn.Linear, nn.Conv1d/2d/3d and products with a parameter; this model has none.",
+        )
     if not any(requires_grad[weight] for weight in weights):
         raise ModelError(
             "Every linear layer is frozen: none of their weights requires a gradient.",
@@ -247,7 +288,9 @@ def _unlift(
                 value = state[spec.target]
                 if isinstance(value, Tensor):
                     trained = spec.kind is InputKind.PARAMETER
-                    tensor = value.detach().to(device=device, dtype=dtype if value.is_floating_point() else None)
+                    tensor = value.detach().to(
+                        device=device, dtype=dtype if value.is_floating_point() else None
+                    )
                     # get_attr targets with dots need submodules: one flat name each instead
                     attribute = spec.target if trained else f"curvscope_state_{len(attributes)}"
                     if trained:
@@ -413,5 +456,7 @@ def _account(
         elif not requires_grad[name]:
             uses.append(ParameterUse(name, "", tensor.numel(), "frozen", "it does not require a gradient"))
         else:
-            uses.append(ParameterUse(name, "", tensor.numel(), "uncovered", finding.why_uncovered(readers[name])))
+            uses.append(
+                ParameterUse(name, "", tensor.numel(), "uncovered", finding.why_uncovered(readers[name]))
+            )
     return uses

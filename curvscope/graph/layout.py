@@ -40,9 +40,7 @@ class Layout:
     def _examples_first(self, tensor: Tensor) -> Tensor:
         shape = list(tensor.shape)
         count = shape[self.axis] // (self.outer * self.inner)
-        split = tensor.reshape(
-            [*shape[: self.axis], self.outer, count, self.inner, *shape[self.axis + 1 :]]
-        )
+        split = tensor.reshape([*shape[: self.axis], self.outer, count, self.inner, *shape[self.axis + 1 :]])
         examples = split.movedim(self.axis + 1, 0)
         return examples if examples.ndim > 1 else examples.unsqueeze(1)
 

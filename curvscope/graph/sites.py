@@ -97,9 +97,12 @@ class Leaf(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.value: Tensor | None = None
+        self.cut = True
 
     def forward(self, tensor: Tensor) -> Tensor:
-        """The same values as a fresh leaf that requires a gradient."""
+        """The same values as a fresh leaf that requires a gradient; the tensor itself while `cut` is off."""
+        if not self.cut:
+            return tensor
         self.value = tensor.detach().requires_grad_()
         return self.value
 
@@ -123,7 +126,9 @@ def find_operations(graph: fx.Graph, parameters: set[str]) -> list[_Operation]:
     found = []
     for node in graph.nodes:
         if node.op == "call_function":
-            operation = _linear(node, parameters) or _product(node, parameters) or _convolution(node, parameters)
+            operation = (
+                _linear(node, parameters) or _product(node, parameters) or _convolution(node, parameters)
+            )
             if operation is not None:
                 found.append(operation)
     return found
@@ -234,7 +239,9 @@ def site_module(kind: str, weight: Tensor, bias: Tensor | None, options: dict[st
     return module.eval()
 
 
-def added_bias(node: fx.Node, kind: str, d_out: int, parameters: set[str], shapes: dict[str, torch.Size]) -> str | None:
+def added_bias(
+    node: fx.Node, kind: str, d_out: int, parameters: set[str], shapes: dict[str, torch.Size]
+) -> str | None:
     """The parameter added to all rows of this node right after it, if there is one and nothing else reads it."""
     users = list(node.users)
     if len(users) != 1 or users[0].target is not aten.add.Tensor or users[0].kwargs.get("alpha", 1) != 1:

@@ -15,7 +15,15 @@ from curvscope.graph.layout import Layout, candidates, holds
 
 @dataclass(frozen=True)
 class Layouts:
-    """The layout of the output and of every site, by target; `outputs` is the model's output, detached."""
+    """What `verify` established.
+
+    Attributes:
+        examples: N.
+        output: the layout of the model's output.
+        sites: site target -> layout of its rows (of axis 0 for convolutions).
+        outputs: the model's output on the batch, detached.
+        positions: site target -> rows an example, R of that call.
+    """
 
     examples: int
     output: Layout
@@ -34,14 +42,14 @@ def verify(graph: Graph, tensors: Sequence[Tensor], axes: Sequence[int | None], 
         LayoutError: no candidate holds for some layer, or for the output.
         ModelError: NaN or Inf appears along the way; the first layer is named.
     """
-    output, inputs = _observe(graph, tensors)
+    output, inputs, rows = _observe(graph, tensors)
     if examples == 1:
         return Layouts(
             1,
             _whole(output),
             {target: _whole(tensor) for target, tensor in inputs.items()},
             output,
-            _positions(graph, inputs, output, 1),
+            _positions(rows, 1),
         )
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(examples, generator=generator)
@@ -52,21 +60,27 @@ def verify(graph: Graph, tensors: Sequence[Tensor], axes: Sequence[int | None], 
         tensor if axis is None else tensor.index_select(axis, order)
         for tensor, axis in zip(tensors, axes, strict=True)
     ]
-    output_permuted, inputs_permuted = _observe(graph, permuted)
+    output_permuted, inputs_permuted, _ = _observe(graph, permuted)
     tolerance = float(torch.finfo(output.dtype).eps) ** 0.5
     found: dict[str, Layout] = {}
     for site in graph.sites():
         spatial = 0 if site.kind == "linear" else int(site.kind[4])
         allowed = 1 if spatial else inputs[site.target].ndim - 1
         found[site.target] = _best(
-            inputs[site.target], inputs_permuted[site.target], order, examples, allowed, tolerance, f"layer {site.layer}"
+            inputs[site.target],
+            inputs_permuted[site.target],
+            order,
+            examples,
+            allowed,
+            tolerance,
+            f"layer {site.layer}",
         )
     layout = _best(output, output_permuted, order, examples, output.ndim, tolerance, "the model's output")
-    return Layouts(examples, layout, found, output, _positions(graph, inputs, output, examples))
+    return Layouts(examples, layout, found, output, _positions(rows, examples))
 
 
-def _positions(graph: Graph, inputs: dict[str, Tensor], output: Tensor, examples: int) -> dict[str, int]:
-    return {target: tensor.numel() // examples for target, tensor in inputs.items()}
+def _positions(rows: dict[str, int], examples: int) -> dict[str, int]:
+    return {target: count // examples for target, count in rows.items()}
 
 
 def _whole(tensor: Tensor) -> Layout:
@@ -88,9 +102,13 @@ def _best(
         for axis in range(allowed_axes)
         if original.shape[axis] % examples == 0 and original.shape[axis] > 0
     }
-    tried = [(holds(layout, original, permuted, order), i, layout) for i, layout in enumerate(candidates(factors))]
+    tried = [
+        (holds(layout, original, permuted, order), i, layout) for i, layout in enumerate(candidates(factors))
+    ]
     # Equal to rounding counts as equal: the plainest candidate then wins.
-    passing = [(gap if gap > tolerance**2 else 0.0, i, layout) for gap, i, layout in tried if gap <= tolerance]
+    passing = [
+        (gap if gap > tolerance**2 else 0.0, i, layout) for gap, i, layout in tried if gap <= tolerance
+    ]
     if passing:
         return min(passing)[2]
     closest = f"; the closest candidate is off by {min(tried)[0]:.2g}" if tried else ""
@@ -103,15 +121,17 @@ def _best(
     )
 
 
-def _observe(graph: Graph, tensors: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """The output and every site's input of one forward pass without gradients."""
+def _observe(graph: Graph, tensors: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor], dict[str, int]]:
+    """The output of one forward pass without gradients, every site's input, and how many rows its output has."""
     inputs: dict[str, Tensor] = {}
+    rows: dict[str, int] = {}
     bad: list[tuple[str, str, str]] = []
     handles = []
 
     def watcher(target: str, layer: str) -> object:
         def watch(module: nn.Module, args: tuple[Tensor, ...], result: Tensor) -> None:
             inputs[target] = args[0].detach()
+            rows[target] = result.numel() // module.weight.shape[0]
             if not bad:
                 for what, tensor in (("input", args[0]), ("output", result)):
                     if not bool(torch.isfinite(tensor).all()):
@@ -143,4 +163,4 @@ def _observe(graph: Graph, tensors: Sequence[Tensor]) -> tuple[Tensor, dict[str,
             where="the forward pass, after the last linear layer",
             remedy="Look at the operations behind the last layer, or analyze with --dtype float64.",
         )
-    return output, inputs
+    return output, inputs, rows

@@ -1,0 +1,225 @@
+"""Writing a bundle: model, batch, loss, optimizer and step of a running training in one file."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from curvscope.errors import BatchError, ModelError, OutputError, UsageError
+from curvscope.graph.export import Exported, ExportFailure, export_model
+from curvscope.load.batch import Batch, load_batch
+from curvscope.load.bundle import FORMAT, VERSION
+from curvscope.load.importing import describe, random_state_kept
+from curvscope.load.loss import load_loss
+from curvscope.load.optimizer import as_optimizer_state
+from curvscope.load.problem import Inputs, Loss, OptimizerState
+from curvscope.load.targets import check_targets
+from curvscope.load.vet import RefusedArchiveError, UnreadableArchiveError, vetted_archive
+
+
+def capture(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    batch: Any,
+    loss: Any,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    step: int | None = None,
+    example_axes: Mapping[str, int] | None = None,
+) -> None:
+    """Write a bundle that `curvscope analyze path` reads anywhere, without the model's code.
+
+    The model is exported in eval mode; it, the optimizer and the random state are left exactly as they are. A
+    loss that is a callable is exported too; where that fails, `--loss` must be given when the bundle is
+    analyzed. The file appears complete or not at all.
+
+    Args:
+        path: where to write; an existing file is replaced.
+        model: the network being trained.
+        batch: `(inputs, targets)`; inputs are a tensor, a tuple or a dict of keyword arguments.
+        loss: a name with settings, a torch loss module, or a callable `(outputs, targets) -> scalar`.
+        optimizer: the optimizer that trains it, for the stability measures.
+        step: the training step.
+        example_axes: the example axis of an input by name or position, where it is not axis 0.
+
+    Raises:
+        ModelError: torch.export can't express the model.
+        BatchError, LossError: the batch or the loss does not suit the model.
+        UsageError: the optimizer does not train this model, or holds what a bundle can't.
+        OutputError: the file can't be written.
+    """
+    chosen = load_loss(loss)
+    loaded = load_batch(batch)
+    with random_state_kept():
+        exported = _export(model, loaded.inputs, example_axes or {})
+        outputs = _outputs(exported, loaded.inputs)
+        check_targets(chosen, outputs, loaded.targets)
+        loss_graph = _loss_graph(chosen, outputs, loaded.targets) if chosen.name == "callable" else None
+    state = as_optimizer_state(optimizer, model)
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "graph": _as_tensor(_archive(exported.program)),
+        "batch": _batch_content(loaded),
+        "example_axes": dict(zip(exported.input_names, exported.example_axes, strict=True)),
+        "loss": {
+            "name": chosen.name,
+            "settings": {"label": chosen.label}
+            if chosen.name == "callable"
+            else _plain(dict(chosen.settings), "loss settings"),
+        },
+        "loss_graph": None if loss_graph is None else _as_tensor(loss_graph),
+        "optimizer": None if state is None else _optimizer_content(state),
+        "step": step,
+        "model": type(model).__name__,
+        "torch": str(torch.__version__),
+    }
+    _write(Path(path), content)
+
+
+def _export(model: nn.Module, inputs: Inputs, example_axes: Mapping[str, int]) -> Exported:
+    try:
+        return export_model(model, inputs, example_axes)
+    except ExportFailure as cause:
+        raise ModelError(
+            f"torch.export can't express this model as a graph: {cause}.",
+            where=f"model {type(model).__name__}",
+            remedy="Save model.state_dict() instead, and analyze it with --model package.module:factory.",
+        ) from cause
+
+
+def _outputs(exported: Exported, inputs: Inputs) -> Tensor:
+    from torch.utils._pytree import tree_leaves
+
+    tensors = [t for t in tree_leaves((tuple(inputs.args), dict(inputs.kwargs))) if isinstance(t, Tensor)]
+    with torch.no_grad():
+        return exported.program.module(check_guards=False)(*tensors)
+
+
+def _archive(program: torch.export.ExportedProgram) -> bytes:
+    """The program as a torch.export archive without any pickle, source path or traceback in it."""
+    program._example_inputs = None  # else they are stored, as a pickle
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    try:
+        return vetted_archive(buffer.getvalue())
+    except (RefusedArchiveError, UnreadableArchiveError) as cause:
+        raise ModelError(
+            f"The model's graph can't be put in a bundle: {cause}.",
+            where="torch.export archive",
+            remedy="Save model.state_dict() instead, and analyze it with --model package.module:factory.",
+        ) from cause
+
+
+class _LossGraph(nn.Module):
+    """A callable loss as a module, so that it can be exported."""
+
+    def __init__(self, loss: Loss) -> None:
+        super().__init__()
+        # a loss module's own weights must be found by the export
+        if isinstance(loss.function, nn.Module):
+            self.loss: Any = loss.function
+        else:
+            self.__dict__["loss"] = loss.function
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return self.loss(outputs, targets)
+
+
+def _loss_graph(loss: Loss, outputs: Tensor, targets: Any) -> bytes | None:
+    """The loss as an archive, or None where it can't be exported or its export gives another value."""
+    if not isinstance(targets, Tensor):
+        return None
+    try:
+        exported = export_model(_LossGraph(loss), Inputs((outputs.detach(), targets)), {})
+        graph = exported.program.module(check_guards=False)
+        with torch.no_grad():
+            if not torch.allclose(graph(outputs, targets), loss(outputs, targets)):
+                return None
+        return _archive(exported.program)
+    except (ExportFailure, ModelError, BatchError):
+        return None
+
+
+def _batch_content(batch: Batch) -> dict[str, Any]:
+    inputs = {
+        "args": _plain(tuple(batch.inputs.args), "inputs"),
+        "kwargs": _plain(dict(batch.inputs.kwargs), "inputs"),
+    }
+    return {"inputs": inputs, "targets": _plain(batch.targets, "targets")}
+
+
+def _optimizer_content(state: OptimizerState) -> dict[str, Any]:
+    return {
+        "class": state.class_name,
+        "param_names": list(state.param_names),
+        "state_dict": _plain(state.state_dict, "optimizer"),
+    }
+
+
+def _plain(value: Any, where: str) -> Any:
+    """The value made of tensors on the CPU and plain containers, sharing no storage with the original."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu().clone(memory_format=torch.contiguous_format)
+    if isinstance(value, np.generic):
+        return value.item()
+    if value is None or isinstance(value, bool):
+        return value
+    for kind in (int, float, str):
+        if isinstance(value, kind):
+            return kind(value)  # a subclass would be stored by its name
+    if isinstance(value, Mapping):
+        return {
+            key if isinstance(key, int) else str(key): _plain(item, f"{where}.{key}")
+            for key, item in value.items()
+        }
+    if type(value) in (list, tuple):
+        return type(value)(_plain(item, f"{where}[{i}]") for i, item in enumerate(value))
+    raise UsageError(
+        f"A bundle holds tensors, numbers, strings and plain containers; here is a {type(value).__name__}.",
+        where=where,
+        remedy="Give plain tensors in the batch; leave the optimizer out if its state holds other objects.",
+    )
+
+
+def _as_tensor(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    """Write beside the target, then rename: a reader sees the old file or the new one."""
+    temporary: str | None = None
+    try:
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        with os.fdopen(descriptor, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+        temporary = None
+    except OSError as cause:
+        raise OutputError(
+            f"The bundle can't be written: {describe(cause)}.",
+            where=str(path),
+            remedy="Choose a folder that exists and that you may write to.",
+        ) from cause
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,58 @@
+"""The `curvscope` command: its options, and `main`, which the console script calls."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from curvscope._version import __version__
+from curvscope.cli.analyze import analyze
+from curvscope.cli.export import export
+from curvscope.cli.show import show
+from curvscope.errors import EXIT_INTERRUPTED
+
+app = typer.Typer(
+    name="curvscope",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command(no_args_is_help=True)(analyze)
+app.command(no_args_is_help=True)(show)
+app.command(no_args_is_help=True)(export)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"curvscope {__version__}")
+        raise typer.Exit
+
+
+@app.callback(
+    epilog="Try: [bold cyan]curvscope analyze sample_models/digits_vit.pt[/]    "
+    "Exit codes: 0 done, 1 findings at or above --fail-on, 2 usage, 3 bad input, 4 the analysis failed, "
+    "130 interrupted."
+)
+def curvscope(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop."),
+    ] = False,
+) -> None:
+    """A debugger for curvature: how well K-FAC approximates the exact GGN, layer by layer."""
+
+
+def main() -> None:
+    """Run the command line; exits with the codes of `curvscope.errors`."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

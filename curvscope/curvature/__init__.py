@@ -1,0 +1,1 @@
+"""The exact block and its approximations, as objects with the same few operations."""

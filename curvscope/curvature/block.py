@@ -1,0 +1,232 @@
+"""The exact GGN block of one layer, kept as columns: every quantity without forming P x P unless P is the smaller side.
+
+All reductions run in float64; a matrix over the weight is [d_out, d_in(+1)], vec row-major (records.CONVENTIONS).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from curvscope.extract.sweep import Columns
+from curvscope.extract.symmetric import GramSum
+
+PIECE_BYTES = 64 * 2**20
+
+
+class Block:
+    """G = sum over columns v v^T.
+
+    Attributes:
+        columns: the columns as the sweep kept them.
+        d_out, d_in: shape of one column; d_in counts the bias.
+    """
+
+    def __init__(self, columns: Columns, d_out: int, d_in: int, piece_bytes: int = PIECE_BYTES) -> None:
+        self.columns = columns
+        self.d_out = d_out
+        self.d_in = d_in
+        self.piece_bytes = piece_bytes
+
+    @property
+    def parameters(self) -> int:
+        """P."""
+        return self.d_out * self.d_in
+
+    @property
+    def total_columns(self) -> int:
+        """N K."""
+        return self.columns.examples * self.columns.count
+
+    def slices(self) -> Iterator[tuple[int, int, Tensor]]:
+        """The columns by rows of outputs: (low, high, [N K, (high - low) d_in]) in float64, columns ordered k, n."""
+        values = self.columns.values
+        for low, high in self._ranges():
+            if values is not None:
+                piece = values[:, :, low:high].double().flatten(0, 1).flatten(1)
+            else:
+                piece = self._outer(self._gradients[..., low:high], self._inputs)
+            yield low, high, piece
+
+    @cached_property
+    def _inputs(self) -> Tensor:
+        assert self.columns.inputs is not None
+        return self.columns.inputs.double()
+
+    @staticmethod
+    def _outer(gradients: Tensor, inputs: Tensor) -> Tensor:
+        """sum_r g a^T for every k and n: [K, N, R, o] and [N, R, i] -> [K N, o i]."""
+        count, examples, positions, outputs = gradients.shape
+        if positions == 1:
+            product = gradients.squeeze(2).unsqueeze(-1) * inputs.squeeze(1).unsqueeze(0).unsqueeze(2)
+        else:
+            stacked = gradients.permute(1, 0, 3, 2).reshape(examples, count * outputs, positions)
+            product = torch.bmm(stacked, inputs).view(examples, count, outputs, -1).transpose(0, 1)
+        return product.reshape(count * examples, -1)
+
+    def _ranges(self) -> list[tuple[int, int]]:
+        per_output = self.total_columns * self.d_in * 8
+        step = max(1, min(self.d_out, self.piece_bytes // max(1, per_output)))
+        return [(low, min(self.d_out, low + step)) for low in range(0, self.d_out, step)]
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """`V^T V` [N K, N K], or G itself [P, P] where that is what was formed: the same nonzero spectrum."""
+        if self.columns.form == "formed":
+            assert self.columns.block is not None
+            return self.columns.block
+        if self.columns.form == "outer":
+            assert self.columns.gradients is not None
+            g = self.columns.gradients.double().flatten(0, 1).squeeze(1)
+            a = self._inputs.squeeze(1)
+            inner = (a @ a.T).repeat(self.columns.count, self.columns.count)
+            return (g @ g.T) * inner
+        total = GramSum(self.total_columns, dtype=torch.float64, device=self._device)
+        for _, _, piece in self.slices():
+            total.add(piece.T)
+        return total.result()
+
+    @property
+    def _device(self) -> torch.device:
+        held = (self.columns.block, self.columns.values, self.columns.gradients)
+        return next(tensor.device for tensor in held if tensor is not None)
+
+    @cached_property
+    def norm(self) -> float:
+        """||G||_F."""
+        return float(torch.linalg.norm(self.gram))
+
+    @cached_property
+    def trace(self) -> float:
+        """Tr G."""
+        return float(self.gram.diagonal().sum())
+
+    @cached_property
+    def eigenvalues(self) -> Tensor:
+        """The min(P, N K) leading eigenvalues of G, descending, float64, as the solver gave them."""
+        return torch.linalg.eigvalsh(self.gram).flip(0)
+
+    @cached_property
+    def diagonal(self) -> Tensor:
+        """diag(G) as [d_out, d_in]."""
+        if self.columns.form == "formed":
+            return self.gram.diagonal().view(self.d_out, self.d_in).clone()
+        if self.columns.form == "outer":
+            assert self.columns.gradients is not None
+            g = self.columns.gradients.double().squeeze(2)
+            return g.square().sum(0).T @ self._inputs.squeeze(1).square()
+        parts = [piece.square().sum(0).view(high - low, self.d_in) for low, high, piece in self.slices()]
+        return torch.cat(parts)
+
+    def rotated_squares(self, U_B: Tensor, U_A: Tensor) -> Tensor:
+        """`Lambda = sum (U_B^T V U_A)^2` [d_out, d_in]: the diagonal of G in the basis U_B (x) U_A."""
+        if self.columns.form == "formed":
+            G = self.gram.view(self.d_out, self.d_in, self.d_out, self.d_in)
+            # the diagonal only: (U_B (x) U_A)^T G, then one contraction with the basis itself
+            half = torch.einsum("oipq,pb->oiqb", G, U_B)
+            half = torch.einsum("oiqb,ob->biq", half, U_B)
+            return torch.einsum("biq,ia,qa->ba", half, U_A, U_A)
+        if self.columns.form == "outer":
+            assert self.columns.gradients is not None
+            g = self.columns.gradients.double().squeeze(2) @ U_B
+            return g.square().sum(0).T @ (self._inputs.squeeze(1) @ U_A).square()
+        result = torch.empty(self.d_out, self.d_in, dtype=torch.float64, device=U_A.device)
+        if self.columns.gradients is not None:
+            turned = self._inputs @ U_A
+            for low, high in self._ranges():
+                g = self._gradients @ U_B[:, low:high]
+                result[low:high] = self._outer(g, turned).square().sum(0).view(high - low, self.d_in)
+            return result
+        assert self.columns.values is not None
+        flat = self.columns.values.flatten(0, 1)
+        result.zero_()
+        step = max(1, self.piece_bytes // (self.parameters * 8))
+        for low in range(0, flat.shape[0], step):
+            piece = flat[low : low + step].double()
+            result += (U_B.T @ (piece @ U_A)).square().sum(0)
+        return result
+
+    def matvec(self, X: Tensor) -> Tensor:
+        """G vec(X), as [d_out, d_in]."""
+        if self.columns.form == "formed":
+            return (self.gram @ X.reshape(-1)).view(self.d_out, self.d_in)
+        # In the columns' own dtype: rounding of 1e-7 in a product of float32 columns is what those already carry.
+        if self.columns.gradients is not None:
+            a, g = self.columns.inputs, self.columns.gradients
+            assert a is not None
+            turned = torch.matmul(a, X.T.to(a.dtype))  # [N, R, d_out]
+            weights = torch.bmm(
+                g.flatten(2).transpose(0, 1), turned.flatten(1).unsqueeze(-1)
+            )  # v . X, [N, K, 1]
+            mixed = torch.bmm(weights.transpose(1, 2), g.flatten(2).transpose(0, 1)).view_as(turned)
+            return (mixed.reshape(-1, self.d_out).T @ a.reshape(-1, self.d_in)).double()
+        assert self.columns.values is not None
+        flat = self.columns.values.flatten(0, 1).flatten(1)
+        return ((flat @ X.reshape(-1).to(flat.dtype)) @ flat).view(self.d_out, self.d_in).double()
+
+    @cached_property
+    def _gradients(self) -> Tensor:
+        assert self.columns.gradients is not None
+        return self.columns.gradients.double()
+
+    def contract_inputs(self, X: Tensor) -> Tensor:
+        """`sum V X V^T` [d_out, d_out] for X [d_in, d_in]: the rearranged block times vec(X)."""
+        if self.columns.form == "formed":
+            G = self.gram.view(self.d_out, self.d_in, self.d_out, self.d_in)
+            return torch.einsum("oipq,iq->op", G, X)
+        if self.columns.form == "outer":
+            a, g = self._inputs.squeeze(1), self._gradients.squeeze(2)
+            weight = ((a @ X) * a).sum(1)
+            return (g * weight[:, None]).flatten(0, 1).T @ g.flatten(0, 1)
+        total = torch.zeros(self.d_out, self.d_out, dtype=torch.float64, device=X.device)
+        for piece in self._columns_in_pieces():
+            total += torch.einsum("cpi,coi->po", piece @ X, piece)
+        return total
+
+    def contract_outputs(self, Y: Tensor) -> Tensor:
+        """`sum V^T Y V` [d_in, d_in] for Y [d_out, d_out]: the rearranged block's transpose times vec(Y)."""
+        if self.columns.form == "formed":
+            G = self.gram.view(self.d_out, self.d_in, self.d_out, self.d_in)
+            return torch.einsum("oipq,op->iq", G, Y)
+        if self.columns.form == "outer":
+            a, g = self._inputs.squeeze(1), self._gradients.squeeze(2)
+            weight = ((g @ Y) * g).sum((0, 2))
+            return (a * weight[:, None]).T @ a
+        total = torch.zeros(self.d_in, self.d_in, dtype=torch.float64, device=Y.device)
+        for piece in self._columns_in_pieces():
+            total += torch.einsum("coi,coq->iq", torch.matmul(Y.T, piece), piece)
+        return total
+
+    def _columns_in_pieces(self) -> Iterator[Tensor]:
+        """All columns, [c, d_out, d_in] a piece, float64."""
+        step = max(1, self.piece_bytes // (self.parameters * 8))
+        if self.columns.values is not None:
+            flat = self.columns.values.flatten(0, 1)
+            for low in range(0, flat.shape[0], step):
+                yield flat[low : low + step].double()
+            return
+        g, a = self._gradients, self._inputs
+        for k in range(g.shape[0]):
+            for low in range(0, g.shape[1], step):
+                high = low + step
+                yield torch.bmm(g[k, low:high].transpose(1, 2), a[low:high])
+
+    def stacked(self) -> Tensor:
+        """Every column, [N K, d_out, d_in] in order n, k, in the run's dtype."""
+        if self.columns.values is not None:
+            values = self.columns.values
+        else:
+            assert self.columns.gradients is not None and self.columns.inputs is not None
+            flat = self._outer(self.columns.gradients, self.columns.inputs)
+            values = flat.view(self.columns.count, self.columns.examples, self.d_out, self.d_in)
+        return values.transpose(0, 1).flatten(0, 1)
+
+    def dense(self) -> Tensor:
+        """G itself, [P, P] float64."""
+        if self.columns.form == "formed":
+            return self.gram
+        flat = self.stacked().double().flatten(1)
+        return flat.T @ flat

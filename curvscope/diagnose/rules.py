@@ -1,0 +1,146 @@
+"""Which layers deserve a look, and why: from the records alone.
+
+Codes: CS1xx speak of how well a Kronecker product can describe a layer, CS2xx of the block itself, CS3xx of what the
+report does not cover.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from curvscope.records import CoverageRow, FindingRow, Layer, ModelInfo
+
+LARGE_ERROR = 0.5
+TRACE_OFF = 2.0
+FLAVOUR_GAP = 1.5
+UNCOVERED_SHARE = 0.05
+BLIND_TRACE = 1e-6
+
+
+def find(model: ModelInfo, layers: Mapping[str, Layer], coverage: Sequence[CoverageRow]) -> list[FindingRow]:
+    """The findings, the most serious first; within a severity the largest effect first."""
+    ranked: list[tuple[int, float, FindingRow]] = []
+    for layer in layers.values():
+        ranked += _of_layer(layer)
+    ranked += _of_network(model, coverage)
+    ranked.sort(key=lambda item: (item[0], -item[1]))
+    return [row for _, _, row in ranked]
+
+
+def _of_layer(layer: Layer) -> list[tuple[int, float, FindingRow]]:
+    """At most one finding a layer and rule: severity rank (1 warning, 2 info), size of the effect, the row."""
+    found: list[tuple[int, float, FindingRow]] = []
+    errors, name = layer.errors, layer.name
+    expand, reduce = errors.get("kfac_expand"), errors.get("kfac_reduce")
+    if expand is None or reduce is None:
+        return found
+    if expand.status == "not_assessed" and "zero" in expand.reason:
+        row = FindingRow(
+            "CS201",
+            "warning",
+            name,
+            "The exact GGN block is zero on this batch: no curvature reaches the layer.",
+            "Look for dead units or a saturated loss behind it; damping alone decides its K-FAC step.",
+        )
+        return [(1, 3.0, row)]
+    if math.isnan(expand.rel_frobenius) or math.isnan(reduce.rel_frobenius):
+        return found
+    blind = layer.row.positions > 1 and reduce.trace_ratio < BLIND_TRACE
+    if blind:
+        row = FindingRow(
+            "CS101",
+            "warning",
+            name,
+            f"K-FAC-reduce is blind here: its B vanishes (trace ratio {reduce.trace_ratio:.1e}), although tr G = "
+            f"{_trace(layer)}; the output gradients of an example's positions cancel, as under softmax attention's keys.",
+            "Use K-FAC-expand for this layer; under reduce its step is the gradient divided by the damping.",
+        )
+        found.append((1, 2.0, row))
+    best = min(expand.rel_frobenius, reduce.rel_frobenius)
+    nearest = errors.get("kron_best")
+    if best > LARGE_ERROR:
+        structural = nearest is not None and nearest.rel_frobenius > 0.8 * best
+        ekfac = errors["ekfac_expand" if expand.rel_frobenius <= reduce.rel_frobenius else "ekfac_reduce"]
+        helped = not math.isnan(ekfac.rel_frobenius) and ekfac.rel_frobenius < 0.5 * best
+        limit = (
+            f" and even the nearest single Kronecker product is off by {nearest.rel_frobenius:.2f}"
+            if nearest is not None and structural
+            else ""
+        )
+        if helped:
+            remedy = f"EKFAC in the same basis is off by {ekfac.rel_frobenius:.2f}: correct the eigenvalues before anything else."
+        elif structural:
+            remedy = "No Kronecker product describes this layer: give it more damping, or its own first-order step."
+        else:
+            remedy = "Give this layer more damping than the others, or refresh its factors on larger batches."
+        row = FindingRow(
+            "CS102",
+            "warning",
+            name,
+            f"Neither flavour is close to the exact block: relative errors {expand.rel_frobenius:.2f} (expand) and "
+            f"{reduce.rel_frobenius:.2f} (reduce){limit}.",
+            remedy,
+        )
+        found.append((1, best, row))
+    if not blind and layer.row.positions > 1 and not (best > LARGE_ERROR):
+        low, high = sorted((expand.rel_frobenius, reduce.rel_frobenius))
+        if low > 0 and high / low > FLAVOUR_GAP and high > 0.1:
+            better = "expand" if expand.rel_frobenius < reduce.rel_frobenius else "reduce"
+            row = FindingRow(
+                "CS103",
+                "info",
+                name,
+                f"The flavours differ: relative errors {expand.rel_frobenius:.2f} (expand), {reduce.rel_frobenius:.2f} (reduce).",
+                f"Use K-FAC-{better} for this layer.",
+            )
+            found.append((2, high - low, row))
+    chosen = expand if expand.rel_frobenius <= reduce.rel_frobenius else reduce
+    ratio = chosen.trace_ratio
+    if not blind and ratio > 0 and (ratio > TRACE_OFF or ratio < 1 / TRACE_OFF):
+        direction = "over" if ratio > 1 else "under"
+        row = FindingRow(
+            "CS104",
+            "info",
+            name,
+            f"Its better K-FAC {direction}states the curvature: tr M / tr G = {ratio:.2g}.",
+            "Steps here are too "
+            + ("short" if ratio > 1 else "long")
+            + " by about that factor where damping does not decide: scale the factors, or use EKFAC (trace ratio 1).",
+        )
+        found.append((2, abs(math.log(ratio)) / 10, row))
+    return found
+
+
+def _trace(layer: Layer) -> str:
+    ggn = layer.spectra.get("ggn")
+    return f"{ggn.trace:.2g}" if ggn is not None else "not assessed"
+
+
+def _of_network(model: ModelInfo, coverage: Sequence[CoverageRow]) -> list[tuple[int, float, FindingRow]]:
+    found: list[tuple[int, float, FindingRow]] = []
+    uncovered = [row for row in coverage if row.treatment == "uncovered" and "left out by" not in row.reason]
+    share = sum(row.count for row in uncovered) / max(
+        1, sum(r.count for r in coverage if r.treatment != "frozen")
+    )
+    if share > UNCOVERED_SHARE:
+        largest = max(uncovered, key=lambda row: row.count)
+        row = FindingRow(
+            "CS301",
+            "info",
+            "",
+            f"{share:.0%} of the trainable parameters have no Kronecker factors; the largest is {largest.parameter} "
+            f"({largest.count}: {largest.reason}).",
+            "What the report says holds for the covered layers; K-FAC leaves the others to another optimizer.",
+        )
+        found.append((2, share, row))
+    if model.mode_note:
+        row = FindingRow(
+            "CS302",
+            "info",
+            "",
+            model.mode_note,
+            "Curvature in training mode differs where batch statistics or dropout act; the numbers are those of evaluation.",
+        )
+        found.append((2, 0.01, row))
+    return found

@@ -1,0 +1,109 @@
+"""What to keep of each layer's columns, and how many sweeps it takes, under a bound on memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from curvscope.extract.sweep import Form
+from curvscope.graph.sites import LayerSpec
+
+# Slices of columns and their products, on top of what is kept (curvature.block.PIECE_BYTES, a few at once).
+WORKING_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer's columns: the form they are kept in, and the bytes that keeping and measuring them takes."""
+
+    form: Form | None
+    kept_bytes: int
+    measure_bytes: int
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Layers in groups, one sweep a group; layers without a form get factors only, for the reason in their plan."""
+
+    layers: dict[str, LayerPlan]
+    groups: list[list[str]]
+
+
+def plan_layer(
+    spec: LayerSpec,
+    examples: int,
+    columns: int,
+    positions: int,
+    *,
+    itemsize: int,
+    keep_draws: bool,
+    limit: int,
+) -> LayerPlan:
+    """The cheapest form of one layer's columns.
+
+    G itself where P <= N K (not where single draws are needed); inputs and gradients for R = 1; otherwise the smaller
+    of inputs with gradients and the columns themselves. None where min(P, N K) is over `limit`.
+    """
+    d_in = spec.d_in + (spec.bias is not None)
+    P, NK = spec.d_out * d_in, examples * columns
+    small = NK if keep_draws else min(P, NK)
+    if small > limit:
+        return LayerPlan(
+            None,
+            0,
+            0,
+            f"min(P, N K) = {small} exceeds {limit}: use fewer examples, --fisher probe or --fisher mc",
+        )
+    square = 8 * small * small
+    if NK >= P and not keep_draws:
+        return LayerPlan("formed", square, 4 * square + examples * P * (itemsize + 8))
+    factored = examples * positions * (d_in + columns * spec.d_out)
+    dense = NK * P
+    if positions == 1:
+        return LayerPlan("outer", factored * itemsize, 4 * square + 2 * 8 * factored)
+    if factored < dense:
+        return LayerPlan("factored", factored * itemsize, 4 * square + 2 * 8 * factored)
+    return LayerPlan("dense", dense * itemsize, 4 * square)
+
+
+def plan_sweeps(layers: Mapping[str, LayerPlan], budget: int) -> Plan:
+    """Groups of layers whose kept columns, with the largest layer's measuring, stay under `budget` bytes.
+
+    A layer that exceeds the budget alone gets no columns; its plan says what it would take.
+    """
+    chosen: dict[str, LayerPlan] = {}
+    groups: list[list[str]] = [[]]
+    kept, work = 0, 0
+    for name, layer in layers.items():
+        if layer.form is None:
+            chosen[name] = layer
+            groups[0].append(name)
+            continue
+        need = layer.kept_bytes + layer.measure_bytes + WORKING_BYTES
+        if need > budget:
+            reason = f"its columns take {_size(need)} and --memory allows {_size(budget)}: raise it, or --fisher probe"
+            chosen[name] = LayerPlan(None, 0, 0, reason)
+            groups[0].append(name)
+            continue
+        chosen[name] = layer
+        if groups[-1] and kept + layer.kept_bytes + max(work, layer.measure_bytes) + WORKING_BYTES > budget:
+            groups.append([])
+            kept, work = 0, 0
+        groups[-1].append(name)
+        kept += layer.kept_bytes
+        work = max(work, layer.measure_bytes)
+    return Plan(chosen, [group for group in groups if group])
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.3g} {unit}"
+        count /= 1024
+    return ""
+
+
+def site_positions(positions: Mapping[str, int], names: Sequence[str]) -> int:
+    """R of a layer: the positions of all its calls together."""
+    return sum(positions[name] for name in names)

@@ -1,0 +1,202 @@
+"""The fallback where export refuses a model: its own nn.Linear and nn.ConvNd modules as sites, run eagerly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from curvscope.graph.export import FlatInputs, output_tensor
+from curvscope.graph.functional import Graph, layer_names, require_layers, require_trainable, selected
+from curvscope.graph.sites import LayerSpec, Leaf, ParameterUse, Site, site_module
+
+KINDS: dict[type[nn.Module], str] = {
+    nn.Linear: "linear",
+    nn.Conv1d: "conv1d",
+    nn.Conv2d: "conv2d",
+    nn.Conv3d: "conv3d",
+}
+
+
+class _Calls(nn.Module):
+    """Stands where the model's own module stood: one site a call, each ending in a leaf where nothing came before."""
+
+    def __init__(self, sites: list[nn.Module]) -> None:
+        super().__init__()
+        self.sites = nn.ModuleList(sites)
+        self.leaves = nn.ModuleList(Leaf() for _ in sites)
+        self.calls = 0
+        self.cut = True
+
+    def forward(self, tensor: Tensor) -> Tensor:
+        index = self.calls
+        self.calls += 1
+        site, leaf = self.sites[index], self.leaves[index]
+        # A leaf of an earlier pass must not be taken for one of this pass.
+        leaf.value = None
+        if self.cut and not tensor.requires_grad:
+            return leaf(site(tensor))
+        # In-place operations on what a hooked module returns are refused by autograd: hand out a copy.
+        return site(tensor).clone()
+
+
+def build_eager(
+    twin: nn.Module,
+    flat: FlatInputs,
+    tensors: Sequence[Tensor],
+    reason: str,
+    *,
+    layers: Sequence[str] = (),
+    skip: Sequence[str] = (),
+) -> Graph:
+    """A `Graph` over the model's own linear modules.
+
+    `twin` is a shadow of the user's model (it is rewritten in place); `tensors` are run once to count the calls of each
+    module. Functional uses of a parameter are not seen as layers here: such parameters count as uncovered.
+
+    Raises:
+        ModelError: no plain linear module, or all of them are frozen.
+        UsageError: the globs leave nothing.
+    """
+    parameters = {name: parameter.detach() for name, parameter in twin.named_parameters()}
+    requires_grad = {name: parameter.requires_grad for name, parameter in twin.named_parameters()}
+    by_identity = {id(parameter): name for name, parameter in twin.named_parameters()}
+    own = dict(twin.named_parameters())
+    found = {
+        name: module
+        for name, module in twin.named_modules()
+        if type(module) in KINDS and getattr(module, "groups", 1) == 1 and _zero_padded(module)
+    }
+    counts = _count_calls(twin, flat, tensors, found)
+    used = {name: module for name, module in found.items() if counts[name]}
+    weights = list(dict.fromkeys(by_identity[id(module.weight)] for module in used.values()))
+    require_trainable(weights, requires_grad)
+    names = layer_names(weights)
+    require_layers([names[w] for w in weights if requires_grad[w]], layers, skip)
+
+    specs: dict[str, LayerSpec] = {}
+    standing: list[_Calls] = []
+    for path, module in used.items():
+        weight = by_identity[id(module.weight)]
+        if not requires_grad[weight]:
+            continue
+        name, kind = names[weight], KINDS[type(module)]
+        bias = by_identity[id(module.bias)] if module.bias is not None else None
+        spec = specs.get(name)
+        if spec is None:
+            trained = bias if bias is not None and requires_grad[bias] else None
+            d_out, d_in = module.weight.shape[0], int(module.weight[0].numel())
+            spec = specs[name] = LayerSpec(name, kind, weight, trained, d_in, d_out, False)
+            spec.selected = selected(name, layers, skip)
+        options = (
+            {}
+            if kind == "linear"
+            else {key: getattr(module, key) for key in ("stride", "padding", "dilation")}
+        )
+        sites = []
+        for _ in range(counts[path]):
+            target = f"curvscope_site_{sum(len(s.sites) for s in specs.values())}"
+            shared = site_module(
+                kind, module.weight.detach(), None if module.bias is None else module.bias.detach(), options
+            )
+            site = Site(target, name, kind, shared)
+            spec.sites.append(site)
+            sites.append(shared)
+        calls = _Calls(sites)
+        standing.append(calls)
+        parent, _, last = path.rpartition(".")
+        if path:
+            setattr(twin.get_submodule(parent), last, calls)
+        else:
+            twin = calls
+    for parameter in twin.parameters():
+        parameter.requires_grad_(False)
+
+    def run(*given: Tensor) -> Tensor:
+        for calls in standing:
+            calls.calls = 0
+        args, kwargs = flat.rebuild(tuple(given))
+        return output_tensor(twin(*args, **kwargs))
+
+    def leaves() -> dict[str, Tensor]:
+        ends = {}
+        for calls in standing:
+            for site, leaf in zip(calls.sites, calls.leaves, strict=True):
+                if leaf.value is not None:
+                    ends[
+                        next(s.target for spec in specs.values() for s in spec.sites if s.module is site)
+                    ] = leaf.value
+        return ends
+
+    owned = {spec.weight for spec in specs.values()} | {spec.bias for spec in specs.values()}
+    wanted = {name: p for name, p in own.items() if requires_grad[name] and name not in owned}
+
+    def rest(given: Sequence[Tensor], cotangent: Tensor) -> dict[str, Tensor]:
+        if not wanted:
+            return {}
+        try:
+            for parameter in wanted.values():
+                parameter.requires_grad_(True)
+            for calls in standing:
+                calls.cut = False
+            with torch.enable_grad():
+                output = run(*given)
+                if not output.requires_grad:
+                    return {}
+                grads = torch.autograd.grad(output, list(wanted.values()), cotangent, allow_unused=True)
+        finally:
+            for parameter in wanted.values():
+                parameter.requires_grad_(False)
+            for calls in standing:
+                calls.cut = True
+        return {name: grad for name, grad in zip(wanted, grads, strict=True) if grad is not None}
+
+    uses = []
+    owner = {name: spec for spec in specs.values() for name in (spec.weight, spec.bias) if name is not None}
+    for name, tensor in parameters.items():
+        count = tensor.numel()
+        if name in owner and owner[name].selected:
+            uses.append(ParameterUse(name, owner[name].name, count, "kronecker"))
+        elif name in owner:
+            uses.append(
+                ParameterUse(name, owner[name].name, count, "uncovered", "left out by --layers / --skip")
+            )
+        elif not requires_grad[name]:
+            uses.append(ParameterUse(name, "", count, "frozen", "it does not require a gradient"))
+        else:
+            why = "no plain nn.Linear or nn.ConvNd of a model that could not be exported"
+            uses.append(ParameterUse(name, "", count, "uncovered", why))
+    return Graph(
+        run, specs, uses, parameters, requires_grad, f"eager modules, export failed ({reason})", leaves, rest
+    )
+
+
+def _zero_padded(module: Any) -> bool:
+    return getattr(module, "padding_mode", "zeros") == "zeros"
+
+
+def _count_calls(
+    twin: nn.Module, flat: FlatInputs, tensors: Sequence[Tensor], found: dict[str, nn.Module]
+) -> dict[str, int]:
+    """How often one forward pass calls each module."""
+    counts = dict.fromkeys(found, 0)
+    handles = []
+
+    def counter(name: str) -> Any:
+        def count(*_: Any) -> None:
+            counts[name] += 1
+
+        return count
+
+    try:
+        for name, module in found.items():
+            handles.append(module.register_forward_hook(counter(name)))
+        args, kwargs = flat.rebuild(tuple(tensors))
+        with torch.no_grad():
+            twin(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return counts

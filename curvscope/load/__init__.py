@@ -1,0 +1,101 @@
+"""The loading stage: checkpoint, batch, loss and optimizer state, as one Problem."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from curvscope.errors import CheckpointError
+from curvscope.load.batch import load_batch
+from curvscope.load.bundle import bundle_batch
+from curvscope.load.checkpoint import Checkpoint, load_checkpoint
+from curvscope.load.loss import load_loss
+from curvscope.load.optimizer import as_optimizer_state
+from curvscope.load.problem import Problem
+from curvscope.load.state_dict import Factory, build_model, check_weights
+from curvscope.load.targets import check_targets
+
+__all__ = ["check_targets", "check_weights", "load_problem"]
+
+
+def load_problem(
+    model: Any,
+    batch: Any = None,
+    loss: Any = None,
+    *,
+    optimizer: Any = None,
+    factory: Factory | None = None,
+    trust: bool = False,
+    example_axes: Mapping[str, int] | None = None,
+    step: int | None = None,
+) -> Problem:
+    """Everything an analysis needs, from what the user gave.
+
+    Args:
+        model: an nn.Module or exported program, used as it is; or the path of a checkpoint.
+        batch: `(inputs, targets)`, a batch file, "package.module:callable", or None for a bundle's own.
+        loss: a name with settings, a torch loss module, a callable, "package.module:callable", or None for a
+            bundle's own.
+        optimizer: a torch.optim optimizer; None takes the checkpoint's.
+        factory: what builds the model of a state_dict, "package.module:name" or a callable.
+        trust: allow files that can run code when read.
+        example_axes: the example axis of an input by name or position, where it is not axis 0.
+        step: the training step; None takes the checkpoint's.
+
+    Raises:
+        CheckpointError: the checkpoint can't be read, is not trusted, or does not fit its model.
+        BatchError: the batch can't be read, is missing, empty, or not finite.
+        LossError: the loss is missing or unknown.
+        ModelError: weights that are NaN or Inf.
+        UsageError: an optimizer that does not train this model.
+    """
+    found, source = _checkpoint(model, factory, trust)
+    check_weights(found.model)
+    loaded = load_batch(bundle_batch(found.bundle) if batch is None and found.bundle is not None else batch)
+    own_loss = found.bundle.loss() if loss is None and found.bundle is not None else None
+    chosen = load_loss(own_loss if loss is None else loss)
+    module = found.model if isinstance(found.model, nn.Module) else None
+    inputs, axes = loaded.inputs, dict(example_axes or {})
+    if found.bundle is not None:
+        names = list(found.bundle.axes)
+        stored = {name: axis for name, axis in found.bundle.axes.items() if axis not in (None, 0)}
+        axes = {**{name: axis for name, axis in stored.items() if axis is not None}, **axes}
+        if module is None:
+            inputs = found.bundle.graph_inputs(None if batch is None else inputs)
+            # the graph's inputs are positional, whatever their names were
+            axes = {str(names.index(name)) if name in names else name: axis for name, axis in axes.items()}
+    return Problem(
+        model=found.model,
+        inputs=inputs,
+        targets=loaded.targets,
+        loss=chosen,
+        optimizer=found.optimizer if optimizer is None else as_optimizer_state(optimizer, module),
+        source=source,
+        name=found.name,
+        example_axes=axes,
+        step=found.step if step is None else step,
+        notes=found.notes,
+    )
+
+
+def _checkpoint(model: Any, factory: Factory | None, trust: bool) -> tuple[Checkpoint, str]:
+    if isinstance(model, (nn.Module, torch.export.ExportedProgram)):
+        name = type(model).__name__
+        return Checkpoint(model, name), name
+    if isinstance(model, (str, os.PathLike)):
+        path = Path(model)
+        return load_checkpoint(path, factory, trust=trust), path.name
+    if callable(model) and factory is None:
+        built = build_model(model)
+        return dataclasses.replace(Checkpoint(built, type(built).__name__)), type(built).__name__
+    raise CheckpointError(
+        f"A {type(model).__name__} is no model.",
+        where="model",
+        remedy="Give an nn.Module, or the path of a checkpoint.",
+    )

@@ -1,0 +1,177 @@
+"""The optimizer's state: a live optimizer's, or one found in a checkpoint and matched to the parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from curvscope.errors import UsageError
+from curvscope.load.problem import OptimizerState
+
+OPTIMIZER_KEYS = ("optimizer", "optimizer_state_dict", "optim", "optim_state_dict", "optimizer_state", "opt")
+STEP_KEYS = ("global_step", "step", "iteration", "iter")
+UNKNOWN = "unknown"
+"""Class name where the state_dict does not tell."""
+OUTSIDE = ""
+"""Name of an optimizer's parameter that is not a parameter of the model."""
+NO_DECAY_WORDS = ("bias", "norm", "ln_")
+
+
+def as_optimizer_state(optimizer: Any, model: nn.Module | None) -> OptimizerState | None:
+    """A live torch.optim optimizer as class name, parameter names in its own order, and state_dict.
+
+    Names are found by identity among `model.named_parameters()`; a parameter of something else is named "".
+
+    Raises:
+        UsageError: it is no torch optimizer, or none of its parameters belongs to the model.
+    """
+    if optimizer is None or isinstance(optimizer, OptimizerState):
+        return optimizer
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise UsageError(
+            f"An optimizer is a torch.optim.Optimizer; got {type(optimizer).__name__}.",
+            where="optimizer",
+            remedy="Pass the optimizer that trains this model, or leave it out.",
+        )
+    names = {id(p): name for name, p in model.named_parameters()} if model is not None else {}
+    order = [names.get(id(p), OUTSIDE) for group in optimizer.param_groups for p in group["params"]]
+    if not any(order):
+        raise UsageError(
+            "None of the optimizer's parameters belongs to this model.",
+            where=f"optimizer {type(optimizer).__name__}",
+            remedy="Pass the optimizer that was made from model.parameters().",
+        )
+    return OptimizerState(type(optimizer).__name__, tuple(order), optimizer.state_dict())
+
+
+def find_optimizer_state(content: Mapping[Any, Any]) -> Mapping[str, Any] | None:
+    """The optimizer's state_dict in a training checkpoint (Lightning keeps a list: its first)."""
+    for key in OPTIMIZER_KEYS:
+        if is_optimizer_state(content.get(key)):
+            return content[key]
+    several = content.get("optimizer_states")
+    if isinstance(several, (list, tuple)) and several and is_optimizer_state(several[0]):
+        return several[0]
+    return None
+
+
+def is_optimizer_state(value: Any) -> bool:
+    """Whether it has the two keys of a torch.optim state_dict."""
+    return (
+        isinstance(value, Mapping)
+        and "state" in value
+        and isinstance(value.get("param_groups"), (list, tuple))
+    )
+
+
+def find_step(content: Mapping[Any, Any]) -> int | None:
+    """The training step, where a checkpoint says so under a usual key."""
+    for key in STEP_KEYS:
+        value = content.get(key)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if isinstance(value, Tensor) and value.numel() == 1:
+            return int(value)
+    return None
+
+
+def match_optimizer(
+    state: Mapping[str, Any] | None, parameters: Sequence[tuple[str, Tensor]]
+) -> tuple[OptimizerState | None, tuple[str, ...]]:
+    """The state with parameter names, and notes on how they were found.
+
+    A state_dict numbers its parameters; their names are its own `param_names` where it has them, else the
+    model's
+    order: trainable parameters, or all of them, or first those with weight decay and then those without. An
+    order counts only if every per-parameter tensor of the state has its parameter's shape; where none does
+    the state is left out, and a note says so.
+    """
+    if state is None:
+        return None, ()
+    try:
+        groups = [list(group["params"]) for group in state["param_groups"]]
+    except (KeyError, TypeError):
+        return None, ("The optimizer's state has an unknown form and was left out.",)
+    name, name_note = class_name_of(state)
+    for order in _orders(state, groups, parameters):
+        if _fits(state, [index for group in groups for index in group], order, dict(parameters)):
+            return OptimizerState(name, tuple(order), state), name_note
+    return None, (
+        f"The optimizer's state was left out: its {sum(map(len, groups))} parameters could not be matched "
+        "to the "
+        f"model's {len(parameters)} by order and shape.",
+    )
+
+
+def class_name_of(state: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
+    """The optimizer's class as far as its options tell, and a note where they do not.
+
+    A state_dict does not name its class. Adam and AdamW have the same options before torch 2.8; without
+    weight decay they are the same optimizer, with it they can't be told apart.
+    """
+    groups = state["param_groups"]
+    options = {key for group in groups for key in group}
+    if "lr" not in options:
+        return UNKNOWN, ("The optimizer's class could not be told from its state.",)
+    if {"betas", "eps", "amsgrad"} <= options:
+        if "decoupled_weight_decay" in options:
+            decoupled = any(group.get("decoupled_weight_decay") for group in groups)
+            return ("AdamW" if decoupled else "Adam"), ()
+        if not any(group.get("weight_decay") for group in groups):
+            return "Adam", ()
+        return UNKNOWN, ("The optimizer is Adam or AdamW; its state_dict does not say which.",)
+    for name, needed in (
+        ("SGD", {"momentum", "dampening", "nesterov"}),
+        ("RMSprop", {"alpha", "centered"}),
+        ("Adagrad", {"lr_decay", "initial_accumulator_value"}),
+    ):
+        if needed <= options:
+            return name, ()
+    return UNKNOWN, ("The optimizer's class could not be told from its state.",)
+
+
+def _orders(
+    state: Mapping[str, Any], groups: list[list[Any]], parameters: Sequence[tuple[str, Tensor]]
+) -> list[list[str]]:
+    """Candidate name orders, the surest first."""
+    named = [list(group["param_names"]) for group in state["param_groups"] if "param_names" in group]
+    if len(named) == len(groups):
+        return [[name for group in named for name in group]]
+    orders = []
+    trainable = [name for name, parameter in parameters if parameter.requires_grad]
+    for names in (trainable, [name for name, _ in parameters]):
+        orders.append(names)
+        if len(groups) > 1:
+            shapes = dict(parameters)
+            for without in (_by_word, _by_word_or_rank):
+                decay = [n for n in names if not without(n, shapes[n])]
+                orders.append(decay + [n for n in names if without(n, shapes[n])])
+    return orders
+
+
+def _by_word(name: str, _parameter: Tensor) -> bool:
+    return any(word in name.lower() for word in NO_DECAY_WORDS)
+
+
+def _by_word_or_rank(name: str, parameter: Tensor) -> bool:
+    return parameter.ndim < 2 or _by_word(name, parameter)
+
+
+def _fits(
+    state: Mapping[str, Any], indices: list[Any], order: list[str], parameters: Mapping[str, Tensor]
+) -> bool:
+    if len(order) != len(indices):
+        return False
+    for index, name in zip(indices, order, strict=True):
+        parameter = parameters.get(name)
+        if parameter is None:
+            return False
+        entry = state["state"].get(index, {})
+        for value in entry.values() if isinstance(entry, Mapping) else ():
+            # "step" is a scalar; a moment has the parameter's own shape
+            if isinstance(value, Tensor) and value.numel() > 1 and value.shape != parameter.shape:
+                return False
+    return True

@@ -1,0 +1,1 @@
+"""Numbers about blocks and approximations, as plain records."""

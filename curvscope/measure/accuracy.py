@@ -1,0 +1,91 @@
+"""How far an approximation is from the exact block, without forming either.
+
+`||G - M||^2 = ||G||^2 - 2 <G, M> + ||M||^2` with each term taken in float64. EKFAC and the diagonal are projections of G,
+so there <G, M> = ||M||^2.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from curvscope.curvature.block import Block
+from curvscope.curvature.kronecker import Approximation, Kronecker
+from curvscope.curvature.lanczos import largest_magnitude
+from curvscope.records import NAN, ErrorRow
+
+# The norm formula cancels: below this relative error fewer than five digits are left, so G - M is formed instead.
+CANCELLATION = 1e-5
+FORMED_PARAMETERS = 4096
+
+
+def error_row(
+    layer: str,
+    name: str,
+    fisher: str,
+    block: Block,
+    approximation: Approximation,
+    *,
+    spectral: bool,
+    seed: int,
+    reason: str = "",
+) -> ErrorRow:
+    """tables/errors for one approximation of one exact block (the columns are defined at `ErrorRow`).
+
+    A zero block has no relative error: the row is not_assessed. A zero approximation has error 1, trace ratio 0 and no
+    cosine. Where the norm formula cancels, G - M is formed if P <= 4096, else the error is said to be below 1e-5.
+    """
+    if block.norm == 0.0:
+        return ErrorRow(
+            layer,
+            name,
+            fisher,
+            status="not_assessed",
+            reason="the exact block is zero on this batch: no curvature reaches the layer",
+        )
+    notes = [reason] if reason else []
+    status = "ok"
+    inner = approximation.inner(block) if isinstance(approximation, Kronecker) else approximation.norm**2
+    cosine = inner / (block.norm * approximation.norm) if approximation.norm > 0 else NAN
+    if approximation.norm == 0:
+        notes.append("the approximation is zero, so it has no direction")
+    squared = block.norm**2 - 2 * inner + approximation.norm**2
+    relative = max(squared, 0.0) ** 0.5 / block.norm
+    if relative < CANCELLATION:
+        if block.parameters <= FORMED_PARAMETERS:
+            relative = float(torch.linalg.norm(block.dense() - approximation.dense())) / block.norm
+        else:
+            relative, status = NAN, "not_assessed"
+            notes.append("rel_frobenius is below 1e-5, where the norm formula has no digits left")
+    rel_spectral = NAN
+    if spectral:
+        tolerance = 1e-9 if _dtype(block) == torch.float64 else 1e-4
+        extreme = largest_magnitude(
+            lambda X: block.matvec(X) - approximation.matvec(X),
+            (block.d_out, block.d_in),
+            device=block.gram.device,
+            seed=seed,
+            tolerance=tolerance,
+        )
+        top = float(block.eigenvalues[0])
+        rel_spectral = abs(extreme.value) / top
+        if not extreme.converged:
+            status = "not_converged"
+            notes.append(
+                f"rel_spectral: residual {extreme.residual / top:.1e} after {extreme.steps} Lanczos steps"
+            )
+    return ErrorRow(
+        layer,
+        name,
+        fisher,
+        rel_frobenius=relative,
+        cosine=cosine,
+        trace_ratio=approximation.trace / block.trace,
+        rel_spectral=rel_spectral,
+        status=status,
+        reason="; ".join(notes),
+    )
+
+
+def _dtype(block: Block) -> torch.dtype:
+    held = (block.columns.values, block.columns.gradients, block.columns.block)
+    return next(tensor.dtype for tensor in held if tensor is not None)

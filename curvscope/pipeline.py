@@ -1,0 +1,478 @@
+"""`analyze`: the stages in order, from a checkpoint to a run."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import os
+import sys
+import time as clock
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from curvscope._version import __version__
+from curvscope.diagnose import rules
+from curvscope.errors import BatchError, CurvscopeError, DeviceError, UsageError
+from curvscope.extract.plan import LayerPlan, Plan, plan_layer, plan_sweeps, site_positions
+from curvscope.extract.roots import Root, exact_columns, make_root
+from curvscope.extract.sweep import Extract, Form, Progress, no_progress, sweep
+from curvscope.graph.eager import build_eager
+from curvscope.graph.export import (
+    ExportFailure,
+    FlatInputs,
+    example_axes_of,
+    export_model,
+    flatten_inputs,
+    output_tensor,
+)
+from curvscope.graph.functional import Graph, build
+from curvscope.graph.shadow import moved, shadow
+from curvscope.graph.verify import Layouts, verify
+from curvscope.load import check_targets, load_problem
+from curvscope.load.problem import Problem
+from curvscope.measure.layer import Wishes, measure_layer
+from curvscope.records import CoverageRow, Layer, ModelInfo, RunInfo
+from curvscope.run import Run
+from curvscope.settings import DUMPS, FISHERS, MEASURES, Settings
+from curvscope.units import parse_bytes
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+# A matrix rate that any machine reaches, for the estimate that `auto` decides on.
+ASSUMED_RATE = 5e10
+PROBES = 8
+
+
+def analyze(
+    model: Any,
+    batch: Any = None,
+    *,
+    loss: Any = None,
+    optimizer: Any = None,
+    factory: str | Callable[..., nn.Module] | None = None,
+    trust: bool = False,
+    fisher: str = "auto",
+    samples: int | None = None,
+    layers: Sequence[str] | str | None = None,
+    skip: Sequence[str] | str | None = None,
+    measure: Sequence[str] | str | None = None,
+    device: str = "auto",
+    dtype: str = "float32",
+    memory: int | str | None = None,
+    time: float = 60.0,
+    example_axes: Mapping[str, int] | None = None,
+    seed: int = 0,
+    dump: Sequence[str] | str = (),
+    progress: bool | Progress = False,
+) -> Run:
+    """The curvature of every linear layer of a model on one batch, and how well K-FAC describes it.
+
+    For each layer the K-FAC factors (expand and reduce), the exact GGN block (or an estimate of it), six
+    approximations' errors against it, and spectra. Conventions and scales: `curvscope.records.CONVENTIONS`.
+
+    Args:
+        model: an nn.Module, or the path of a checkpoint (bundle, state_dict with `factory`, pickled module,
+            torch.export archive, safetensors with `factory`, Hugging Face folder). It is never modified.
+        batch: `(inputs, targets)`, a file, or None for a bundle's own; inputs a tensor, a tuple or a dict.
+        loss: "cross_entropy", "mse" or "bce_with_logits" (settings after a colon), a torch loss module, or a callable
+            `(outputs, targets) -> scalar`; None for a bundle's own.
+        optimizer: the torch.optim optimizer that trains the model, kept for later diagnostics.
+        factory: builds the nn.Module that a state_dict or safetensors file belongs to.
+        trust: allow checkpoint formats that can run code when loaded.
+        fisher: exact; probe or mc (`samples` draws, with standard errors); empirical; auto chooses exact where the
+            estimated time stays under `time` seconds, the bytes under `memory`, and min(P, N K) <= 8192.
+        samples: draws of probe (8) and mc (1).
+        layers, skip: globs of layer names to keep, to leave out.
+        measure: "spectral" for the relative spectral error of all approximations, "kron_best" to compute it always.
+        device: auto, cpu or cuda.
+        dtype: float32 or float64, the arithmetic of the network's passes; reductions run in float64 either way.
+        memory: bound on the tool's own peak, bytes or "8GiB"; default half of what is free.
+        time: seconds that `fisher="auto"` may spend on exact columns.
+        example_axes: the example axis of an input (by keyword or position) where it is not axis 0.
+        seed: of every random draw; the global random state is neither read nor changed.
+        dump: "spectra" keeps eigenvectors, "columns" and "blocks" the matrices themselves.
+        progress: True for lines on stderr, or a callable `(stage, item, done, total)`.
+
+    Raises:
+        CurvscopeError: everything that goes wrong on purpose; see `curvscope.errors`.
+
+    Sources: K-FAC arXiv:1503.05671; expand and reduce arXiv:2311.00636; EKFAC arXiv:1806.03884.
+    """
+    settings = _settings(
+        fisher=fisher,
+        samples=samples,
+        layers=_words(layers),
+        skip=_words(skip),
+        measure=_words(measure),
+        device=device,
+        dtype=dtype,
+        memory_bytes=parse_bytes(memory) if isinstance(memory, str) else memory,
+        time_seconds=time,
+        seed=seed,
+        dump=_words(dump),
+        example_axes=dict(example_axes or {}),
+    )
+    report = progress if callable(progress) else _print_progress if progress else no_progress
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "load"):
+        problem = load_problem(
+            model,
+            batch,
+            loss,
+            optimizer=optimizer,
+            factory=factory,
+            trust=trust,
+            example_axes=settings.example_axes,
+        )
+    run_on = _device(settings.device)
+    kind = DTYPES[settings.dtype]
+    report("export", problem.name, 0, 1)
+    with _timed(seconds, "export"):
+        graph, flat, axes, examples, notes = _graph(problem, settings, run_on, kind)
+    report("export", problem.name, 1, 1)
+    tensors = [moved(tensor, run_on, kind) for tensor in flat.tensors]
+    targets = moved(problem.targets, run_on, kind)
+    with _timed(seconds, "layout"):
+        layouts = _verified(graph, flat, tensors, axes, examples)
+        check_targets(problem.loss, layouts.outputs, targets)
+    chosen, reason = _choose(problem, graph, layouts, settings, seconds["layout"] / 2)
+    samples_taken = settings.samples or (PROBES if chosen == "probe" else 1)
+    root = make_root(
+        problem.loss,
+        layouts.outputs,
+        targets,
+        layouts.output,
+        fisher=chosen,
+        samples=samples_taken,
+        seed=settings.seed,
+    )
+    if reason:
+        notes.append(reason)
+    plan = _plan(graph, layouts, root, settings, kind)
+    wishes = Wishes(chosen, settings.measure, settings.dump, settings.seed, kind)
+    measured, squared_gradient = _measure(graph, tensors, layouts, root, plan, wishes, report, seconds)
+    with _timed(seconds, "gradient"):
+        squared_gradient += sum(
+            float(g.double().square().sum()) for g in graph.rest(tensors, root.gradient).values()
+        )
+    with _timed(seconds, "findings"):
+        coverage = [
+            CoverageRow(use.parameter, use.layer, use.count, use.treatment, reason=use.reason)
+            for use in graph.uses
+        ]
+        trained = sum(row.count for row in coverage if row.treatment != "frozen")
+        covered = sum(row.count for row in coverage if row.treatment == "kronecker")
+        info = ModelInfo(
+            name=problem.name,
+            checkpoint=problem.source,
+            loss_name=problem.loss.label,
+            loss=root.loss,
+            gradient_norm=squared_gradient**0.5,
+            parameters=sum(row.count for row in coverage),
+            coverage=covered / trained if trained else 0.0,
+            examples=examples,
+            outputs=str(list(layouts.outputs.shape)),
+            graph=graph.origin,
+            mode_note=_mode_note(problem),
+            step=-1 if problem.step is None else problem.step,
+        )
+        findings = rules.find(info, measured, coverage)
+    return Run(
+        info=RunInfo(
+            created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            curvscope_version=__version__,
+            torch_version=torch.__version__,
+            backpack_version=metadata.version("backpack-for-pytorch"),
+            device=_device_words(run_on),
+            dtype=settings.dtype,
+            seed=settings.seed,
+            fisher=chosen,
+            samples=samples_taken if chosen in ("probe", "mc") else 0,
+        ),
+        model=info,
+        config=settings.as_dict(),
+        layers=measured,
+        tables={
+            "layers": [layer.row for layer in measured.values()],
+            "coverage": coverage,
+            "errors": [row for layer in measured.values() for row in layer.errors.values()],
+            "spectra": [row for layer in measured.values() for row in layer.spectra.values()],
+            "findings": findings,
+        },
+        notes=[*problem.notes, *notes],
+        seconds=seconds,
+    )
+
+
+def _measure(
+    graph: Graph,
+    tensors: Sequence[Tensor],
+    layouts: Layouts,
+    root: Root,
+    plan: Plan,
+    wishes: Wishes,
+    report: Progress,
+    seconds: dict[str, float],
+) -> tuple[dict[str, Layer], float]:
+    """Every chosen layer's record, in forward order, and the squared norm of all layers' gradient."""
+    names = [spec.name for spec in graph.chosen()]
+    first: dict[str, Extract] = {}
+    measured: dict[str, Layer] = {}
+    squared = 0.0
+    for number, group in enumerate(plan.groups):
+        forms: dict[str, Form | None] = {name: plan.layers[name].form for name in group}
+        with _timed(seconds, "passes"):
+            if number == 0:
+                later: dict[str, Form | None] = {name: None for name in names if name not in forms}
+                extracts = sweep(
+                    graph,
+                    tensors,
+                    layouts,
+                    root,
+                    forms | later,
+                    per_draw=wishes.fisher in ("probe", "mc"),
+                    gradient_only=[name for name in graph.layers if name not in names],
+                    progress=report,
+                )
+                for extract in extracts.values():
+                    if extract.gradient is not None:
+                        squared += float(extract.gradient.double().square().sum())
+                first = {name: extracts[name] for name in later}
+            else:
+                more = sweep(graph, tensors, layouts, root, forms, factors=False, progress=report)
+                extracts = {
+                    name: dataclasses.replace(first.pop(name), columns=extract.columns)
+                    for name, extract in more.items()
+                }
+        for name in group:
+            report("measure", name, len(measured), len(names))
+            with _timed(seconds, "measure"):
+                # popped: its columns are gone before the next layer's are worked on
+                measured[name] = measure_layer(
+                    extracts.pop(name), wishes, why_no_columns=plan.layers[name].reason
+                )
+    report("measure", "", len(names), len(names))
+    return {name: measured[name] for name in names}, squared
+
+
+def _settings(**given: Any) -> Settings:
+    """The settings, each checked against what exists.
+
+    Raises:
+        UsageError: a value that is not among the choices.
+    """
+    for key, choices in (("fisher", FISHERS), ("dtype", tuple(DTYPES)), ("device", ("auto", "cpu", "cuda"))):
+        if given[key] not in choices:
+            raise UsageError(
+                f"{given[key]!r} is no choice for {key}.",
+                where=f"--{key}",
+                remedy=f"Choose one of {', '.join(choices)}.",
+            )
+    for key, choices in (("measure", MEASURES), ("dump", DUMPS)):
+        for value in given[key]:
+            if value not in choices:
+                raise UsageError(
+                    f"{value!r} is no choice for {key}.",
+                    where=f"--{key}",
+                    remedy=f"Choose from {', '.join(choices)}.",
+                )
+    if given["samples"] is not None and given["samples"] < 1:
+        raise UsageError(
+            "samples must be at least 1.", where="--samples", remedy="Leave it out for the default."
+        )
+    if given["memory_bytes"] is not None and given["memory_bytes"] <= 0:
+        raise UsageError(
+            "memory must be positive.", where="--memory", remedy="Write bytes, or words such as 8GiB."
+        )
+    return Settings(**given)
+
+
+def _words(value: Sequence[str] | str | None) -> tuple[str, ...]:
+    return () if value is None else (value,) if isinstance(value, str) else tuple(value)
+
+
+@contextlib.contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Adds the wall-clock seconds of the block to a stage."""
+    start = clock.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[stage] = seconds.get(stage, 0.0) + clock.perf_counter() - start
+
+
+def _print_progress(stage: str, item: str, done: int, total: int) -> None:
+    print(f"{stage}: {item} ({done} of {total})", file=sys.stderr)
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise DeviceError(
+            "CUDA was asked for, and torch sees no CUDA device.",
+            where=f"--device cuda; torch {torch.__version__}",
+            remedy="Use --device cpu or auto, or install a CUDA build of torch with a driver that matches it.",
+        )
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def _device_words(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _graph(
+    problem: Problem, settings: Settings, device: torch.device, dtype: torch.dtype
+) -> tuple[Graph, FlatInputs, tuple[int | None, ...], int, list[str]]:
+    """The functional graph (or the eager fallback), its inputs, their example axes, N, and notes."""
+    flat = flatten_inputs(problem.inputs)
+    axes, examples = example_axes_of(flat.names, flat.tensors, problem.example_axes)
+    options: dict[str, Any] = {"layers": settings.layers, "skip": settings.skip}
+    notes = _precision_notes(problem, dtype)
+    if not isinstance(problem.model, nn.Module):
+        graph = build(
+            problem.model,
+            device=device,
+            dtype=dtype,
+            dynamic=bool(problem.model.range_constraints),
+            **options,
+        )
+        return graph, flat, axes, examples, notes
+    twin = shadow(problem.model, device=device, dtype=dtype)
+    tensors = tuple(moved(tensor, device, dtype) for tensor in flat.tensors)
+    _try_forward(twin, flat, tensors)
+    try:
+        exported = export_model(
+            problem.model, problem.inputs, problem.example_axes, device=device, dtype=dtype
+        )
+    except ExportFailure as failure:
+        graph = build_eager(twin, flat, tensors, str(failure), **options)
+        notes.append(f"torch.export refused the model, so only its own linear modules are seen: {failure}")
+        return graph, flat, axes, examples, notes
+    graph = build(exported.program, device=device, dtype=dtype, dynamic=exported.dynamic, **options)
+    return graph, flat, axes, examples, [*notes, *exported.notes]
+
+
+def _precision_notes(problem: Problem, dtype: torch.dtype) -> list[str]:
+    """Says so where the checkpoint's own precision is not the run's."""
+    if isinstance(problem.model, nn.Module):
+        kinds = {p.dtype for p in problem.model.parameters() if p.is_floating_point()}
+    else:
+        kinds = {p.dtype for p in problem.model.parameters() if p.is_floating_point()}
+    low = sorted(str(kind).removeprefix("torch.") for kind in kinds if torch.finfo(kind).bits < 32)
+    wanted = str(dtype).removeprefix("torch.")
+    return [f"Weights stored as {', '.join(low)} are computed in {wanted}."] if low else []
+
+
+def _try_forward(twin: nn.Module, flat: FlatInputs, tensors: tuple[Tensor, ...]) -> None:
+    """One plain forward pass: what the model refuses is told before anything is traced.
+
+    Raises:
+        BatchError: the model raises on this batch.
+    """
+    args, kwargs = flat.rebuild(tensors)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            output = twin(*args, **kwargs)
+    except CurvscopeError:
+        raise
+    except Exception as error:
+        raise _refused(error, flat) from error
+    output_tensor(output)
+
+
+def _refused(error: Exception, flat: FlatInputs) -> BatchError:
+    shapes = ", ".join(
+        f"{name}: {str(t.dtype).removeprefix('torch.')} {list(t.shape)}"
+        for name, t in zip(flat.names, flat.tensors, strict=True)
+    )
+    first = (str(error).strip().splitlines() or [""])[0]
+    return BatchError(
+        f"The model refuses the batch: {type(error).__name__}: {first}",
+        where=f"inputs {shapes}",
+        remedy="Give the inputs with the shapes, dtypes and keywords that the model's forward pass takes.",
+    )
+
+
+def _verified(
+    graph: Graph, flat: FlatInputs, tensors: Sequence[Tensor], axes: Sequence[int | None], examples: int
+) -> Layouts:
+    """The layouts; a failure of the pass itself is told as a refusal of the batch."""
+    try:
+        return verify(graph, tensors, axes, examples)
+    except CurvscopeError:
+        raise
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        raise _refused(error, flat) from error
+
+
+def _choose(
+    problem: Problem, graph: Graph, layouts: Layouts, settings: Settings, forward_seconds: float
+) -> tuple[str, str]:
+    """Exact or probe for `auto`, and in words why; any other choice as it is."""
+    if settings.fisher != "auto":
+        return settings.fisher, ""
+    columns = exact_columns(problem.loss, layouts.outputs, layouts.output)
+    NK = columns * layouts.examples
+    flops = 0.0
+    for spec in graph.chosen():
+        P = spec.parameters
+        small = min(P, NK)
+        if small > settings.max_columns:
+            return "probe", (
+                f"Exact columns were not taken: layer {spec.name} has min(P, N K) = {small}, over {settings.max_columns}. "
+                f"{PROBES} probes instead."
+            )
+        flops += 4.0 * NK * P * (spec.d_in + spec.d_out) + 2.0 * small * small * max(P, NK) + 20.0 * small**3
+    estimate = 3 * forward_seconds * (columns + 1) + flops / ASSUMED_RATE
+    if estimate > settings.time_seconds:
+        return "probe", (
+            f"Exact columns were not taken: {columns + 1} backward passes and their products would take about "
+            f"{estimate:.0f} s, over --time {settings.time_seconds:g}. {PROBES} probes instead."
+        )
+    return "exact", ""
+
+
+def _plan(graph: Graph, layouts: Layouts, root: Root, settings: Settings, dtype: torch.dtype) -> Plan:
+    """Forms and groups of all chosen layers under the memory bound."""
+    budget = settings.memory_bytes or _free_bytes() // 2
+    plans: dict[str, LayerPlan] = {}
+    for spec in graph.chosen():
+        # a dead branch's call has no layout row count of its own beyond its input's size
+        positions = site_positions(layouts.positions, [site.target for site in spec.sites])
+        plans[spec.name] = plan_layer(
+            spec,
+            layouts.examples,
+            root.columns,
+            positions,
+            itemsize=dtype.itemsize,
+            keep_draws=root.fisher in ("probe", "mc"),
+            limit=settings.max_columns,
+        )
+    return plan_sweeps(plans, budget)
+
+
+def _free_bytes() -> int:
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return int(torch.cuda.mem_get_info()[0])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _mode_note(problem: Problem) -> str:
+    """What eval mode hides: batch statistics and dropout, where the model has them."""
+    if isinstance(problem.model, nn.Module):
+        modules = list(problem.model.modules())
+        norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in modules)
+        dropouts = any(
+            isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 for module in modules
+        )
+    else:
+        names = {str(node.target) for node in problem.model.graph.nodes}
+        norms = any("batch_norm" in name for name in names)
+        dropouts = any("dropout" in name for name in names)
+    parts = ["BatchNorm uses its running statistics"] * norms + ["dropout is off"] * dropouts
+    return f"Everything is computed in eval mode: {' and '.join(parts)}." if parts else ""

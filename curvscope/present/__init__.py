@@ -1,0 +1,1 @@
+"""Presenting a run: terminal, HDF5, JSON and exports. They format what a run holds and compute nothing."""

@@ -1,0 +1,163 @@
+"""Writing a result so that its name always stands for a whole file: the old one or the new one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from curvscope.errors import OutputError
+
+
+def check_output(path: str | os.PathLike[str], force: bool = False, *, folder: bool = False) -> Path:
+    """The real path (links followed) that a result may be written to; writes nothing.
+
+    Args:
+        path: where the result shall go.
+        force: whether an existing result may be replaced.
+        folder: whether the result is a folder.
+
+    Raises:
+        OutputError: its folder is missing or not writable, something else has that name, or a result is
+            there already and `force` is false.
+    """
+    # os.replace would replace a link itself, not what it points to.
+    target = Path(os.path.realpath(path))
+    parent = target.parent
+    if not parent.is_dir():
+        raise OutputError(
+            "The folder to write to does not exist." if not parent.exists() else "That is not a folder.",
+            where=str(parent),
+            remedy="Create it, or name another place with -o.",
+        )
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(
+            "The folder to write to is not writable.",
+            where=str(parent),
+            remedy="Name another place with -o, or change the folder's permissions.",
+        )
+    try:
+        mode = target.lstat().st_mode
+    except FileNotFoundError:
+        return target
+    except OSError as error:
+        raise _refused(error, target) from error
+    if not (stat.S_ISDIR(mode) if folder else stat.S_ISREG(mode)):
+        found = (
+            "a folder"
+            if stat.S_ISDIR(mode)
+            else "a file"
+            if stat.S_ISREG(mode)
+            else "a device, pipe or socket"
+        )
+        wanted = "a folder" if folder else "a file"
+        raise OutputError(
+            f"The result is {wanted}, but {found} has that name.",
+            where=str(target),
+            remedy="Name another place with -o.",
+        )
+    if not force:
+        raise OutputError(
+            "The result exists already and is kept.",
+            where=str(target),
+            remedy="Add --force (force=True) to replace it, or name another place with -o.",
+        )
+    return target
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str], force: bool = False, *, folder: bool = False) -> Iterator[Path]:
+    """A temporary path beside `path`; it takes that name when the block ends well, and vanishes otherwise.
+
+    The caller creates the temporary file (or folder) and closes it; it is synced to the disk and renamed.
+
+    Raises:
+        OutputError: as `check_output`, or the disk refuses; the previous result is untouched then.
+    """
+    target = check_output(path, force, folder=folder)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
+    try:
+        yield temporary
+        if folder:
+            _publish_folder(temporary, target, force)
+        else:
+            _publish_file(temporary, target, force)
+        _sync(target.parent)
+    except OSError as error:
+        raise _refused(error, target) from error
+    finally:
+        _discard(temporary)
+
+
+def _publish_file(temporary: Path, target: Path, force: bool) -> None:
+    """Sync and rename, keeping the permissions of a file that is replaced."""
+    _sync(temporary)
+    if force:
+        if target.exists():
+            shutil.copymode(target, temporary)
+        os.replace(temporary, target)
+        return
+    try:
+        # Unlike rename, link fails where a file appeared under that name during the work.
+        os.link(temporary, target)
+    except FileExistsError as error:
+        raise _appeared(target) from error
+    except OSError as error:
+        # This file system has no hard links.
+        if target.exists():
+            raise _appeared(target) from error
+        os.rename(temporary, target)
+
+
+def _publish_folder(temporary: Path, target: Path, force: bool) -> None:
+    """Sync the files and rename the folder; with `force` the old folder is moved aside first."""
+    for file in temporary.iterdir():
+        _sync(file)
+    _sync(temporary)
+    if not (force and target.exists()):
+        os.rename(temporary, target)
+        return
+    aside = temporary.with_suffix(".old")
+    os.rename(target, aside)
+    try:
+        os.rename(temporary, target)
+    except BaseException:
+        os.rename(aside, target)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Ask the disk to keep what was written."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _discard(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _appeared(target: Path) -> OutputError:
+    return OutputError(
+        "Another result appeared under this name during the work, and is kept.",
+        where=str(target),
+        remedy="Name another place with -o.",
+    )
+
+
+def _refused(error: OSError, target: Path) -> OutputError:
+    return OutputError(
+        f"The result could not be written: {error.strerror or error}.",
+        where=str(target),
+        remedy="Free some space or name another place with -o; nothing was left behind.",
+    )

@@ -1,0 +1,111 @@
+"""A run in formats that other tools read: npz, safetensors, csv and json."""
+
+from __future__ import annotations
+
+import csv
+import os
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from curvscope.errors import UsageError
+from curvscope.present import json
+from curvscope.present.atomic import check_output, replacing
+from curvscope.present.names import encode
+from curvscope.records import TABLES, Array, Layer, Run, row_values
+
+FORMATS = ("npz", "safetensors", "csv", "json")
+
+
+def export(run: Run, path: str | os.PathLike[str], to: str, *, force: bool = False) -> Path:
+    """The path of what was written, which is whole or not there at all.
+
+    npz, safetensors: the arrays, named `<layer>/factors/expand/A`, `<layer>/spectrum/ggn`, ..., "/" and "%"
+    in a layer's name written %2F and %25. csv: a folder with one file a table. json: as `present.json`.
+
+    Raises:
+        UsageError: there is no format of that name.
+        OutputError: a result is there and `force` is false, or it can't be written; the old one is untouched.
+    """
+    writers: dict[str, Callable[[Run, Path], None]] = {
+        "npz": _write_npz,
+        "safetensors": _write_safetensors,
+        "csv": _write_csv,
+        "json": _write_json,
+    }
+    if to not in writers:
+        raise UsageError(f"There is no format {to!r}.", remedy=f"Formats: {', '.join(FORMATS)}.")
+    with replacing(path, force, folder=to == "csv") as temporary:
+        writers[to](run, temporary)
+    return Path(path)
+
+
+def default_path(run_file: str | os.PathLike[str], to: str) -> Path:
+    """Where an export goes by default: the run's name with the format's suffix, in the current folder."""
+    return Path(Path(run_file).stem + ("-tables" if to == "csv" else f".{to}"))
+
+
+def check_export(path: str | os.PathLike[str], to: str, *, force: bool = False) -> None:
+    """Raise OutputError where `export` could not write to `path`; writes nothing."""
+    check_output(path, force, folder=to == "csv")
+
+
+def arrays(run: Run) -> Iterator[tuple[str, Array]]:
+    """Every array of the run with its name, one at a time."""
+    for layer in run.layers.values():
+        for name, values in _layer_arrays(layer):
+            yield f"{encode(layer.name)}/{name}", values
+
+
+def _layer_arrays(layer: Layer) -> Iterator[tuple[str, Array]]:
+    for key, factors in layer.factors.items():
+        yield f"factors/{key}/A", factors.A
+        yield f"factors/{key}/B", factors.B
+    for name, values in layer.spectrum.items():
+        yield f"spectrum/{name}", values
+    for name, values in layer.eigenvectors.items():
+        yield f"eigenvectors/{name}", values
+    for name, kept in (("columns", layer.kept_columns), ("block", layer.block)):
+        if kept is not None:
+            yield name, kept
+
+
+def _write_npz(run: Run, path: Path) -> None:
+    # np.savez would hold all arrays in memory at once.
+    with zipfile.ZipFile(path, "x", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        for name, values in arrays(run):
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, values, allow_pickle=False)
+
+
+def _write_safetensors(run: Run, path: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    # safetensors writes the memory as it lies: a transposed view would come out wrong.
+    contiguous = {name: np.ascontiguousarray(values) for name, values in arrays(run)}
+    path.touch()
+    permissions = path.stat().st_mode
+    try:
+        save_file(
+            contiguous, path, metadata={"format": run.info.format, "schema_version": run.info.schema_version}
+        )
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+    # It replaces the file by one that only the owner may read.
+    path.chmod(permissions)
+
+
+def _write_csv(run: Run, path: Path) -> None:
+    path.mkdir()
+    for name, row_type in TABLES.items():
+        with (path / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(row_type.__dataclass_fields__))
+            writer.writeheader()
+            writer.writerows(row_values(row) for row in run.tables.get(name, []))
+
+
+def _write_json(run: Run, path: Path) -> None:
+    path.write_text(json.dumps(run) + "\n", encoding="utf-8")

@@ -1,0 +1,36 @@
+"""Numbers in few characters."""
+
+from __future__ import annotations
+
+import math
+
+
+def number(value: float, digits: int = 3) -> str:
+    """The value to `digits` significant digits, e.g. 0.412, 35.2, 3,520, 4.1e-7; "nan" and "inf" as such."""
+    if math.isnan(value) or math.isinf(value):
+        return str(value)
+    if value == 0:
+        return "0"
+    rounded = float(f"{value:.{digits - 1}e}")
+    exponent = math.floor(math.log10(abs(rounded)))
+    if -3 <= exponent < 5:
+        return f"{rounded:,.{max(0, digits - 1 - exponent)}f}"
+    mantissa, power = f"{value:.{max(0, digits - 2)}e}".split("e")
+    return f"{mantissa}e{int(power)}"
+
+
+def percent(share: float) -> str:
+    """A share as a percentage; 100 % and 0 % only where they are exact."""
+    if math.isnan(share):
+        return "nan"
+    if share in (0.0, 1.0):
+        return f"{share:.0%}".replace("%", " %")
+    value = min(max(100 * share, 0.0), 100.0)
+    if value < 0.1:
+        return "<0.1 %"
+    return f"{min(value, 99.9):.1f} %"
+
+
+def count(value: int, noun: str, plural: str = "") -> str:
+    """A number with its noun, e.g. "1 layer" or "1,200 layers"."""
+    return f"{value:,} {noun if value == 1 else plural or noun + 's'}"

@@ -1,0 +1,228 @@
+"""The page of one layer: its findings, all approximations, all spectra, a picture of them, the factors."""
+
+from __future__ import annotations
+
+from rich.panel import Panel
+from rich.table import Table
+
+from curvscope.present.names import shorten
+from curvscope.present.numbers import count, number, percent
+from curvscope.present.sparkline import picture
+from curvscope.present.terminal.page import STATUS_WORDS, Column, Page
+from curvscope.records import ErrorRow, Layer, Run, SpectrumRow
+
+ERROR_COLUMNS = (
+    ("rel_frobenius", "rel.\nFrobenius", 9),
+    ("cosine", "\ncosine", 7),
+    ("trace_ratio", "trace\nratio", 8),
+    ("rel_spectral", "rel.\nspectral", 6),
+)
+SPECTRUM_COLUMNS = (
+    ("trace", "\ntrace", 6),
+    ("lambda_max", "largest\neigenv.", 9),
+    ("lambda_min_positive", "smallest\npositive", 4),
+    ("condition", "\ncondition", 8),
+    ("stable_rank", "stable\nrank", 3),
+    ("effective_rank", "effective\nrank", 5),
+)
+PICTURE_HEIGHT = 8
+# Dumped arrays by the file's names for them.
+KEPT = ("columns", "block", "eigenvectors")
+
+
+def layer_page(page: Page, run: Run, layer: Layer) -> None:
+    """Print everything the run has about one layer."""
+    page.console.print(_header(page, layer))
+    rows = [row for row in run.tables["findings"] if row.layer == layer.name]
+    if rows:
+        page.heading("findings")
+        page.findings(rows, name_layer=False)
+    _errors(page, layer)
+    _spectra(page, layer)
+    _picture(page, layer)
+    _factors(page, layer)
+    _next(page, run, layer)
+
+
+def _header(page: Page, layer: Layer) -> Panel:
+    row = layer.row
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    bias = "with bias" if row.bias else "without bias"
+    groups = f", {row.groups} groups" if row.groups > 1 else ""
+    noun = "position" if row.positions == 1 else "positions"
+    positions = f"{count(row.examples, 'example')}, {row.positions:,.4g} {noun} each"
+    if row.padded > 0:
+        positions += f" (and {percent(row.padded)} of the rows are padding, left out)"
+    if row.columns:
+        positions += f", {count(row.columns, 'GGN column')}"
+    grid.add_row(
+        "layer",
+        page.text(
+            f"{row.kind}, {row.d_out}{page.times}{row.d_in} {bias}{groups}, "
+            f"{count(row.parameters, 'parameter')}"
+        ),
+    )
+    grid.add_row("batch", page.text(positions))
+    if row.better_flavour:
+        grid.add_row("better", page.text(f"K-FAC-{row.better_flavour}", "bold"))
+    if row.reason:
+        grid.add_row(STATUS_WORDS.get(row.status, row.status), page.text(row.reason, "yellow"))
+    (name,) = shorten([page.safe(layer.name)], max(10, page.width - 8), page.ellipsis)
+    return Panel(grid, title=page.text(name, "bold"), title_align="left", border_style="cyan")
+
+
+def _errors(page: Page, layer: Layer) -> None:
+    """All approximations against the block."""
+    rows = list(layer.errors.values())
+    if not rows:
+        return
+    page.heading("approximations against the exact block")
+    better = f"kfac_{layer.row.better_flavour}"
+    names = [(row.approximation + ("*" if row.approximation == better else ""), "") for row in rows]
+    columns = [Column("\napproximation", names, worth=100, left=True)]
+    columns += _measured(page, rows, ERROR_COLUMNS)
+    if page.width >= 60:
+        columns.append(Column("\nstatus", [_status(row) for row in rows], worth=1, left=True))
+    page.table(columns)
+    page.lines(
+        [
+            page.text(
+                "rel.: ||G - M|| / ||G||; 0 is exact, 1 is as far off as M = 0. * the better K-FAC.", "dim"
+            )
+        ]
+    )
+    _reasons(page, rows)
+
+
+def _spectra(page: Page, layer: Layer) -> None:
+    """Derived numbers of each spectrum."""
+    rows = list(layer.spectra.values())
+    if not rows:
+        return
+    page.heading("spectra")
+    rows.sort(key=lambda row: row.approximation != "ggn")
+    names = [(row.approximation, "bold" if row.approximation == "ggn" else "") for row in rows]
+    page.table(
+        [Column("\nmatrix", names, worth=100, left=True), *_measured(page, rows, SPECTRUM_COLUMNS)],
+    )
+    _reasons(page, rows)
+
+
+def _measured(
+    page: Page, rows: list[ErrorRow] | list[SpectrumRow], wanted: tuple[tuple[str, str, int], ...]
+) -> list[Column]:
+    """Columns of measured values with their standard errors."""
+    columns = []
+    for name, header, worth in wanted:
+        cells = [page.measured(getattr(row, name), getattr(row, f"{name}_stderr")) for row in rows]
+        columns.append(Column(header, [(cell, "dim" if cell == page.dash else "") for cell in cells], worth))
+    return columns
+
+
+def _status(row: ErrorRow) -> tuple[str, str]:
+    if row.status == "ok":
+        return row.fisher, "dim"
+    return STATUS_WORDS.get(row.status, row.status), "dim" if row.status == "estimated" else "yellow"
+
+
+def _reasons(page: Page, rows: list[ErrorRow] | list[SpectrumRow]) -> None:
+    """The reason of each row that has one, rows of the same reason together."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row.reason:
+            reasons.setdefault((row.status, row.reason), []).append(row.approximation)
+    lines = []
+    for (status, reason), names in reasons.items():
+        who = "all" if len(names) == len(rows) > 1 else ", ".join(names)
+        line = page.text(
+            f"{page.dash} {who} {STATUS_WORDS.get(status, status)}: ", "" if status == "ok" else "yellow"
+        )
+        line.append(page.safe(reason), style="dim")
+        lines.append(line)
+    page.lines(lines)
+
+
+def _picture(page: Page, layer: Layer) -> None:
+    """The block's eigenvalues over rank, with the better K-FAC's over them."""
+    if "ggn" not in layer.spectrum or not len(layer.spectrum["ggn"]):
+        return
+    other = f"kfac_{layer.row.better_flavour or 'expand'}"
+    drawn = picture(
+        layer.spectrum["ggn"],
+        layer.spectrum.get(other),
+        width=max(10, min(100, page.width - 12)),
+        height=PICTURE_HEIGHT,
+        ascii_only=page.ascii_only,
+    )
+    if not drawn.rows:
+        return
+    page.heading("eigenvalues over rank")
+    bar = "|" if page.ascii_only else "┤"
+    for label, cells in drawn.rows:
+        line = page.text(f"{label:>7} {bar}", "dim")
+        line.append(cells, style="cyan")
+        page.console.print(line, no_wrap=True, overflow="crop", highlight=False)
+    page.console.print(page.text(" " * 9 + drawn.axis, "dim"), no_wrap=True, overflow="crop", highlight=False)
+    words = "filled: the exact block"
+    if other in layer.spectrum:
+        dot = "o" if page.ascii_only else "•"
+        beyond = len(layer.spectrum[other]) - len(layer.spectrum["ggn"])
+        words += f"; {dot} {other}" + (
+            f", which has {beyond:,} more nonzero eigenvalues" if beyond > 0 else ""
+        )
+    page.lines([page.text(words, "dim")])
+
+
+def _factors(page: Page, layer: Layer) -> None:
+    """Shape and extreme eigenvalues of each factor, and which arrays the run keeps."""
+    page.heading("factors and arrays")
+    table: list[tuple[str, str, str, str]] = []
+    for key, factors in layer.factors.items():
+        for side, values in (("A", factors.A), ("B", factors.B)):
+            shape = page.times.join(str(size) for size in values.shape)
+            extremes = [layer.attributes.get(f"{key}/{side}/{name}") for name in ("lambda_max", "lambda_min")]
+            words = [page.dash if value is None else number(float(value)) for value in extremes]
+            table.append((f"{key} {side}", f"{shape} {values.dtype}", words[0], words[1]))
+    if table:
+        headers = (
+            ("\nfactor", True, 9),
+            ("\nshape", True, 5),
+            ("largest\neigenv.", False, 7),
+            ("smallest\neigenv.", False, 6),
+        )
+        page.table(
+            [
+                Column(header, [(row[index], "") for row in table], worth, left)
+                for index, (header, left, worth) in enumerate(headers)
+            ]
+        )
+    kept = [name for name in KEPT if _has(layer, name)]
+    facts = [
+        f"{name}: {value}"
+        for name, value in sorted(layer.attributes.items())
+        if isinstance(value, str) and value and "/" not in name
+    ]
+    lines = [*facts, f"also kept: {', '.join(kept)}" if kept else ""]
+    page.lines([page.text(line, "dim") for line in lines if line])
+
+
+def _has(layer: Layer, name: str) -> bool:
+    if name == "eigenvectors":
+        return len(layer.eigenvectors) > 0
+    return (layer.kept_columns if name == "columns" else layer.block) is not None
+
+
+def _next(page: Page, run: Run, layer: Layer) -> None:
+    """The next layer's page, and the arrays for one's own tools."""
+    page.heading("next")
+    names = list(run.layers)
+    following = names[(names.index(layer.name) + 1) % len(names)]
+    if page.path is None:
+        call = f'  run.layers[{layer.name!r}].factors["expand"].A    run.show({following!r})'
+        page.console.print(page.text(call, "bold cyan"), soft_wrap=True, highlight=False)
+        return
+    if following != layer.name:
+        page.command("curvscope", "show", page.path, following)
+    page.command("curvscope", "export", page.path, "--to", "npz")

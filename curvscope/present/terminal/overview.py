@@ -1,0 +1,295 @@
+"""The report's first page: what was analyzed, a row a layer, what is left out, what deserves a look."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import PurePath
+
+from rich.padding import Padding
+from rich.panel import Panel
+from rich.table import Table
+
+from curvscope.present.names import shorten
+from curvscope.present.numbers import count, number, percent
+from curvscope.present.sparkline import sparkline
+from curvscope.present.terminal.page import GAP, STATUS_WORDS, Column, Page
+from curvscope.records import CoverageRow, ErrorRow, Layer, Run
+
+FLAVOURS = ("expand", "reduce")
+SPARKLINE_WIDTHS = (32, 28, 24, 20, 16, 12, 8)
+TREATMENT_WORDS = {
+    "exact_only": "exact block only",
+    "uncovered": "not covered",
+    "frozen": "frozen",
+}
+FISHER_WORDS = {
+    "exact": "exact GGN",
+    "probe": "GGN estimated from {samples}",
+    "mc": "GGN estimated from {samples}",
+    "empirical": "empirical Fisher, which is another matrix than the GGN",
+}
+SAMPLE_WORDS = {"probe": ("probe", ""), "mc": ("drawn label an example", "drawn labels an example")}
+
+
+def overview(page: Page, run: Run) -> None:
+    """Print the whole first page."""
+    page.console.print(_header(page, run))
+    page.heading(f"{count(len(run.layers), 'layer')}, in forward order")
+    _layer_table(page, list(run.layers.values()))
+    _legend(page, run)
+    _not_assessed(page, run)
+    _coverage(page, run)
+    _worth_a_look(page, run)
+    _notes(page, run)
+    _next(page, run)
+
+
+def _header(page: Page, run: Run) -> Panel:
+    """Model, loss, coverage and what the numbers stand for, at a glance."""
+    model, info = run.model, run.info
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    covered = page.text(percent(model.coverage), "bold green" if model.coverage >= 0.9 else "bold yellow")
+    covered.append(page.safe(" of the trainable parameters have Kronecker factors"))
+    step = f", step {model.step:,}" if model.step >= 0 else ""
+    lines = {
+        "coverage": covered,
+        "model": page.text(f"{model.name}, {count(model.parameters, 'parameter')}{step}"),
+        "batch": page.text(f"{count(model.examples, 'example')}, outputs {model.outputs}"),
+        "loss": page.text(
+            f"{number(model.loss, 4)} {model.loss_name}, gradient norm {number(model.gradient_norm)}"
+        ),
+        "curvature": page.text(f"{_fisher_words(run)}, {info.dtype} on {info.device}"),
+        "mode": page.text("eval mode" + (f": {model.mode_note}" if model.mode_note else "")),
+    }
+    if model.graph != "exported":
+        lines["graph"] = page.text(model.graph)
+    for label, words in lines.items():
+        grid.add_row(label, words)
+    title = page.text(f"curvscope {page.dash} {PurePath(model.checkpoint).name or model.name}", "bold")
+    made = page.text(f"curvscope {info.curvscope_version}, {info.created[:16].replace('T', ' ')}", "dim")
+    return Panel(
+        grid, title=title, title_align="left", subtitle=made, subtitle_align="right", border_style="cyan"
+    )
+
+
+def _fisher_words(run: Run) -> str:
+    """What was exact and what was estimated, with how many layers where they differ."""
+    per_layer: dict[str, int] = {}
+    for layer in run.layers.values():
+        row = layer.errors.get("kfac_expand")
+        unknown = row is None or row.status in ("not_assessed", "skipped")
+        key = "" if row is None or unknown else row.fisher
+        per_layer[key] = per_layer.get(key, 0) + 1
+    if not per_layer or set(per_layer) == {""}:
+        per_layer = {run.info.fisher: len(run.layers)} | per_layer
+    words = []
+    for fisher, layers in sorted(per_layer.items(), key=lambda item: -item[1]):
+        if fisher:
+            samples = count(run.info.samples, *SAMPLE_WORDS.get(fisher, ("sample", "")))
+            said = FISHER_WORDS.get(fisher, fisher).format(samples=samples)
+            words.append(said if len(per_layer) == 1 else f"{said} ({count(layers, 'layer')})")
+    if "" in per_layer and len(per_layer) > 1:
+        words.append(f"{count(per_layer[''], 'layer')} not assessed")
+    return ", ".join(words)
+
+
+def _layer_table(page: Page, layers: list[Layer]) -> None:
+    """One row a layer; names and columns give way as the width shrinks."""
+    if not layers:
+        return
+    names = [page.safe(layer.name) for layer in layers]
+    longest = max(len(name) for name in names)
+    columns = _layer_columns(page, layers)
+    least = 16 if page.width >= 120 else 8
+    spectra = [_spectrum_column(page, layers, width) for width in SPARKLINE_WIDTHS if width >= least]
+    chosen = [*columns, *spectra[-1:]]
+    room = page.width - 2 - GAP - min(longest, max(18, page.width // 4))
+    chosen = page.fitting(chosen, room)
+    name_width = max(10, min(longest, page.width - 2 - GAP - page.needed(chosen)))
+    short = shorten(names, name_width, page.ellipsis)
+    name = Column("layer", [(words, "") for words in short], worth=100, left=True)
+    # What the names leave over goes to the spectrum.
+    if spectra and chosen and chosen[-1] is spectra[-1]:
+        wider = [[name, *chosen[:-1], spectrum] for spectrum in spectra]
+        chosen = next((c for c in wider if page.needed(c) <= page.width - 2), [name, *chosen])[1:]
+    page.table([name, *chosen])
+
+
+def _layer_columns(page: Page, layers: list[Layer]) -> list[Column]:
+    """All columns but name and spectrum, from left to right."""
+
+    def column(
+        header: str, worth: int, cell: Callable[[Layer], tuple[str, str]], left: bool = False
+    ) -> Column:
+        return Column(header, [cell(layer) for layer in layers], worth, left)
+
+    columns = [
+        column("kind", 1, lambda layer: (layer.row.kind, "dim"), left=True),
+        column(f"out{page.times}in", 5, lambda layer: (f"{layer.row.d_out}{page.times}{layer.row.d_in}", "")),
+        column("posi-\ntions", 4, lambda layer: (_positions(layer), "dim")),
+    ]
+    columns += [column(f"error\n{f} ", 10, lambda layer, f=f: _error(page, layer, f)) for f in FLAVOURS]  # type: ignore[misc]
+    columns += [column(f"trace\n{f}", 2, lambda layer, f=f: _trace_ratio(page, layer, f)) for f in FLAVOURS]  # type: ignore[misc]
+    return [*columns, column("GGN\ncond.", 6, lambda layer: _condition(page, layer))]
+
+
+def _positions(layer: Layer) -> str:
+    positions = layer.row.positions
+    return f"{positions:,.0f}" if positions == round(positions) else f"{positions:,.1f}"
+
+
+def _error(page: Page, layer: Layer, flavour: str) -> tuple[str, str]:
+    """The relative error; the better flavour carries a star and is bold."""
+    row = layer.errors.get(f"kfac_{flavour}")
+    words = _value(page, row, "rel_frobenius")
+    if words == page.dash or row is None:
+        return f"{page.dash} ", "dim"
+    better = layer.row.better_flavour == flavour
+    style = "green" if row.rel_frobenius < 0.3 else "red" if row.rel_frobenius >= 0.9 else "yellow"
+    return words + ("*" if better else " "), f"bold {style}" if better else style
+
+
+def _trace_ratio(page: Page, layer: Layer, flavour: str) -> tuple[str, str]:
+    words = _value(page, layer.errors.get(f"kfac_{flavour}"), "trace_ratio")
+    return words, "dim" if words == page.dash else ""
+
+
+def _value(page: Page, row: ErrorRow | None, column: str) -> str:
+    if row is None:
+        return page.dash
+    return page.measured(getattr(row, column), getattr(row, f"{column}_stderr"))
+
+
+def _condition(page: Page, layer: Layer) -> tuple[str, str]:
+    row = layer.spectra.get("ggn")
+    return (page.dash, "dim") if row is None else (page.measured(row.condition, row.condition_stderr), "")
+
+
+def _spectrum_column(page: Page, layers: list[Layer], width: int) -> Column:
+    cells = []
+    for layer in layers:
+        line = (
+            sparkline(layer.spectrum["ggn"], width, ascii_only=page.ascii_only)
+            if "ggn" in layer.spectrum
+            else ""
+        )
+        cells.append((line or page.dash, "cyan" if line else "dim"))
+    return Column("GGN\nspectrum", cells, worth=7, left=True)
+
+
+def _legend(page: Page, run: Run) -> None:
+    """What the columns mean, in as few words as do."""
+    words = [
+        "error: relative Frobenius error of K-FAC against the block; 0 is exact, 1 is as far off as zero;"
+        " * the better flavour.",
+        "GGN spectrum: log eigenvalue over rank, one step down is a factor of 10.",
+    ]
+    shown_estimate = any(row.status == "estimated" for row in run.tables["errors"])
+    if shown_estimate and not page.show_stderr:
+        words.append("~ estimated: its standard error stands in the layer's own page.")
+    page.lines([page.text(line, "dim") for line in words])
+
+
+def _not_assessed(page: Page, run: Run) -> None:
+    """Why values are missing: one line for each kind of gap, with how many layers it concerns."""
+    gaps: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for row in (*run.tables["errors"], *run.tables["spectra"]):
+        if row.status in ("skipped", "not_assessed", "not_converged"):
+            reasons = gaps.setdefault((row.status, row.layer), {})
+            reasons.setdefault(row.reason, [])
+            if row.approximation not in reasons[row.reason]:
+                reasons[row.reason].append(row.approximation)
+    kinds: dict[tuple[str, tuple[str, ...]], dict[str, list[str]]] = {}
+    for (status, layer), reasons in gaps.items():
+        for reason, approximations in reasons.items():
+            kinds.setdefault((status, tuple(approximations)), {}).setdefault(reason, []).append(layer)
+    lines = []
+    for (status, named), by_reason in kinds.items():
+        what = "everything" if len(named) > 5 else ", ".join(named)
+        layers = [layer for concerned in by_reason.values() for layer in concerned]
+        line = page.text(f"{page.dash} {STATUS_WORDS[status]}: ", "yellow")
+        line.append(
+            page.safe(f"{what} of {_some(layers, 'layer', most=1)}: {next(iter(by_reason))}"), style="dim"
+        )
+        if len(by_reason) > 1:
+            line.append(f" (other reasons: {len(by_reason) - 1}, on the layers' pages)", style="dim")
+        lines.append(line)
+    page.lines(lines)
+
+
+def _some(names: list[str], noun: str, most: int = 2) -> str:
+    """The names, or how many there are."""
+    return ", ".join(names) if len(names) <= most else count(len(names), noun)
+
+
+def _coverage(page: Page, run: Run) -> None:
+    """Parameters without Kronecker factors, by treatment and reason, each with its share."""
+    groups: dict[tuple[str, str], list[CoverageRow]] = {}
+    for row in run.tables["coverage"]:
+        if row.treatment != "kronecker":
+            groups.setdefault((row.treatment, row.reason), []).append(row)
+    if not groups:
+        return
+    page.heading("parameters without Kronecker factors")
+    total = sum(row.count for row in run.tables["coverage"])
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(justify="right", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for (treatment, reason), rows in sorted(
+        groups.items(), key=lambda item: -sum(row.count for row in item[1])
+    ):
+        entries = sum(row.count for row in rows)
+        words = TREATMENT_WORDS.get(treatment, treatment)
+        line = page.text(f"{words}: ", "bold red" if treatment == "uncovered" else "bold")
+        names = [row.parameter for row in rows]
+        more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+        line.append(page.safe(", ".join(names[:2]) + more), style="not bold default")
+        line.append(page.safe(f" ({reason})" if reason else ""), style="not bold dim default")
+        grid.add_row(page.text(percent(entries / total)), line)
+    page.console.print(Padding(grid, (0, 0, 0, 1)))
+
+
+def _worth_a_look(page: Page, run: Run) -> None:
+    """The three findings that matter most."""
+    findings = run.tables["findings"]
+    if not findings:
+        page.heading("nothing stands out")
+        return
+    page.heading("what deserves a look")
+    page.findings(findings[:3])
+    if len(findings) > 3:
+        page.console.print()
+        page.lines(
+            [
+                page.text(
+                    f"and {count(len(findings) - 3, 'finding')} more, on the pages of their layers.", "dim"
+                )
+            ]
+        )
+
+
+def _notes(page: Page, run: Run) -> None:
+    """How the input was read, and where the time went."""
+    lines = [page.text(note, "dim") for note in run.notes]
+    if run.seconds:
+        stages = ", ".join(f"{stage} {number(seconds, 2)} s" for stage, seconds in run.seconds.items())
+        lines.append(page.text(f"{number(sum(run.seconds.values()), 2)} s in all: {stages}.", "dim"))
+    if lines:
+        page.heading("notes")
+        page.lines(lines)
+
+
+def _next(page: Page, run: Run) -> None:
+    """The command, or the call, that leads on from here."""
+    named = [row.layer for row in run.tables["findings"] if row.layer in run.layers]
+    layer = next(iter([*named, *run.layers]), None)
+    if layer is None:
+        return
+    page.heading("next")
+    if page.path is None:
+        call = f'  run.show({layer!r})    run.save("run.h5")'
+        page.console.print(page.text(call, "bold cyan"), soft_wrap=True, highlight=False)
+    else:
+        page.command("curvscope", "show", page.path, layer)

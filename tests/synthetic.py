@@ -1,0 +1,187 @@
+"""A made-up but realistic run, for tests of what presents it: no torch, no analysis."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from curvscope.records import (
+    NAN,
+    CoverageRow,
+    ErrorRow,
+    FindingRow,
+    KroneckerFactors,
+    Layer,
+    LayerRow,
+    ModelInfo,
+    RunInfo,
+    SpectrumRow,
+)
+from curvscope.run import Run
+from curvscope.settings import APPROXIMATIONS, Settings
+
+# name, kind, d_in, d_out, positions, padded, error of kfac_expand, of kfac_reduce (None: not assessed)
+LAYERS: list[tuple[str, str, int, int, float, float, float | None, float | None]] = [
+    ("stem.conv", "conv2d", 27, 8, 64.0, 0.0, 0.62, 0.418),
+    ("transformer.blocks.0.attention.query_projection", "linear", 12, 12, 17.0, 0.0, 0.971, 0.352),
+    ("transformer.blocks.0.attention.key_projection", "linear", 12, 12, 17.0, 0.0, 0.9871, 1.0),
+    ("transformer.blocks.0.mlp/up", "linear", 12, 24, 12.6, 0.26, 0.4123, 0.4124),
+    ("transformer.blocks.1.attention.query_projection", "linear", 12, 12, 17.0, 0.0, 0.884, 0.31),
+    ("transformer.blocks.1.attention.key_projection", "linear", 12, 12, 17.0, 0.0, 0.903, 0.9998),
+    ("100%weird/.name", "linear", 24, 12, 1.0, 0.0, 3.1e-9, 3.1e-9),
+    ("wide", "linear", 40, 30, 1.0, 0.0, None, None),
+    ("head", "linear", 12, 10, 1.0, 0.0, 0.1312, 0.1312),
+]
+EXAMPLES = 6
+FORBIDDEN = "min(P, N K) = 1,230 is above 1,000 columns; estimate it with --fisher probe"
+KRON_BEST = "would take 41 s of an analysis of 9 s; ask for it with --measure kron_best"
+
+
+def _spectrum(rng: np.random.Generator, rank: int, decades: float) -> np.ndarray:
+    values = 10.0 ** -(decades * np.linspace(0, 1, rank) ** 1.5) * np.exp(rng.normal(0, 0.05, rank))
+    return np.sort(values)[::-1] * 0.37
+
+
+def _spectrum_row(layer: str, name: str, values: np.ndarray) -> SpectrumRow:
+    shares = values / values.sum()
+    return SpectrumRow(
+        layer=layer,
+        approximation=name,
+        trace=float(values.sum()),
+        lambda_max=float(values[0]),
+        lambda_min_positive=float(values[-1]),
+        condition=float(values[0] / values[-1]),
+        stable_rank=float((values**2).sum() / values[0] ** 2),
+        effective_rank=float(np.exp(-(shares * np.log(shares)).sum())),
+    )
+
+
+def _layer(rng: np.random.Generator, spec: tuple[Any, ...], fisher: str, dumped: bool) -> Layer:
+    name, kind, d_in, d_out, positions, padded, expand, reduce = spec
+    inputs, parameters = d_in + 1, (d_in + 1) * d_out
+    assessed = expand is not None
+    better = "" if not assessed or expand == reduce else "expand" if expand < reduce else "reduce"
+    row = LayerRow(
+        name, kind, d_in, d_out, True, 1, parameters, EXAMPLES, positions, EXAMPLES * 9, better, padded,
+        status="ok" if assessed else "not_assessed", reason="" if assessed else FORBIDDEN,
+    )  # fmt: skip
+    factors = {}
+    for flavour in ("expand", "reduce"):
+        a, b = rng.normal(size=(inputs, inputs)), rng.normal(size=(d_out, d_out))
+        factors[flavour] = KroneckerFactors(
+            flavour, (a @ a.T).astype(np.float32), (b @ b.T).astype(np.float32)
+        )
+    errors, spectra, spectrum = {}, {}, {}
+    estimated = fisher == "probe"
+    for position, approximation in enumerate(APPROXIMATIONS):
+        known = {"kfac_expand": expand, "kfac_reduce": reduce}.get(
+            approximation, (expand or 0) * (0.9 - 0.1 * position)
+        )
+        if not assessed:
+            line = ErrorRow(name, approximation, fisher, status="not_assessed", reason=FORBIDDEN)
+        elif approximation == "kron_best":
+            line = ErrorRow(name, approximation, fisher, status="skipped", reason=KRON_BEST)
+        else:
+            line = ErrorRow(
+                name, approximation, fisher,
+                rel_frobenius=known, cosine=float(np.sqrt(max(0.0, 1 - min(known, 1.0) ** 2))),
+                trace_ratio=1.0 if position > 1 else 1.0 - 0.3 * known,
+                rel_frobenius_stderr=0.031 * known if estimated else NAN,
+                trace_ratio_stderr=0.011 if estimated else NAN,
+                rel_spectral=known * 1.1 if approximation.startswith("kfac") else NAN,
+                status="estimated" if estimated else "ok",
+            )  # fmt: skip
+            spectrum[approximation] = _spectrum(rng, min(parameters, 80), 6 + 2 * known)
+            spectra[approximation] = _spectrum_row(name, approximation, spectrum[approximation])
+        errors[approximation] = line
+    if assessed:
+        spectrum["ggn"] = _spectrum(rng, EXAMPLES * 9, 3 + 3 * min(expand, 1.5))
+        spectra["ggn"] = _spectrum_row(name, "ggn", spectrum["ggn"])
+    else:
+        spectra["ggn"] = SpectrumRow(name, "ggn", status="not_assessed", reason=FORBIDDEN)
+    layer = Layer(row, factors, spectrum, errors, spectra)
+    layer.attributes = {
+        "expand/A/lambda_min": -1.3e-9, "expand/A/lambda_max": 31.5, "expand/B/lambda_min": 0.0,
+        "expand/B/lambda_max": 2.5, "eigensolver": "eigh float64",
+    }  # fmt: skip
+    if dumped:
+        layer.kept_columns = rng.normal(size=(EXAMPLES * 9, d_out, inputs)).astype(np.float32)
+        matrix = layer.kept_columns.reshape(EXAMPLES * 9, -1)
+        layer.block = matrix.T @ matrix
+        layer.eigenvectors = {"ggn": rng.normal(size=(parameters, 5)), "expand/A": np.eye(inputs)}
+    return layer
+
+
+def make_run(
+    fisher: str = "exact", *, dumped: bool = False, findings: bool = True, layers: int | None = None
+) -> Run:
+    """A run of nine layers: better and worse flavours, padding, a layer not assessed, odd names, NaNs."""
+    rng = np.random.default_rng(0)
+    made = [_layer(rng, spec, fisher, dumped) for spec in LAYERS[:layers]]
+    coverage = [
+        CoverageRow(f"{layer.name}.{part}", layer.name, count, "kronecker")
+        for layer in made
+        for part, count in (("weight", layer.row.d_in * layer.row.d_out), ("bias", layer.row.d_out))
+    ]
+    coverage += [
+        CoverageRow(
+            f"transformer.blocks.{i}.norm.{part}",
+            "",
+            12,
+            "exact_only",
+            reason="a norm has no Kronecker factors",
+        )
+        for i in range(2)
+        for part in ("weight", "bias")
+    ]
+    coverage += [
+        CoverageRow("position_table", "", 204, "uncovered", reason="its rows depend on no example"),
+        CoverageRow(
+            "embed.parametrizations.weight.original1", "", 96, "uncovered", reason="the weight is computed"
+        ),
+        CoverageRow("stem.scale", "", 8, "frozen", reason="requires_grad is False"),
+    ]
+    total = sum(row.count for row in coverage if row.treatment != "frozen")
+    covered = sum(row.count for row in coverage if row.treatment == "kronecker")
+    found = [
+        FindingRow(
+            "CS201", "error", "transformer.blocks.0.attention.key_projection",
+            "K-FAC-reduce is blind here: its B is 0 while tr G = 0.61 (softmax ignores a shift of the keys), "
+            "relative error 1.00.",
+            "Use expand for this layer, or leave it to the diagonal.",
+        ),
+        FindingRow(
+            "CS101", "warning", "transformer.blocks.0.attention.query_projection",
+            "K-FAC-expand is 0.97 off and K-FAC-reduce 0.35.", "Choose kfac_approx='reduce' here.", 0.9,
+        ),
+        FindingRow("CS001", "info", "", "Dropout (p = 0.1) is off in eval mode.", "Nothing to do.", 1.0),
+        FindingRow("CS102", "info", "100%weird/.name", "One position: K-FAC is exact.", "Nothing to do."),
+    ]  # fmt: skip
+    tables: dict[str, list[Any]] = {
+        "layers": [layer.row for layer in made],
+        "coverage": coverage,
+        "errors": [row for layer in made for row in layer.errors.values()],
+        "spectra": [row for layer in made for row in layer.spectra.values()],
+        "findings": [f for f in found if f.layer in ("", *(layer.name for layer in made))]
+        if findings
+        else [],
+    }
+    return Run(
+        info=RunInfo(
+            "2025-01-02T03:04:05+00:00", "0.1.0", "2.13.0", "1.7.1", "cpu", "float32", 0, fisher,
+            8 if fisher == "probe" else 0,
+        ),
+        model=ModelInfo(
+            name="VisionTransformer", checkpoint="runs/2025-01-02/digits_vit.pt",
+            loss_name="cross_entropy(label_smoothing=0.1)", loss=0.6182736455, gradient_norm=0.0421,
+            parameters=total, coverage=covered / total, examples=EXAMPLES, outputs="[6, 10]",
+            mode_note="Dropout (p = 0.1) is off and BatchNorm uses its running statistics.", step=1200,
+        ),
+        config=dataclasses.asdict(Settings()),
+        layers={layer.name: layer for layer in made},
+        tables=tables,
+        notes=["The prefix 'module.' was stripped from 24 keys."],
+        seconds={"load": 0.12, "export": 1.91, "backward passes": 3.4, "measure": 4.25},
+    )  # fmt: skip
