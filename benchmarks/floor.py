@@ -1,9 +1,10 @@
 """The least time the factors can take: forward, the backward passes they need, and their products.
 
-    floor = t(forward + (K + 1) activation-only backward passes) + (flops of the symmetric products) / rate
+    floor = t(forward + K activation-only backward passes) + (flops of the symmetric products) / rate
 
-K passes are for the columns of the loss Hessian's root, one is for the gradient. The passes are timed as the
-cheapest of several ways of running them. A product `X^T X` with X [k, n] counts n^2 k flops, half of a full
+K counts the columns of the loss Hessian's root. `with_gradient` adds one more pass, which the gradient needs where it
+is no combination of the columns (mc); where it is one (exact), the columns' passes could serve it, too. The passes
+are timed as the cheapest of several ways of running them. A product `X^T X` with X [k, n] counts n^2 k flops, half of a full
 product's 2 n^2 k, because its result is symmetric; the rate is what a large square product reaches in the same
 process. Not in the floor, though any tool has to spend them: the products of the gradient itself, the reading of
 patches (unfold) and the sums over positions.
@@ -158,7 +159,7 @@ def count(workload: Workload) -> Cost:
         )
         for name, module in workload.layers().items()
     )
-    return Cost(forward.get_total_flops(), backward.get_total_flops(), workload.columns + 1, layers)
+    return Cost(forward.get_total_flops(), backward.get_total_flops(), workload.columns, layers)
 
 
 class Floor:
@@ -182,7 +183,9 @@ class Floor:
             "repeated examples": self._repeated,
         }
         with activation_only(workload) as leaves:
-            self.candidates = {name: best_seconds(lambda way=way: way(leaves), 3) for name, way in ways.items()}
+            self.candidates = {
+                name: best_seconds(lambda way=way: way(leaves), 3) for name, way in ways.items()
+            }
         self.strategy = min(self.candidates, key=lambda name: self.candidates[name])
         self._way = ways[self.strategy]
 
@@ -205,12 +208,20 @@ class Floor:
         torch.autograd.grad(output, leaves, self._seeds.flatten(0, 1))
 
     def seconds(self, rate: float) -> dict[str, float]:
-        """One timing: passes (forward and backward), products at that rate (flops/s), and their sum."""
+        """One timing: passes (forward and backward), products at that rate (flops/s), and their sums."""
         with activation_only(self.workload) as leaves:
             passes = seconds_of(lambda: self._way(leaves))
             forward = seconds_of(lambda: self._forward(leaves))
         products = self.cost.products / rate
-        return {"forward": forward, "passes": passes, "products": products, "floor": passes + products}
+        one_more = max(passes - forward, 0.0) / self.cost.passes
+        floor = passes + products
+        return {
+            "forward": forward,
+            "passes": passes,
+            "products": products,
+            "floor": floor,
+            "with_gradient": floor + one_more,
+        }
 
 
 def matrix_rate(device: str) -> float:

@@ -7,7 +7,7 @@ supports. All losses are the mean cross-entropy.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,15 @@ class Workload:
     @property
     def examples(self) -> int:
         return self.inputs.shape[0]
+
+    def to(self, device: str) -> Workload:
+        """The same on another device."""
+        return replace(
+            self,
+            model=self.model.to(device),
+            inputs=self.inputs.to(device),
+            targets=self.targets.to(device),
+        )
 
     def layers(self) -> dict[str, nn.Linear | nn.Conv2d]:
         """The modules whose weights get factors, by name."""
@@ -98,7 +107,9 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """Patches of 4x4, four blocks, mean over the tokens, a linear head."""
 
-    def __init__(self, size: int = 32, d: int = 128, depth: int = 4, heads: int = 4, classes: int = 10) -> None:
+    def __init__(
+        self, size: int = 32, d: int = 128, depth: int = 4, heads: int = 4, classes: int = 10
+    ) -> None:
         super().__init__()
         self.patches = nn.Conv2d(3, d, 4, stride=4)
         self.position = nn.Parameter(0.02 * torch.randn((size // 4) ** 2, d))
@@ -114,7 +125,9 @@ class ViT(nn.Module):
 class GPT(nn.Module):
     """Token and position tables, four causal blocks, a linear head; logits come out as [N, vocabulary, T]."""
 
-    def __init__(self, vocabulary: int = 512, length: int = 128, d: int = 256, depth: int = 4, heads: int = 4) -> None:
+    def __init__(
+        self, vocabulary: int = 512, length: int = 128, d: int = 256, depth: int = 4, heads: int = 4
+    ) -> None:
         super().__init__()
         self.tokens = nn.Embedding(vocabulary, d)
         self.position = nn.Parameter(0.02 * torch.randn(length, d))

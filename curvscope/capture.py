@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,9 @@ def _archive(program: torch.export.ExportedProgram) -> bytes:
     """The program as a torch.export archive without any pickle, source path or traceback in it."""
     program._example_inputs = None  # else they are stored, as a pickle
     buffer = io.BytesIO()
-    torch.export.save(program, buffer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns about weights that are views
+        torch.export.save(program, buffer)
     try:
         return vetted_archive(buffer.getvalue())
     except (RefusedArchiveError, UnreadableArchiveError) as cause:
@@ -179,8 +182,7 @@ def _plain(value: Any, where: str) -> Any:
             return kind(value)  # a subclass would be stored by its name
     if isinstance(value, Mapping):
         return {
-            key if isinstance(key, int) else str(key): _plain(item, f"{where}.{key}")
-            for key, item in value.items()
+            key if isinstance(key, int) else str(key): _plain(item, f"{where}.{key}") for key, item in value.items()
         }
     if type(value) in (list, tuple):
         return type(value)(_plain(item, f"{where}[{i}]") for i, item in enumerate(value))

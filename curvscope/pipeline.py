@@ -156,13 +156,10 @@ def analyze(
     wishes = Wishes(chosen, settings.measure, settings.dump, settings.seed, kind)
     measured, squared_gradient = _measure(graph, tensors, layouts, root, plan, wishes, report, seconds)
     with _timed(seconds, "gradient"):
-        squared_gradient += sum(
-            float(g.double().square().sum()) for g in graph.rest(tensors, root.gradient).values()
-        )
+        squared_gradient += sum(float(g.double().square().sum()) for g in graph.rest(tensors, root.gradient).values())
     with _timed(seconds, "findings"):
         coverage = [
-            CoverageRow(use.parameter, use.layer, use.count, use.treatment, reason=use.reason)
-            for use in graph.uses
+            CoverageRow(use.parameter, use.layer, use.count, use.treatment, reason=use.reason) for use in graph.uses
         ]
         trained = sum(row.count for row in coverage if row.treatment != "frozen")
         covered = sum(row.count for row in coverage if row.treatment == "kronecker")
@@ -252,9 +249,7 @@ def _measure(
             report("measure", name, len(measured), len(names))
             with _timed(seconds, "measure"):
                 # popped: its columns are gone before the next layer's are worked on
-                measured[name] = measure_layer(
-                    extracts.pop(name), wishes, why_no_columns=plan.layers[name].reason
-                )
+                measured[name] = measure_layer(extracts.pop(name), wishes, why_no_columns=plan.layers[name].reason)
     report("measure", "", len(names), len(names))
     return {name: measured[name] for name in names}, squared
 
@@ -281,13 +276,9 @@ def _settings(**given: Any) -> Settings:
                     remedy=f"Choose from {', '.join(choices)}.",
                 )
     if given["samples"] is not None and given["samples"] < 1:
-        raise UsageError(
-            "samples must be at least 1.", where="--samples", remedy="Leave it out for the default."
-        )
+        raise UsageError("samples must be at least 1.", where="--samples", remedy="Leave it out for the default.")
     if given["memory_bytes"] is not None and given["memory_bytes"] <= 0:
-        raise UsageError(
-            "memory must be positive.", where="--memory", remedy="Write bytes, or words such as 8GiB."
-        )
+        raise UsageError("memory must be positive.", where="--memory", remedy="Write bytes, or words such as 8GiB.")
     return Settings(**given)
 
 
@@ -346,9 +337,7 @@ def _graph(
     tensors = tuple(moved(tensor, device, dtype) for tensor in flat.tensors)
     _try_forward(twin, flat, tensors)
     try:
-        exported = export_model(
-            problem.model, problem.inputs, problem.example_axes, device=device, dtype=dtype
-        )
+        exported = export_model(problem.model, problem.inputs, problem.example_axes, device=device, dtype=dtype)
     except ExportFailure as failure:
         graph = build_eager(twin, flat, tensors, str(failure), **options)
         notes.append(f"torch.export refused the model, so only its own linear modules are seen: {failure}")
@@ -424,8 +413,8 @@ def _choose(
         small = min(P, NK)
         if small > settings.max_columns:
             return "probe", (
-                f"Exact columns were not taken: layer {spec.name} has min(P, N K) = {small}, over {settings.max_columns}. "
-                f"{PROBES} probes instead."
+                f"Exact columns were not taken: layer {spec.name} has min(P, N K) = {small}, "
+                f"over {settings.max_columns}. {PROBES} probes instead."
             )
         flops += 4.0 * NK * P * (spec.d_in + spec.d_out) + 2.0 * small * small * max(P, NK) + 20.0 * small**3
     estimate = 3 * forward_seconds * (columns + 1) + flops / ASSUMED_RATE
@@ -450,7 +439,7 @@ def _plan(graph: Graph, layouts: Layouts, root: Root, settings: Settings, dtype:
             root.columns,
             positions,
             itemsize=dtype.itemsize,
-            keep_draws=root.fisher in ("probe", "mc"),
+            keep_draws=root.fisher in ("probe", "mc") or "columns" in settings.dump,
             limit=settings.max_columns,
         )
     return plan_sweeps(plans, budget)
@@ -467,9 +456,7 @@ def _mode_note(problem: Problem) -> str:
     if isinstance(problem.model, nn.Module):
         modules = list(problem.model.modules())
         norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in modules)
-        dropouts = any(
-            isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 for module in modules
-        )
+        dropouts = any(isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 for module in modules)
     else:
         names = {str(node.target) for node in problem.model.graph.nodes}
         norms = any("batch_norm" in name for name in names)

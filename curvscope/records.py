@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
@@ -20,7 +19,8 @@ SCHEMA_VERSION = "1.0"
 NAN = float("nan")
 
 CONVENTIONS = {
-    "vec": "row-major over [d_out, d_in(+1)]: index = out * (d_in + bias) + in; the bias is the last input, a constant 1",
+    "vec": "row-major over [d_out, d_in(+1)]: index = out * (d_in + bias) + in; the bias is the last input, "
+    "a constant 1",
     "scale": "the scale of the loss exactly as trained (its reduction, weights and smoothing included)",
     "expand": "A = sum_{n,r} a a^T / sum_n R_n, B = sum_{n,k,r} g g^T; the approximation of the block is kron(B, A)",
     "reduce": "A = (1/N) sum_n abar abar^T, abar = mean over positions; B = sum_{n,k} gsum gsum^T, gsum = sum over "

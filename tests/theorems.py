@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from tests import models
-from tests.cases import CASES, Case, f64, labels, linear, linears, log_cosh, mlp_case
+from tests.case_parts import Case, f64, labels, linear, linears, mlp_case
+from tests.cases import CASES, log_cosh
 
 
 @dataclass(frozen=True)
@@ -82,9 +83,7 @@ THEOREMS: dict[str, Theorem] = {
     # One example, one position: both flavours, any loss.
     "one_example_ce_expand": Theorem(CASES["one_example"], "expand", ("0", "2", "4")),
     "one_example_ce_reduce": Theorem(CASES["one_example"], "reduce", ("0", "2", "4")),
-    "one_example_callable": Theorem(
-        mlp_case(log_cosh, lambda: f64(1, 3), examples=1), "expand", ("0", "2", "4")
-    ),
+    "one_example_callable": Theorem(mlp_case(log_cosh, lambda: f64(1, 3), examples=1), "expand", ("0", "2", "4")),
     "two_examples_ce": Theorem(
         mlp_case(("cross_entropy", {}), lambda: labels(3, 2), examples=2), "expand", off=("0", "2", "4")
     ),
@@ -111,7 +110,5 @@ THEOREMS: dict[str, Theorem] = {
     "linear_cnn_circular": Theorem(linear_cnn(MSE, **CIRCULAR), "reduce", ("conv1", "conv2", "head")),
     "linear_cnn_zeros": Theorem(linear_cnn(MSE, padding=1), "reduce", ("conv2", "head"), ("conv1",), 0.05),
     "linear_cnn_unpadded": Theorem(linear_cnn(MSE), "reduce", ("conv2", "head"), ("conv1",), 0.05),
-    "linear_cnn_circular_one_ce": Theorem(
-        linear_cnn(CE, examples=1, **CIRCULAR), "reduce", ("conv1", "conv2", "head")
-    ),
+    "linear_cnn_circular_one_ce": Theorem(linear_cnn(CE, examples=1, **CIRCULAR), "reduce", ("conv1", "conv2", "head")),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -27,8 +27,7 @@ def analyze(
         str,
         typer.Argument(
             metavar="CHECKPOINT",
-            help="A bundle, state_dict, pickled module, torch.export archive, safetensors file or Hugging "
-            "Face folder.",
+            help="A bundle, state_dict, pickled module, torch.export archive, safetensors file or Hugging Face folder.",
             show_default=False,
         ),
     ],
@@ -80,9 +79,7 @@ def analyze(
     ] = None,
     skip: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="GLOB", help="No layers whose names match; may be repeated.", rich_help_panel=CURVATURE
-        ),
+        typer.Option(metavar="GLOB", help="No layers whose names match; may be repeated.", rich_help_panel=CURVATURE),
     ] = None,
     fisher: Annotated[
         str,
@@ -96,9 +93,7 @@ def analyze(
     ] = "auto",
     samples: Annotated[
         int | None,
-        typer.Option(
-            min=1, metavar="K", help="Draws of probe (default 8) and mc (1).", rich_help_panel=CURVATURE
-        ),
+        typer.Option(min=1, metavar="K", help="Draws of probe (default 8) and mc (1).", rich_help_panel=CURVATURE),
     ] = None,
     measure: Annotated[
         list[str] | None,
@@ -242,7 +237,7 @@ def failing(run: Run, severity: str) -> bool:
     return any(row.severity in bad for row in run.findings)
 
 
-def _run(messages: Output, quiet: bool, **arguments: object) -> Run:
+def _run(messages: Output, quiet: bool, **arguments: Any) -> Run:
     """The analysis, with progress bars."""
     from curvscope.cli.progress import ProgressBars
 

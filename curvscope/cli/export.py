@@ -21,16 +21,13 @@ def export(
             "--to",
             parser=one_of(FORMATS),
             metavar="|".join(FORMATS),
-            help="npz, safetensors: the arrays. csv: a folder with one file a table. json: everything but "
-            "the arrays.",
+            help="npz, safetensors: the arrays. csv: a folder with one file a table. json: everything but the arrays.",
             show_default=False,
         ),
     ],
     output: Annotated[
         Path | None,
-        typer.Option(
-            "--output", "-o", help="Where to write (default: the run's name, here).", show_default=False
-        ),
+        typer.Option("--output", "-o", help="Where to write (default: the run's name, here).", show_default=False),
     ] = None,
     force: options.Force = False,
     debug: options.Debug = False,

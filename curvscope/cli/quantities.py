@@ -7,29 +7,27 @@ from collections.abc import Callable, Sequence
 
 import typer
 
-BYTES = {"": 1, "B": 1}
-BYTES |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", start=1)}
-BYTES |= {f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", start=1)}
-# As `8G` is meant by those who write it.
-BYTES |= {prefix: 1024**power for power, prefix in enumerate("KMGT", start=1)}
+from curvscope.errors import UsageError
+from curvscope.units import parse_bytes
+
 SECONDS = {"": 1.0, "ms": 1e-3, "s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 QUANTITY = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([A-Za-z]*)\s*")
 
 
 def memory_bytes(words: str) -> int:
     """Bytes that "8GiB", "500 MB" or "1073741824" stand for."""
-    size, unit = _split(words)
-    if unit.upper() not in BYTES or size <= 0:
-        raise typer.BadParameter(f"{words!r} is no amount of memory; write 8GiB, 500MB or a number of bytes.")
-    return int(size * BYTES[unit.upper()])
+    try:
+        return parse_bytes(words)
+    except UsageError as error:
+        raise typer.BadParameter(f"{error.what} {error.remedy}") from error
 
 
 def seconds(words: str) -> float:
     """Seconds that "60s", "2min", "1h" or "90" stand for."""
-    size, unit = _split(words)
-    if unit.lower() not in SECONDS:
+    match = QUANTITY.fullmatch(words)
+    if match is None or match[2].lower() not in SECONDS:
         raise typer.BadParameter(f"{words!r} is no duration; write 60s, 2min or a number of seconds.")
-    return size * SECONDS[unit.lower()]
+    return float(match[1]) * SECONDS[match[2].lower()]
 
 
 def example_axis(words: str) -> tuple[str, int]:
@@ -49,8 +47,3 @@ def one_of(names: Sequence[str]) -> Callable[[str], str]:
         return words
 
     return parse
-
-
-def _split(words: str) -> tuple[float, str]:
-    match = QUANTITY.fullmatch(words)
-    return (float(match[1]), match[2]) if match else (0.0, "nothing")

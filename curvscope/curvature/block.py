@@ -158,9 +158,7 @@ class Block:
             a, g = self.columns.inputs, self.columns.gradients
             assert a is not None
             turned = torch.matmul(a, X.T.to(a.dtype))  # [N, R, d_out]
-            weights = torch.bmm(
-                g.flatten(2).transpose(0, 1), turned.flatten(1).unsqueeze(-1)
-            )  # v . X, [N, K, 1]
+            weights = torch.bmm(g.flatten(2).transpose(0, 1), turned.flatten(1).unsqueeze(-1))  # v . X, [N, K, 1]
             mixed = torch.bmm(weights.transpose(1, 2), g.flatten(2).transpose(0, 1)).view_as(turned)
             return (mixed.reshape(-1, self.d_out).T @ a.reshape(-1, self.d_in)).double()
         assert self.columns.values is not None

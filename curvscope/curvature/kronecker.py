@@ -134,9 +134,7 @@ class Nearest:
     steps: int
 
 
-def nearest_kronecker(
-    block: Block, start: Kronecker, *, tolerance: float = 1e-12, max_steps: int = 200
-) -> Nearest:
+def nearest_kronecker(block: Block, start: Kronecker, *, tolerance: float = 1e-12, max_steps: int = 200) -> Nearest:
     """The B (x) A closest to G in Frobenius norm: the leading singular pair of the rearranged block.
 
     Power iteration on A -> sum V^T (sum V A V^T) V, from the K-FAC factor; it has converged when the singular value,

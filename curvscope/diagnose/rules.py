@@ -120,9 +120,7 @@ def _trace(layer: Layer) -> str:
 def _of_network(model: ModelInfo, coverage: Sequence[CoverageRow]) -> list[tuple[int, float, FindingRow]]:
     found: list[tuple[int, float, FindingRow]] = []
     uncovered = [row for row in coverage if row.treatment == "uncovered" and "left out by" not in row.reason]
-    share = sum(row.count for row in uncovered) / max(
-        1, sum(r.count for r in coverage if r.treatment != "frozen")
-    )
+    share = sum(row.count for row in uncovered) / max(1, sum(r.count for r in coverage if r.treatment != "frozen"))
     if share > UNCOVERED_SHARE:
         largest = max(uncovered, key=lambda row: row.count)
         row = FindingRow(

@@ -138,9 +138,7 @@ def _cross_entropy(loss: Loss, outputs: Tensor, targets: Tensor, layout: Layout)
     `sqrt(c p_j) [(e_j - p) - sqrt(p_m) / (1 + sqrt(p_m)) (e_m - p)]`, m the likeliest class.
     """
     classes = outputs.shape[1]
-    places = layout.rows(
-        torch.arange(outputs.numel(), device=outputs.device).view(outputs.shape), 1
-    )  # [N, T, C]
+    places = layout.rows(torch.arange(outputs.numel(), device=outputs.device).view(outputs.shape), 1)  # [N, T, C]
     flat = outputs.detach().double().flatten()
     p = torch.softmax(flat[places], dim=-1)
     weight = _term_weights(loss, outputs, targets)
@@ -224,9 +222,7 @@ def _bce(loss: Loss, outputs: Tensor, targets: Tensor, layout: Layout) -> _Hessi
     settings = loss.settings
     c = 1.0 / outputs.numel() if settings.get("reduction", "mean") == "mean" else 1.0
     y = targets.to(device=outputs.device, dtype=torch.float64)
-    positive = (
-        torch.as_tensor(settings["pos_weight"]).to(y) if settings.get("pos_weight") is not None else 1.0
-    )
+    positive = torch.as_tensor(settings["pos_weight"]).to(y) if settings.get("pos_weight") is not None else 1.0
     w = positive * y + (1 - y)
     if settings.get("weight") is not None:
         w = w * torch.as_tensor(settings["weight"]).to(y)
@@ -239,9 +235,7 @@ def _bce(loss: Loss, outputs: Tensor, targets: Tensor, layout: Layout) -> _Hessi
         return coefficient.sqrt() * (p - label)
 
     def true_gradient(gradient: Tensor) -> Tensor:
-        return (
-            gradient.double() / torch.where(coefficient > 0, coefficient, torch.ones_like(coefficient)).sqrt()
-        )
+        return gradient.double() / torch.where(coefficient > 0, coefficient, torch.ones_like(coefficient)).sqrt()
 
     return _elementwise((coefficient * p * q).sqrt(), layout, draw, true_gradient)
 

@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from curvscope.graph.layout import Layout
+from curvscope.graph.sites import ConvModule, SiteModule
 
 
 @dataclass(frozen=True)
 class SiteRows:
     """How one site's tensors become rows, examples first."""
 
-    module: nn.Module
+    module: SiteModule
     layout: Layout
 
     def inputs(self, tensor: Tensor) -> Tensor:
@@ -44,7 +45,7 @@ def _merge(rows: Tensor, layout: Layout) -> Tensor:
     return layout.rows(rows)
 
 
-def patches(module: nn.Module, tensor: Tensor) -> Tensor:
+def patches(module: ConvModule, tensor: Tensor) -> Tensor:
     """The input patches of a convolution, [B, L, C_in * prod(kernel)], a view of memory laid out [d_in, B, L]."""
     kernel, stride, dilation = module.kernel_size, module.stride, module.dilation
     dims = len(kernel)
@@ -62,12 +63,12 @@ def patches(module: nn.Module, tensor: Tensor) -> Tensor:
     return moved.permute(1, 2, 0)
 
 
-def _padding(module: nn.Module) -> list[tuple[int, int]]:
+def _padding(module: ConvModule) -> list[tuple[int, int]]:
     """Zeros before and after each spatial axis; "same" puts the odd one after, as torch does."""
     padding = module.padding
-    if padding == "valid":
-        return [(0, 0)] * len(module.kernel_size)
-    if padding == "same":
+    if isinstance(padding, str):
+        if padding == "valid":
+            return [(0, 0)] * len(module.kernel_size)
         totals = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
         return [(total // 2, total - total // 2) for total in totals]
     return [(amount, amount) for amount in padding]

@@ -271,19 +271,13 @@ class _Collector:
         a = self._a()
         examples, positions = a.shape[:2]
         real = self._real(masks)
-        counts = (
-            torch.full((examples,), float(positions), device=a.device)
-            if real is None
-            else real.sum(1).to(a.dtype)
-        )
+        counts = torch.full((examples,), float(positions), device=a.device) if real is None else real.sum(1).to(a.dtype)
         factors = {}
         if self.factors and self.reduce is not None:
             B_reduce = self.reduce.result()
             B_expand = B_reduce if self.expand is None else self.expand.result()
             masked = a if real is None else a * real.unsqueeze(-1)
-            A_expand = _input_gram(
-                masked.reshape(-1, a.shape[-1]), float(counts.sum()), self.spec.bias is not None
-            )
+            A_expand = _input_gram(masked.reshape(-1, a.shape[-1]), float(counts.sum()), self.spec.bias is not None)
             if positions == 1:
                 A_reduce = A_expand
             else:

@@ -23,10 +23,10 @@ KINDS: dict[type[nn.Module], str] = {
 class _Calls(nn.Module):
     """Stands where the model's own module stood: one site a call, each ending in a leaf where nothing came before."""
 
-    def __init__(self, sites: list[nn.Module]) -> None:
+    def __init__(self, sites: Sequence[nn.Module]) -> None:
         super().__init__()
         self.sites = nn.ModuleList(sites)
-        self.leaves = nn.ModuleList(Leaf() for _ in sites)
+        self.leaves = [Leaf() for _ in sites]
         self.calls = 0
         self.cut = True
 
@@ -90,11 +90,7 @@ def build_eager(
             d_out, d_in = module.weight.shape[0], int(module.weight[0].numel())
             spec = specs[name] = LayerSpec(name, kind, weight, trained, d_in, d_out, False)
             spec.selected = selected(name, layers, skip)
-        options = (
-            {}
-            if kind == "linear"
-            else {key: getattr(module, key) for key in ("stride", "padding", "dilation")}
-        )
+        options = {} if kind == "linear" else {key: getattr(module, key) for key in ("stride", "padding", "dilation")}
         sites = []
         for _ in range(counts[path]):
             target = f"curvscope_site_{sum(len(s.sites) for s in specs.values())}"
@@ -125,9 +121,7 @@ def build_eager(
         for calls in standing:
             for site, leaf in zip(calls.sites, calls.leaves, strict=True):
                 if leaf.value is not None:
-                    ends[
-                        next(s.target for spec in specs.values() for s in spec.sites if s.module is site)
-                    ] = leaf.value
+                    ends[next(s.target for spec in specs.values() for s in spec.sites if s.module is site)] = leaf.value
         return ends
 
     owned = {spec.weight for spec in specs.values()} | {spec.bias for spec in specs.values()}
@@ -160,17 +154,13 @@ def build_eager(
         if name in owner and owner[name].selected:
             uses.append(ParameterUse(name, owner[name].name, count, "kronecker"))
         elif name in owner:
-            uses.append(
-                ParameterUse(name, owner[name].name, count, "uncovered", "left out by --layers / --skip")
-            )
+            uses.append(ParameterUse(name, owner[name].name, count, "uncovered", "left out by --layers / --skip"))
         elif not requires_grad[name]:
             uses.append(ParameterUse(name, "", count, "frozen", "it does not require a gradient"))
         else:
             why = "no plain nn.Linear or nn.ConvNd of a model that could not be exported"
             uses.append(ParameterUse(name, "", count, "uncovered", why))
-    return Graph(
-        run, specs, uses, parameters, requires_grad, f"eager modules, export failed ({reason})", leaves, rest
-    )
+    return Graph(run, specs, uses, parameters, requires_grad, f"eager modules, export failed ({reason})", leaves, rest)
 
 
 def _zero_padded(module: Any) -> bool:

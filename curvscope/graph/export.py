@@ -126,13 +126,9 @@ def example_axes_of(
     if count is None:
         count = next((tensor.shape[0] for tensor in tensors if tensor.ndim), 1)
     if count == 0:
-        raise BatchError(
-            "The batch is empty: 0 examples.", where="batch, inputs", remedy="Give at least one example."
-        )
+        raise BatchError("The batch is empty: 0 examples.", where="batch, inputs", remedy="Give at least one example.")
     axes = tuple(
-        chosen[name] % tensor.ndim
-        if name in chosen
-        else (0 if tensor.ndim and tensor.shape[0] == count else None)
+        chosen[name] % tensor.ndim if name in chosen else (0 if tensor.ndim and tensor.shape[0] == count else None)
         for name, tensor in zip(names, tensors, strict=True)
     )
     return axes, count
@@ -193,17 +189,13 @@ def export_model(
     flat = flatten_inputs(inputs)
     axes, count = example_axes_of(flat.names, flat.tensors, example_axes)
     twin = shadow(model, device=device, dtype=dtype)
-    tensors = tuple(
-        t.detach().to(device=device, dtype=dtype if t.is_floating_point() else None) for t in flat.tensors
-    )
+    tensors = tuple(t.detach().to(device=device, dtype=dtype if t.is_floating_point() else None) for t in flat.tensors)
     traced = tensors
     if count == 1:
         traced = tuple(
             t if axis is None else torch.cat([t, t], dim=axis) for t, axis in zip(tensors, axes, strict=True)
         )
-    wrapper = _Flat(
-        twin, dataclasses.replace(flat, leaves=tuple(_detached(leaf) for leaf in flat.leaves))
-    ).eval()
+    wrapper = _Flat(twin, dataclasses.replace(flat, leaves=tuple(_detached(leaf) for leaf in flat.leaves))).eval()
     dynamic = tuple({} if axis is None else {axis: torch.export.Dim.DYNAMIC} for axis in axes)
     failures: list[str] = []
     for attempt_dynamic in (True, False):
@@ -232,7 +224,7 @@ def recurrent_decompositions() -> dict[Any, Any]:
 
     aten = torch.ops.aten
     return get_decompositions(
-        [aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input]  # type: ignore[list-item]
+        [aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input]
     )
 
 

@@ -136,6 +136,7 @@ def build(
     biases = _biases(chosen, parameters, requires_grad, readers, shapes)
     tainted: set[fx.Node] = set()
     replaced: dict[fx.Node, Site] = {}
+    outputs: dict[fx.Node, fx.Node] = {}
     roots: list[tuple[str, Leaf]] = []
     for index, operation in enumerate(chosen):
         weight = operation.weight
@@ -151,22 +152,24 @@ def build(
                 name, operation.kind, weight, biases.get(weight), d_in, value.shape[0], operation.transposed
             )
             spec.selected = selected(name, layers, skip)
-        site = Site(f"curvscope_site_{index}", name, operation.kind, nn.Identity())
-        site.module = finding.site_module(operation.kind, value, site_bias, operation.options)
+        shared = finding.site_module(operation.kind, value, site_bias, operation.options)
+        site = Site(f"curvscope_site_{index}", name, operation.kind, shared)
         spec.sites.append(site)
         module.add_submodule(site.target, site.module)
         with graph.inserting_before(operation.node):
-            x = operation.x
+            x = outputs.get(operation.x, operation.x)  # its producer may have become a site meanwhile
             if operation.x_transposed:
                 x = graph.call_function(aten.transpose.int, (x, -1, -2))
             called = graph.call_module(site.target, (x,))
             called.meta = dict(operation.node.meta)
             out = called
             if bias_tensor is _COMPUTED:
-                out = graph.call_function(aten.add.Tensor, (out, operation.bias))
+                added = outputs.get(operation.bias, operation.bias)
+                out = graph.call_function(aten.add.Tensor, (out, added))
             if operation.x_transposed:
                 out = graph.call_function(aten.transpose.int, (out, -1, -2))
         operation.node.replace_all_uses_with(out)
+        outputs[operation.node] = out
         graph.erase_node(operation.node)
         replaced[called] = site
 
@@ -196,9 +199,7 @@ def build(
         return {target: leaf.value for target, leaf in roots if leaf.value is not None}
 
     owned = {spec.weight for spec in specs.values()} | {spec.bias for spec in specs.values()}
-    wanted = [
-        name for name, trained in requires_grad.items() if trained and name not in owned and readers[name]
-    ]
+    wanted = [name for name, trained in requires_grad.items() if trained and name not in owned and readers[name]]
 
     def rest(tensors: Sequence[Tensor], cotangent: Tensor) -> dict[str, Tensor]:
         if not wanted:
@@ -236,11 +237,7 @@ def _plain_bias(
     if bias is None:
         return None
     found = finding.parameter_of(bias, set(parameters))
-    if (
-        found is not None
-        and parameters[found[0]].ndim == 1
-        and (found[0] == own or not requires_grad[found[0]])
-    ):
+    if found is not None and parameters[found[0]].ndim == 1 and (found[0] == own or not requires_grad[found[0]]):
         return parameters[found[0]]
     return _COMPUTED
 
@@ -288,9 +285,7 @@ def _unlift(
                 value = state[spec.target]
                 if isinstance(value, Tensor):
                     trained = spec.kind is InputKind.PARAMETER
-                    tensor = value.detach().to(
-                        device=device, dtype=dtype if value.is_floating_point() else None
-                    )
+                    tensor = value.detach().to(device=device, dtype=dtype if value.is_floating_point() else None)
                     # get_attr targets with dots need submodules: one flat name each instead
                     attribute = spec.target if trained else f"curvscope_state_{len(attributes)}"
                     if trained:
@@ -445,9 +440,7 @@ def _account(
     uses = []
     for name, tensor in parameters.items():
         if name in owner and not specs[owner[name]].selected:
-            uses.append(
-                ParameterUse(name, owner[name], tensor.numel(), "uncovered", "left out by --layers / --skip")
-            )
+            uses.append(ParameterUse(name, owner[name], tensor.numel(), "uncovered", "left out by --layers / --skip"))
         elif name in owner:
             uses.append(ParameterUse(name, owner[name], tensor.numel(), "kronecker"))
         elif name in reasons:
@@ -456,7 +449,5 @@ def _account(
         elif not requires_grad[name]:
             uses.append(ParameterUse(name, "", tensor.numel(), "frozen", "it does not require a gradient"))
         else:
-            uses.append(
-                ParameterUse(name, "", tensor.numel(), "uncovered", finding.why_uncovered(readers[name]))
-            )
+            uses.append(ParameterUse(name, "", tensor.numel(), "uncovered", finding.why_uncovered(readers[name])))
     return uses

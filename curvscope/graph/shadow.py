@@ -11,9 +11,7 @@ from torch import Tensor, nn
 from curvscope.errors import ModelError
 
 
-def shadow(
-    model: nn.Module, *, device: torch.device | None = None, dtype: torch.dtype | None = None
-) -> nn.Module:
+def shadow(model: nn.Module, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> nn.Module:
     """A structural copy of `model` in eval mode, on `device` and in `dtype`.
 
     Parameters are aliases (`p.detach()`, the same storage) wherever device and dtype already agree; buffers are

@@ -16,6 +16,9 @@ from torch import Tensor, fx, nn
 
 aten = torch.ops.aten
 
+ConvModule = nn.Conv1d | nn.Conv2d | nn.Conv3d
+SiteModule = nn.Linear | ConvModule
+
 CONVOLUTIONS = {
     aten.conv1d.default: 1,
     aten.conv2d.default: 2,
@@ -51,7 +54,7 @@ class Site:
     target: str
     layer: str
     kind: str
-    module: nn.Module
+    module: SiteModule
     root: bool = False
 
 
@@ -126,9 +129,7 @@ def find_operations(graph: fx.Graph, parameters: set[str]) -> list[_Operation]:
     found = []
     for node in graph.nodes:
         if node.op == "call_function":
-            operation = (
-                _linear(node, parameters) or _product(node, parameters) or _convolution(node, parameters)
-            )
+            operation = _linear(node, parameters) or _product(node, parameters) or _convolution(node, parameters)
             if operation is not None:
                 found.append(operation)
     return found
@@ -159,7 +160,8 @@ def _swaps_two_axes(node: fx.Node) -> bool:
     if node.target is aten.permute.default:
         return [axis % 2 for axis in _sequence(node.args[1])] == [1, 0]
     if node.target is aten.transpose.int:
-        return int(node.args[1]) % 2 != int(node.args[2]) % 2  # type: ignore[arg-type]
+        first, second = (int(str(axis)) for axis in node.args[1:3])
+        return first % 2 != second % 2
     return True
 
 
@@ -170,17 +172,18 @@ def _sequence(value: Any) -> list[Any]:
 def _linear(node: fx.Node, parameters: set[str]) -> _Operation | None:
     if node.target is not aten.linear.default:
         return None
-    weight = parameter_of(node.args[1], parameters)
-    if weight is None or node.args[1].meta["val"].ndim != 2:  # type: ignore[union-attr]
+    args: list[Any] = list(node.args)
+    weight = parameter_of(args[1], parameters)
+    if weight is None or args[1].meta["val"].ndim != 2:
         return None
-    bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
-    return _Operation(node, "linear", weight[0], weight[1], node.args[0], False, bias, {})  # type: ignore[arg-type]
+    bias = args[2] if len(args) > 2 else node.kwargs.get("bias")
+    return _Operation(node, "linear", weight[0], weight[1], args[0], False, bias, {})
 
 
 def _product(node: fx.Node, parameters: set[str]) -> _Operation | None:
     """addmm, mm and matmul: `x @ w` has the weight transposed; in `w @ x` the rows are the columns of x."""
     bias = None
-    args = list(node.args)
+    args: list[Any] = list(node.args)
     if node.target is aten.addmm.default:
         if node.kwargs.get("beta", 1) != 1 or node.kwargs.get("alpha", 1) != 1:
             return None
@@ -189,20 +192,21 @@ def _product(node: fx.Node, parameters: set[str]) -> _Operation | None:
         return None
     left, right = args[:2]
     weight = parameter_of(right, parameters)
-    if weight is not None and right.meta["val"].ndim == 2 and left.meta["val"].ndim >= 2:  # type: ignore[union-attr]
-        return _Operation(node, "linear", weight[0], not weight[1], left, False, bias, {})  # type: ignore[arg-type]
+    if weight is not None and right.meta["val"].ndim == 2 and left.meta["val"].ndim >= 2:
+        return _Operation(node, "linear", weight[0], not weight[1], left, False, bias, {})
     weight = parameter_of(left, parameters)
-    if bias is None and weight is not None and left.meta["val"].ndim == 2 and right.meta["val"].ndim >= 2:  # type: ignore[union-attr]
-        return _Operation(node, "linear", weight[0], weight[1], right, True, None, {})  # type: ignore[arg-type]
+    if bias is None and weight is not None and left.meta["val"].ndim == 2 and right.meta["val"].ndim >= 2:
+        return _Operation(node, "linear", weight[0], weight[1], right, True, None, {})
     return None
 
 
 def _convolution(node: fx.Node, parameters: set[str]) -> _Operation | None:
-    dims = CONVOLUTIONS.get(node.target)
+    target: Any = node.target
+    dims = CONVOLUTIONS.get(target)
     if dims is None:
         return None
     names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
     weight = parameter_of(given["weight"], parameters)
     if weight is None or weight[1] or given.get("groups", 1) != 1:
         return None
@@ -223,13 +227,13 @@ def _tuple(value: Any, dims: int) -> tuple[int, ...]:
     return tuple(values * dims) if len(values) == 1 else tuple(values)
 
 
-def site_module(kind: str, weight: Tensor, bias: Tensor | None, options: dict[str, Any]) -> nn.Module:
+def site_module(kind: str, weight: Tensor, bias: Tensor | None, options: dict[str, Any]) -> SiteModule:
     """An nn.Linear or nn.ConvNd around these tensors (weight [d_out, d_in, ...]), which it shares."""
     with torch.device("meta"):
         if kind == "linear":
-            module: nn.Module = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+            module: SiteModule = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
         else:
-            classes = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
+            classes: dict[str, Any] = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
             module = classes[kind](
                 weight.shape[1], weight.shape[0], tuple(weight.shape[2:]), bias=bias is not None, **options
             )
@@ -239,9 +243,7 @@ def site_module(kind: str, weight: Tensor, bias: Tensor | None, options: dict[st
     return module.eval()
 
 
-def added_bias(
-    node: fx.Node, kind: str, d_out: int, parameters: set[str], shapes: dict[str, torch.Size]
-) -> str | None:
+def added_bias(node: fx.Node, kind: str, d_out: int, parameters: set[str], shapes: dict[str, torch.Size]) -> str | None:
     """The parameter added to all rows of this node right after it, if there is one and nothing else reads it."""
     users = list(node.users)
     if len(users) != 1 or users[0].target is not aten.add.Tensor or users[0].kwargs.get("alpha", 1) != 1:

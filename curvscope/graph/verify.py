@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from curvscope.errors import LayoutError, ModelError
 from curvscope.graph.functional import Graph
 from curvscope.graph.layout import Layout, candidates, holds
+from curvscope.graph.sites import SiteModule
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,7 @@ def verify(graph: Graph, tensors: Sequence[Tensor], axes: Sequence[int | None], 
         order = order.roll(1)
     order = order.to(output.device)
     permuted = [
-        tensor if axis is None else tensor.index_select(axis, order)
-        for tensor, axis in zip(tensors, axes, strict=True)
+        tensor if axis is None else tensor.index_select(axis, order) for tensor, axis in zip(tensors, axes, strict=True)
     ]
     output_permuted, inputs_permuted, _ = _observe(graph, permuted)
     tolerance = float(torch.finfo(output.dtype).eps) ** 0.5
@@ -102,13 +102,9 @@ def _best(
         for axis in range(allowed_axes)
         if original.shape[axis] % examples == 0 and original.shape[axis] > 0
     }
-    tried = [
-        (holds(layout, original, permuted, order), i, layout) for i, layout in enumerate(candidates(factors))
-    ]
+    tried = [(holds(layout, original, permuted, order), i, layout) for i, layout in enumerate(candidates(factors))]
     # Equal to rounding counts as equal: the plainest candidate then wins.
-    passing = [
-        (gap if gap > tolerance**2 else 0.0, i, layout) for gap, i, layout in tried if gap <= tolerance
-    ]
+    passing = [(gap if gap > tolerance**2 else 0.0, i, layout) for gap, i, layout in tried if gap <= tolerance]
     if passing:
         return min(passing)[2]
     closest = f"; the closest candidate is off by {min(tried)[0]:.2g}" if tried else ""
@@ -129,7 +125,7 @@ def _observe(graph: Graph, tensors: Sequence[Tensor]) -> tuple[Tensor, dict[str,
     handles = []
 
     def watcher(target: str, layer: str) -> object:
-        def watch(module: nn.Module, args: tuple[Tensor, ...], result: Tensor) -> None:
+        def watch(module: SiteModule, args: tuple[Tensor, ...], result: Tensor) -> None:
             inputs[target] = args[0].detach()
             rows[target] = result.numel() // module.weight.shape[0]
             if not bad:

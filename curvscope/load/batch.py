@@ -147,8 +147,7 @@ def _from_pair(pair: Any, source: str) -> Batch:
         raise BatchError(
             f"A batch is a pair (inputs, targets); got a {type(pair).__name__}{size}.",
             where=source,
-            remedy="Give (inputs, targets); inputs is a tensor, a tuple (positional) or a dict (keyword "
-            "arguments).",
+            remedy="Give (inputs, targets); inputs is a tensor, a tuple (positional) or a dict (keyword arguments).",
         )
     return Batch(_as_inputs(pair[0], source), _as_tensors(pair[1]), source)
 
@@ -192,7 +191,7 @@ def _from_file(path: Path) -> Batch:
             with zipfile.ZipFile(path) as archive:
                 numpy_file = any(name.endswith(".npy") for name in archive.namelist())
             content = _read_npz(path) if numpy_file else _read_torch(path)
-        elif kind == "pickle":
+        elif kind == "torch":
             content = _read_torch(path)
         elif kind == "safetensors":
             from safetensors.torch import load_file
@@ -266,9 +265,7 @@ def _from_keys(content: dict[Any, Any], source: str) -> Batch:
             )
         inputs = _as_inputs(content["inputs"], source)
     else:
-        inputs = _named_inputs(
-            {key: v for key, v in content.items() if str(key).startswith("inputs.")}, source, keys
-        )
+        inputs = _named_inputs({key: v for key, v in content.items() if str(key).startswith("inputs.")}, source, keys)
     if "targets" in content:
         targets = content["targets"]
     else:

@@ -95,9 +95,7 @@ class Bundle:
             if self.loss_graph is None:
                 return None
             program = load_graph(self.loss_graph, f"{self.where}, loss_graph", self.torch_version)
-            return callable_loss(
-                program.module(check_guards=False), str(self.loss_settings.get("label", "callable"))
-            )
+            return callable_loss(program.module(check_guards=False), str(self.loss_settings.get("label", "callable")))
         try:
             return named_loss(self.loss_name, self.loss_settings)
         except LossError as cause:
@@ -113,17 +111,11 @@ class Bundle:
         """
         names = list(self.axes)
         tensors = [leaf for leaf in tree_leaves(_plain(inputs or self.inputs)) if isinstance(leaf, Tensor)]
-        if (
-            inputs is not None
-            and inputs.kwargs
-            and not inputs.args
-            and all(n in inputs.kwargs for n in names)
-        ):
+        if inputs is not None and inputs.kwargs and not inputs.args and all(n in inputs.kwargs for n in names):
             tensors = [inputs.kwargs[name] for name in names]
         if len(tensors) != len(names):
             raise BatchError(
-                f"The bundle's graph takes {len(names)} tensors ({listed(names)}); the batch has "
-                f"{len(tensors)}.",
+                f"The bundle's graph takes {len(names)} tensors ({listed(names)}); the batch has {len(tensors)}.",
                 where=self.where,
                 remedy="Give the same inputs as when the bundle was captured.",
             )
@@ -153,6 +145,8 @@ def parse_bundle(content: Mapping[str, Any], where: str) -> Bundle:
         if key not in content:
             raise CheckpointError(f"The bundle has no {key!r}.", where=where, remedy=AGAIN)
         _require(content[key], kind, key, where)
+    for name, axis in content["example_axes"].items():
+        _require(axis, (int, type(None)), f"example_axes {name!r}", where)
     batch, loss, optimizer = content["batch"], content["loss"], content["optimizer"]
     inputs = _part(batch, "inputs", Mapping, "batch", where)
     if "targets" not in batch:
@@ -214,8 +208,7 @@ def load_graph(data: bytes, where: str, torch_version: str = "unknown") -> torch
             return torch.export.load(io.BytesIO(clean))
     except Exception as cause:
         raise CheckpointError(
-            f"torch {torch.__version__} can't read the graph, which torch {torch_version} wrote "
-            f"({describe(cause)}).",
+            f"torch {torch.__version__} can't read the graph, which torch {torch_version} wrote ({describe(cause)}).",
             where=where,
             remedy="Give --model package.module:factory: the weights are read without the graph. Or use the "
             "torch "

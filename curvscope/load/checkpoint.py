@@ -99,10 +99,8 @@ def kind_of(path: Path) -> str:
         raise sharded_error(where)
     if kind == "zip":
         return _kind_of_zip(path)
-    if kind == "pickle":
-        return "torch"
-    if kind == "safetensors":
-        return "safetensors"
+    if kind in ("torch", "safetensors"):
+        return kind
     raise _unknown(kind, head, where)
 
 
@@ -125,8 +123,7 @@ def _kind_of_zip(path: Path) -> str:
             names = [name.partition("/")[2] or name for name in archive.namelist()]
     except (zipfile.BadZipFile, OSError, EOFError) as cause:
         raise CheckpointError(
-            "The file is damaged or incomplete: it begins like a checkpoint and has no end "
-            f"({describe(cause)}).",
+            f"The file is damaged or incomplete: it begins like a checkpoint and has no end ({describe(cause)}).",
             where=str(path),
             remedy="Copy or save it again, and compare the file sizes.",
         ) from cause
@@ -158,6 +155,10 @@ def _unknown(kind: Kind, head: bytes, where: str) -> CheckpointError:
             "This is an HDF5 file, not a checkpoint.",
             f"A finished analysis is shown by: curvscope show {where}. A batch goes to --batch.",
         ),
+        "pickle": (
+            "This is a pickle that torch.save did not write.",
+            "Read it where it was made, and save model.state_dict() with torch.save.",
+        ),
         "lfs": ("This is a Git LFS pointer; the file itself was never fetched.", "Run: git lfs pull"),
         "text": (
             f"This is a text file, not a checkpoint; it begins {beginning!r}.",
@@ -185,9 +186,7 @@ def _from_folder(path: Path, factory: Factory | None, trust: bool) -> Checkpoint
         model = built
     state, step, trainer_notes = trainer_state(path, trust=trust)
     optimizer, optimizer_notes = match_optimizer(state, list(model.named_parameters()))
-    return Checkpoint(
-        model, type(model).__name__, optimizer, step, (*notes, *trainer_notes, *optimizer_notes)
-    )
+    return Checkpoint(model, type(model).__name__, optimizer, step, (*notes, *trainer_notes, *optimizer_notes))
 
 
 def _from_export_archive(path: Path, trust: bool) -> Checkpoint:
@@ -195,8 +194,7 @@ def _from_export_archive(path: Path, trust: bool) -> Checkpoint:
         raise CheckpointError(
             "This is a torch.export archive; torch may run code when it reads one.",
             where=str(path),
-            remedy="If you made it yourself or trust who did, add --trust; or write a bundle with "
-            "curvscope.capture.",
+            remedy="If you made it yourself or trust who did, add --trust; or write a bundle with curvscope.capture.",
         )
     try:
         with path.open("rb") as file:

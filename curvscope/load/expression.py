@@ -52,16 +52,13 @@ def _is_arithmetic(node: ast.expr) -> bool:
         if isinstance(node.op, (ast.Pow, ast.LShift)) and not _is_small(node.right):
             return False
         return _is_arithmetic(node.left) and _is_arithmetic(node.right)
-    return (
-        isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and _is_known_call(node.func.id, node)
-    )
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and _is_known_call(node.func.id, node)
 
 
 def _is_known_call(name: str, call: ast.Call) -> bool:
     # keywords are a symbol's assumptions (positive=True) and a number's precision
     if not all(
-        k.arg and isinstance(k.value, ast.Constant) and type(k.value.value) in (bool, int)
-        for k in call.keywords
+        k.arg and isinstance(k.value, ast.Constant) and type(k.value.value) in (bool, int) for k in call.keywords
     ):
         return False
     if name == "Symbol":
@@ -74,11 +71,7 @@ def _is_known_call(name: str, call: ast.Call) -> bool:
 
 
 def _is_text(node: ast.expr, pattern: re.Pattern[str]) -> bool:
-    return (
-        isinstance(node, ast.Constant)
-        and isinstance(node.value, str)
-        and pattern.fullmatch(node.value) is not None
-    )
+    return isinstance(node, ast.Constant) and isinstance(node.value, str) and pattern.fullmatch(node.value) is not None
 
 
 def _is_small(node: ast.expr) -> bool:

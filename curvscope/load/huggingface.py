@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -46,8 +47,7 @@ def load_folder(folder: Path, *, trust: bool) -> nn.Module:
         )
     if config.get("auto_map") and not trust:
         raise CheckpointError(
-            "The model is defined by code in the folder: "
-            f"{listed([str(v) for v in config['auto_map'].values()])}.",
+            f"The model is defined by code in the folder: {listed([str(v) for v in config['auto_map'].values()])}.",
             where=str(folder / "config.json"),
             remedy="Read that code, and if you trust it add --trust.",
         )
@@ -76,9 +76,7 @@ def load_folder(folder: Path, *, trust: bool) -> nn.Module:
     return model
 
 
-def trainer_state(
-    folder: Path, *, trust: bool
-) -> tuple[Mapping[str, Any] | None, int | None, tuple[str, ...]]:
+def trainer_state(folder: Path, *, trust: bool) -> tuple[Mapping[str, Any] | None, int | None, tuple[str, ...]]:
     """The state_dict in the Trainer's optimizer.pt, the step of its trainer_state.json, and notes."""
     step = None
     state_file = folder / "trainer_state.json"
@@ -111,8 +109,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             "config.json is not the configuration of a transformers model (no model_type).",
             where=str(folder / "config.json"),
-            remedy="Give the file with the weights instead of the folder, and --model "
-            "package.module:factory.",
+            remedy="Give the file with the weights instead of the folder, and --model package.module:factory.",
         )
     return config
 
@@ -126,8 +123,7 @@ def _model_class(folder: Path, config: Mapping[str, Any], trust: bool) -> tuple[
         raise CheckpointError(
             f"A Hugging Face folder needs the package transformers ({describe(cause)}).",
             where=str(folder),
-            remedy="Install it: pip install transformers (with a torchvision that matches your torch, or "
-            "none).",
+            remedy="Install it: pip install transformers (with a torchvision that matches your torch, or none).",
         ) from cause
     names = config.get("architectures") or []
     if config.get("auto_map") and trust:
@@ -154,9 +150,32 @@ def _model_class(folder: Path, config: Mapping[str, Any], trust: bool) -> tuple[
 
 
 @contextlib.contextmanager
+def broken_torchvision_hidden() -> Iterator[None]:
+    """A torchvision that can't be imported is as good as absent, also to transformers.
+
+    Built for another torch (a CUDA build beside a CPU one), it fails when imported, and transformers, which
+    only asks whether it is installed, fails with it even for models that have no use for it.
+    """
+    broken = False
+    try:
+        import torchvision  # type: ignore[import-untyped,unused-ignore]  # noqa: F401
+    except Exception:
+        broken = True
+        for name in [n for n in sys.modules if n.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        sys.modules["torchvision"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if broken:
+            sys.modules.pop("torchvision", None)
+
+
+@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Transformers prints progress bars and load reports; what matters in them is checked here."""
     with (
+        broken_torchvision_hidden(),
         warnings.catch_warnings(),
         contextlib.redirect_stderr(io.StringIO()),
         contextlib.redirect_stdout(io.StringIO()),

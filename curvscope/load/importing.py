@@ -36,9 +36,7 @@ def is_import_spec(text: str) -> bool:
     return SPEC.match(text) is not None
 
 
-def parse_import_spec(
-    text: str, *, argument: str, error: type[CurvscopeError] = CheckpointError
-) -> ImportSpec:
+def parse_import_spec(text: str, *, argument: str, error: type[CurvscopeError] = CheckpointError) -> ImportSpec:
     """The module, the name and the literal call arguments of `package.module:name(width=16)`.
 
     Raises:

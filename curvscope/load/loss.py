@@ -44,9 +44,7 @@ def load_loss(loss: Any) -> Loss:
         LossError: no loss, an unknown name or setting, or reduction="none".
     """
     if loss is None:
-        raise LossError(
-            "No loss was given, and the checkpoint names none.", where="loss (--loss)", remedy=CHOICES
-        )
+        raise LossError("No loss was given, and the checkpoint names none.", where="loss (--loss)", remedy=CHOICES)
     if isinstance(loss, Loss):
         return loss
     if isinstance(loss, str):
@@ -185,9 +183,7 @@ def _label(name: str, settings: Mapping[str, Any]) -> str:
     for key, default in DEFAULTS[name].items():
         value = settings[key]
         if isinstance(value, Tensor):
-            shown.append(
-                f"{key}=[{value.numel()} values]" if value.numel() > 1 else f"{key}={value.item():g}"
-            )
+            shown.append(f"{key}=[{value.numel()} values]" if value.numel() > 1 else f"{key}={value.item():g}")
         elif value != default:
             shown.append(f"{key}={value}")
     return f"{name}({', '.join(shown)})" if shown else name

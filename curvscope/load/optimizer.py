@@ -60,11 +60,7 @@ def find_optimizer_state(content: Mapping[Any, Any]) -> Mapping[str, Any] | None
 
 def is_optimizer_state(value: Any) -> bool:
     """Whether it has the two keys of a torch.optim state_dict."""
-    return (
-        isinstance(value, Mapping)
-        and "state" in value
-        and isinstance(value.get("param_groups"), (list, tuple))
-    )
+    return isinstance(value, Mapping) and "state" in value and isinstance(value.get("param_groups"), (list, tuple))
 
 
 def find_step(content: Mapping[Any, Any]) -> int | None:
@@ -160,9 +156,7 @@ def _by_word_or_rank(name: str, parameter: Tensor) -> bool:
     return parameter.ndim < 2 or _by_word(name, parameter)
 
 
-def _fits(
-    state: Mapping[str, Any], indices: list[Any], order: list[str], parameters: Mapping[str, Tensor]
-) -> bool:
+def _fits(state: Mapping[str, Any], indices: list[Any], order: list[str], parameters: Mapping[str, Tensor]) -> bool:
     if len(order) != len(indices):
         return False
     for index, name in zip(indices, order, strict=True):

@@ -8,6 +8,8 @@ import inspect
 import pickle
 import re
 import warnings
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -59,6 +61,8 @@ def load_pickled(path: Path, *, trust: bool) -> Any:
         _refuse_overridden(content, path)
         return content
     except pickle.UnpicklingError as cause:
+        if _is_corrupt(path):
+            raise damaged(path, cause) from cause
         foreign = foreign_globals(path, cause)
         if any("torch.distributed" in name for name in foreign) or _NOT_IMPORTED.search(str(cause)):
             raise sharded_error(str(path)) from cause
@@ -86,8 +90,7 @@ def foreign_globals(path: Path, cause: BaseException) -> list[str]:
 def damaged(path: Path, cause: BaseException) -> CheckpointError:
     """The error for a file that begins as it should and can't be read to its end."""
     return CheckpointError(
-        "The checkpoint can't be read; it is damaged, incomplete, or of a format unknown here "
-        f"({describe(cause)}).",
+        f"The checkpoint can't be read; it is damaged, incomplete, or of a format unknown here ({describe(cause)}).",
         where=str(path),
         remedy="Copy or save it again, and compare the file sizes.",
     )
@@ -126,6 +129,17 @@ def _load_trusted(path: Path) -> Any:
         raise damaged(path, cause) from cause
 
 
+def _is_corrupt(path: Path) -> bool:
+    """Whether the checksums of a zip file say that it was changed after it was written."""
+    if not zipfile.is_zipfile(path):
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is not None
+    except (zipfile.BadZipFile, OSError, EOFError, zlib.error):
+        return True
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Warnings left out: torch warns about pickle protocols and about sources that have changed."""
@@ -147,8 +161,7 @@ def _refuse_overridden(content: Any, path: Path) -> None:
             replaced = [a for a in vars(module) if inspect.isroutine(getattr(type(module), a, None))]
             if replaced:
                 raise CheckpointError(
-                    f"The module replaces its own method {replaced[0]!r}, so it is not the torch.nn class "
-                    "it names.",
+                    f"The module replaces its own method {replaced[0]!r}, so it is not the torch.nn class it names.",
                     where=f"{path}, module {name or '(root)'}",
                     remedy="Save model.state_dict() and give --model package.module:factory.",
                 )

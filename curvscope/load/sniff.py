@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Literal
 
 HEAD_BYTES = 128
+TORCH_LEGACY = bytes.fromhex("6cfc9c46f9206aa85019")
+"""The number with which torch.save began its files before they were zip files."""
 LFS_POINTER = b"version https://git-lfs"
 
-Kind = Literal["empty", "zip", "hdf5", "safetensors", "pickle", "npy", "lfs", "text", "unknown"]
+Kind = Literal["empty", "zip", "hdf5", "safetensors", "torch", "pickle", "npy", "lfs", "text", "unknown"]
 
 
 def sniff(path: Path) -> tuple[Kind, bytes]:
@@ -35,6 +37,8 @@ def _kind(head: bytes, size: int) -> Kind:
         return "zip"
     if head.startswith(b"\x89HDF\r\n\x1a\n"):
         return "hdf5"
+    if head[:1] == b"\x80" and TORCH_LEGACY in head[:32]:
+        return "torch"
     if head[:1] == b"\x80" and head[1:2] in (b"\x01", b"\x02", b"\x03", b"\x04", b"\x05"):
         return "pickle"
     if head.startswith(b"\x93NUMPY"):

@@ -62,8 +62,7 @@ def find_weights(content: Any, where: str) -> tuple[Mapping[str, Tensor] | nn.Mo
 def sharded_error(where: str) -> CheckpointError:
     """The refusal of a checkpoint in pieces, in words that say how to put them together."""
     return CheckpointError(
-        "This is a sharded checkpoint (torch.distributed.checkpoint, FSDP): its weights lie in several "
-        "pieces.",
+        "This is a sharded checkpoint (torch.distributed.checkpoint, FSDP): its weights lie in several pieces.",
         where=where,
         remedy="Consolidate it first: python -m torch.distributed.checkpoint.format_utils dcp_to_torch "
         "FOLDER model.pt "

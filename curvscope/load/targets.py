@@ -80,8 +80,7 @@ def _check_cross_entropy(loss: Loss, outputs: Tensor, targets: Tensor) -> None:
             f"{int(targets[tuple(index)])} "
             f"at index {index}, {int(wrong.sum())} of {targets.numel()} in all.",
             where="targets",
-            remedy="Number the classes from 0, or name the value to leave out: "
-            "cross_entropy:ignore_index=...",
+            remedy="Number the classes from 0, or name the value to leave out: cross_entropy:ignore_index=...",
         )
     if bool(ignored.all()):
         raise BatchError(
@@ -149,8 +148,7 @@ def _check_same_shape(loss: Loss, outputs: Tensor, targets: Tensor) -> None:
             fits = False
         if not fits:
             raise LossError(
-                f"{key} of shape {list(weight.shape)} does not broadcast to the outputs' "
-                f"{list(outputs.shape)}.",
+                f"{key} of shape {list(weight.shape)} does not broadcast to the outputs' {list(outputs.shape)}.",
                 where=f"loss bce_with_logits, {key}",
                 remedy="Give one number for each output column, as training did.",
             )

@@ -186,11 +186,8 @@ def _dump(value: Any) -> bytes:
 
 
 def _payloads(archive: Archive, config_name: str, prefix: str) -> dict[str, Any]:
-    if (
-        config_name not in archive.members
-        and config_name.replace("_weights_config.json", ".pt") in archive.members
-    ):
-        raise RefusedArchiveError("its weights are stored as a pickle")
+    if config_name not in archive.members and f"{config_name.rpartition('/')[0]}/model.pt" in archive.members:
+        raise RefusedArchiveError("its weights or constants are stored as a pickle")
     config = archive.json(config_name)
     if not isinstance(config, dict) or not isinstance(config.get("config"), dict):
         raise UnreadableArchiveError(f"{config_name} has an unknown form")

@@ -1,7 +1,7 @@
 """How far an approximation is from the exact block, without forming either.
 
-`||G - M||^2 = ||G||^2 - 2 <G, M> + ||M||^2` with each term taken in float64. EKFAC and the diagonal are projections of G,
-so there <G, M> = ||M||^2.
+`||G - M||^2 = ||G||^2 - 2 <G, M> + ||M||^2` with each term taken in float64. EKFAC and the diagonal are
+projections of G, so there <G, M> = ||M||^2.
 """
 
 from __future__ import annotations
@@ -70,9 +70,7 @@ def error_row(
         rel_spectral = abs(extreme.value) / top
         if not extreme.converged:
             status = "not_converged"
-            notes.append(
-                f"rel_spectral: residual {extreme.residual / top:.1e} after {extreme.steps} Lanczos steps"
-            )
+            notes.append(f"rel_spectral: residual {extreme.residual / top:.1e} after {extreme.steps} Lanczos steps")
     return ErrorRow(
         layer,
         name,

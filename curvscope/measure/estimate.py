@@ -32,22 +32,13 @@ def estimated_rows(layer: str, fisher: str, extract: Extract, block: Block) -> d
     draws = block.columns.count
     if draws < MINIMUM_DRAWS:
         reason = f"{draws} draws give no error bar: take --samples {MINIMUM_DRAWS} or more, or --fisher exact"
-        return {
-            name: ErrorRow(layer, name, fisher, status="not_assessed", reason=reason)
-            for name in APPROXIMATIONS
-        }
+        return {name: ErrorRow(layer, name, fisher, status="not_assessed", reason=reason) for name in APPROXIMATIONS}
     if block.norm == 0.0:
         reason = "the block is zero in every draw: no curvature reaches the layer"
-        return {
-            name: ErrorRow(layer, name, fisher, status="not_assessed", reason=reason)
-            for name in APPROXIMATIONS
-        }
+        return {name: ErrorRow(layer, name, fisher, status="not_assessed", reason=reason) for name in APPROXIMATIONS}
     if block.columns.form == "formed":
         reason = "the draws of this layer were summed, not kept"
-        return {
-            name: ErrorRow(layer, name, fisher, status="not_assessed", reason=reason)
-            for name in APPROXIMATIONS
-        }
+        return {name: ErrorRow(layer, name, fisher, status="not_assessed", reason=reason) for name in APPROXIMATIONS}
     # every draw carries 1/sqrt(K): undo it, so that each alone estimates G
     gram = block.gram * draws
     examples = block.columns.examples
@@ -122,9 +113,7 @@ def _u_statistic(pairs: Tensor, keep: Tensor) -> float:
 def _jackknife(statistic: Callable[[Tensor], float], draws: int, device: torch.device) -> float:
     """Delete-one standard error, sqrt((K - 1)/K sum (x_i - mean)^2); NaN where a replicate has no value."""
     everything = torch.arange(draws, device=device)
-    replicates = torch.tensor(
-        [statistic(everything[everything != i]) for i in range(draws)], dtype=torch.float64
-    )
+    replicates = torch.tensor([statistic(everything[everything != i]) for i in range(draws)], dtype=torch.float64)
     return float(((draws - 1) / draws * (replicates - replicates.mean()).square().sum()).sqrt())
 
 

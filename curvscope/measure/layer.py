@@ -71,8 +71,7 @@ def measure_layer(extract: Extract, wishes: Wishes, *, why_no_columns: str = "")
     """
     spec = extract.spec
     factors = {
-        name: KroneckerFactors(name, A.cpu().numpy(), B.cpu().numpy())
-        for name, (A, B) in extract.factors.items()
+        name: KroneckerFactors(name, A.cpu().numpy(), B.cpu().numpy()) for name, (A, B) in extract.factors.items()
     }
     found = _Findings(attributes=_factor_facts(extract))
     eigenvectors: dict[str, Any] = {}
@@ -176,9 +175,7 @@ def _exact(extract: Extract, block: Block, wishes: Wishes, found: _Findings) -> 
     assert isinstance(expand, Kronecker)
     refusal = _kron_best_refusal(block, wishes.measure)
     if refusal:
-        found.errors["kron_best"] = ErrorRow(
-            layer, "kron_best", wishes.fisher, status="skipped", reason=refusal
-        )
+        found.errors["kron_best"] = ErrorRow(layer, "kron_best", wishes.fisher, status="skipped", reason=refusal)
     else:
         nearest = nearest_kronecker(block, expand)
         note = "" if nearest.converged else f"power iteration stopped after {nearest.steps} steps"
@@ -194,9 +191,7 @@ def _exact(extract: Extract, block: Block, wishes: Wishes, found: _Findings) -> 
             seed=wishes.seed,
             reason=reason,
         )
-        found.add_spectrum(
-            layer, name, approximation_spectrum(approximation, wishes.dtype), approximation.trace
-        )
+        found.add_spectrum(layer, name, approximation_spectrum(approximation, wishes.dtype), approximation.trace)
     if extract.positions == 1:
         # One position an example: both flavours are the same matrix.
         for kind in ("kfac", "ekfac"):
@@ -266,7 +261,7 @@ def _kron_best_refusal(block: Block, measure: tuple[str, ...]) -> str:
 
 def _eigenvectors(block: Block) -> Any:
     """Eigenvectors of G for its nonzero eigenvalues, descending, [P, rank]."""
-    values, vectors = torch.linalg.eigh(block.gram)
+    vectors = torch.linalg.eigh(block.gram).eigenvectors
     spectrum = block_spectrum(block)
     rank = spectrum.values.numel()
     leading = vectors.flip(1)[:, :rank]

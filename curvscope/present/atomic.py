@@ -47,13 +47,7 @@ def check_output(path: str | os.PathLike[str], force: bool = False, *, folder: b
     except OSError as error:
         raise _refused(error, target) from error
     if not (stat.S_ISDIR(mode) if folder else stat.S_ISREG(mode)):
-        found = (
-            "a folder"
-            if stat.S_ISDIR(mode)
-            else "a file"
-            if stat.S_ISREG(mode)
-            else "a device, pipe or socket"
-        )
+        found = "a folder" if stat.S_ISDIR(mode) else "a file" if stat.S_ISREG(mode) else "a device, pipe or socket"
         wanted = "a folder" if folder else "a file"
         raise OutputError(
             f"The result is {wanted}, but {found} has that name.",

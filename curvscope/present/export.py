@@ -89,9 +89,7 @@ def _write_safetensors(run: Run, path: Path) -> None:
     path.touch()
     permissions = path.stat().st_mode
     try:
-        save_file(
-            contiguous, path, metadata={"format": run.info.format, "schema_version": run.info.schema_version}
-        )
+        save_file(contiguous, path, metadata={"format": run.info.format, "schema_version": run.info.schema_version})
     except SafetensorError as error:
         raise OSError(str(error)) from error
     # It replaces the file by one that only the owner may read.

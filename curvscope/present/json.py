@@ -13,9 +13,9 @@ def dumps(run: Run) -> str:
     """The document: info, model, config, notes, seconds, and each table as a list of objects.
 
     NaN and infinities, which JSON lacks, are null; other floats keep their bits. Arrays (factors, spectra)
-    are not in it.
+    are not in it. The text is ASCII, whatever the names are.
     """
-    return json.dumps(document(run), indent=2, ensure_ascii=False, allow_nan=False)
+    return json.dumps(document(run), indent=2, allow_nan=False)
 
 
 def document(run: Run) -> dict[str, Any]:

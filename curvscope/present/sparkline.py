@@ -57,10 +57,13 @@ def picture(
         low = top - (row + 1) * per_row
         cells = []
         for index, value in enumerate(filled):
-            part = (_decades(value) - low) / per_row if value > 0 else -1.0
-            cell = full if part >= 1 else blocks[int(part * len(blocks))] if part > 0 else " "
-            if index < len(dots) and dots[index] > 0 and low <= _decades(dots[index]) < low + per_row:
-                cell = dot
+            part = (_decades(value) - low) / per_row
+            # The smallest value of all may lie on the lower edge of the last row.
+            visible = part > 0 or (part == 0 and row == height - 1)
+            cell = full if part >= 1 else blocks[int(part * len(blocks))] if visible else " "
+            if index < len(dots) and dots[index] > 0:
+                dot_row = int((top - _decades(dots[index])) / per_row)
+                cell = dot if min(dot_row, height - 1) == row else cell
             cells.append(cell)
         edge = low + per_row
         rows.append((f"1e{edge:.0f}" if edge == round(edge) else "", "".join(cells)))
@@ -87,11 +90,12 @@ def _at_same_ranks(values: Array, size: int, width: int) -> Sequence[float]:
 
 
 def _steps() -> Iterator[float]:
-    """Decades a row, such that edges of rows fall on whole decades: 1/8, 1/4, 1/2, 1, 2, ..."""
-    step = 0.125
+    """Decades a row, such that edges of rows fall on whole decades: 1/8, 1/4, 1/2, 1, 3/2, 2, ..."""
+    yield from (0.125, 0.25)
+    step = 0.5
     while True:
         yield step
-        step *= 2
+        step += 0.5
 
 
 def _decades(value: float) -> float:

@@ -46,7 +46,7 @@ def write(path: Path, form: str, content: dict[str, torch.Tensor]) -> None:
 )
 def test_batch_files(form: str, keys: list[str], args: int, kwargs: list[str], tmp_path: Path) -> None:
     path = tmp_path / "batch.dat"  # the suffix says nothing
-    write(path, form, {**dict.fromkeys(keys, X), "targets": Y})
+    write(path, form, {**{key: X.clone() for key in keys}, "targets": Y})
     batch = load_batch(path)
     assert len(batch.inputs.args) == args
     assert list(batch.inputs.kwargs) == kwargs

@@ -60,10 +60,8 @@ def test_replaced_whole_with_its_permissions_through_a_link(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, OutputError])
 @pytest.mark.parametrize("folder", [False, True])
-def test_nothing_is_left_when_the_work_fails(
-    tmp_path: Path, error: type[BaseException], folder: bool
-) -> None:
-    with (
+def test_nothing_is_left_when_the_work_fails(tmp_path: Path, error: type[BaseException], folder: bool) -> None:
+    with (  # noqa: PT012
         pytest.raises(error),
         replacing(tmp_path / "result", folder=folder) as temporary,
     ):
@@ -77,7 +75,7 @@ def test_nothing_is_left_when_the_work_fails(
 
 
 def test_the_disk_refuses(tmp_path: Path) -> None:
-    with (
+    with (  # noqa: PT012
         pytest.raises(OutputError, match="No space left") as caught,
         replacing(tmp_path / "run.h5") as temporary,
     ):

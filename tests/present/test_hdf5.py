@@ -18,7 +18,7 @@ import curvscope
 from curvscope.errors import OutputError, UsageError
 from curvscope.present.hdf5 import read, write
 from curvscope.present.meanings import meaning
-from curvscope.records import TABLES, KroneckerFactors
+from curvscope.records import TABLES, FindingRow, KroneckerFactors
 from curvscope.run import Run
 from tests.synthetic import make_run
 
@@ -214,9 +214,7 @@ def _without(name: str) -> Callable[[Path], None]:
         pytest.param(_without("layers"), "damaged", id="no layers"),
     ],
 )
-def test_unreadable_files_are_refused_in_words(
-    tmp_path: Path, damage: Callable[[Path], object], words: str
-) -> None:
+def test_unreadable_files_are_refused_in_words(tmp_path: Path, damage: Callable[[Path], object], words: str) -> None:
     path = make_run(layers=2).save(tmp_path / "run.h5")
     damage(path)
     with pytest.raises(OutputError, match=words) as caught:
@@ -245,14 +243,12 @@ def test_a_later_minor_version_is_read(tmp_path: Path) -> None:
         file.attrs["schema_version"] = "1.7"
         file.attrs["novelty"] = 1
         file["tables/novel"] = np.zeros(3)
-        table = file["tables/findings"][()]
         del file["tables/findings"]
-        wider = np.zeros(len(table), dtype=[*table.dtype.descr, ("novel", "<f8")])
-        kept = [name for name in table.dtype.names if name not in ("confidence", "reason")]
-        file["tables/findings"] = np.zeros(1, dtype=[*((n, table.dtype[n]) for n in kept), ("novel", "<f8")])
-        assert wider.size == 1
+        kept = [(name, h5py.string_dtype()) for name in ("code", "severity", "layer", "evidence", "remedy")]
+        rows = [("CS1", "info", "", "a", "b", 0.5)]
+        file["tables/findings"] = np.array(rows, dtype=[*kept, ("novel", "<f8")])
     run = curvscope.open(path)
-    assert run.findings[0].confidence == 1.0
+    assert run.findings == [FindingRow("CS1", "info", "", "a", "b", confidence=1.0)]
 
 
 def test_what_was_opened_outlives_its_replacement(saved: tuple[Run, Path]) -> None:
@@ -317,9 +313,8 @@ except OutputError as error:
 def test_a_full_disk_leaves_the_previous_file(tmp_path: Path) -> None:
     path = make_run(layers=1).save(tmp_path / "run.h5")
     before = path.read_bytes()
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(FULL_DISK), str(path)], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(FULL_DISK), str(path)], capture_output=True, text=True)
+    assert done.stderr == ""
     assert done.stdout.strip() == "3", done.stderr
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]

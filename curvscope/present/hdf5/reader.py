@@ -65,9 +65,7 @@ def _open(path: Path) -> h5py.File:
             "There is no such file.", where=str(path), remedy="Make one with: curvscope analyze CHECKPOINT"
         )
     if path.is_dir():
-        raise OutputError(
-            "That is a folder, not a run.", where=str(path), remedy="Name the .h5 file inside it."
-        )
+        raise OutputError("That is a folder, not a run.", where=str(path), remedy="Name the .h5 file inside it.")
     try:
         # Runs are replaced whole and never changed in place, so that a lock would only get in the way.
         return h5py.File(path, "r", locking=False)
@@ -119,9 +117,7 @@ def _damaged(path: Path, error: BaseException) -> OutputError:
 
 def _from_attributes(record: type[T], attributes: h5py.AttributeManager) -> T:
     """A record from the attributes of the same names; those it does not know are left alone."""
-    return record(
-        **{name: schema.plain(attributes[name]) for name in schema.field_types(record) if name in attributes}
-    )
+    return record(**{name: schema.plain(attributes[name]) for name in schema.field_types(record) if name in attributes})
 
 
 def _read_table(file: h5py.File, name: str) -> list[Any]:
@@ -167,9 +163,7 @@ class StoredLayer(Layer):
         super().__init__(
             row,
             factors=LazyMapping(lambda: _factor_keys(group), lambda key: _factors(group, key)),
-            spectrum=LazyMapping(
-                lambda: _datasets(group, "spectrum"), lambda key: _array(group, f"spectrum/{key}")
-            ),
+            spectrum=LazyMapping(lambda: _datasets(group, "spectrum"), lambda key: _array(group, f"spectrum/{key}")),
             eigenvectors=LazyMapping(
                 lambda: _datasets(group, "eigenvectors"), lambda key: _array(group, f"eigenvectors/{key}")
             ),
@@ -246,9 +240,7 @@ def _datasets(group: h5py.Group, folder: str) -> list[str]:
     if folder not in group:
         return []
     names: list[str] = []
-    group[folder].visititems(
-        lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None
-    )
+    group[folder].visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
     return names
 
 

@@ -16,9 +16,7 @@ TIMING = "timing"
 NOTES = "notes"
 
 # Attributes that the writer puts beside a factor on its own account; all others come from Layer.attributes.
-FACTOR_ATTRIBUTES = frozenset(
-    {"trace", "convention", "dimensions", "units", "flavour", "role", "source_dtype"}
-)
+FACTOR_ATTRIBUTES = frozenset({"trace", "convention", "dimensions", "units", "flavour", "role", "source_dtype"})
 
 
 def text(value: str) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 from curvscope.errors import OutputError
 from curvscope.present.atomic import replacing
 from curvscope.present.hdf5 import schema
+from curvscope.present.hdf5.sink import Sink
 from curvscope.present.meanings import meaning
 from curvscope.present.names import encode
 from curvscope.records import CONVENTIONS, TABLES, Array, KroneckerFactors, Layer, Run, row_values
@@ -31,15 +32,20 @@ def write(run: Run, path: str | os.PathLike[str], *, force: bool = False) -> Pat
         OutputError: as `check_output`, or the disk refuses; the previous file is untouched then.
     """
     with replacing(path, force) as temporary:
-        with h5py.File(temporary, "x") as file:
-            _write_run(file, run)
-            file.flush()
-            file.attrs["complete"] = True
+        sink = Sink(temporary)
+        try:
+            with h5py.File(sink, "w") as file:
+                _write_run(file, run, sink)
+                file.flush()
+                file.attrs["complete"] = True
+        finally:
+            sink.close()
+            sink.check()
         _check(temporary, run)
     return Path(path)
 
 
-def _write_run(file: h5py.File, run: Run) -> None:
+def _write_run(file: h5py.File, run: Run, sink: Sink) -> None:
     for name, value in vars(run.info).items():
         if name != "complete":
             file.attrs[name] = _attribute(value)
@@ -47,9 +53,7 @@ def _write_run(file: h5py.File, run: Run) -> None:
     model = file.create_group("model")
     for name, value in vars(run.model).items():
         model.attrs[name] = _attribute(value)
-    file.create_dataset(
-        schema.NOTES, data=[schema.text(note) for note in run.notes], dtype=h5py.string_dtype()
-    )
+    file.create_dataset(schema.NOTES, data=[schema.text(note) for note in run.notes], dtype=h5py.string_dtype())
     stages = np.array(
         [(schema.text(stage), seconds) for stage, seconds in run.seconds.items()],
         dtype=[("stage", h5py.string_dtype()), ("seconds", "<f8")],
@@ -62,6 +66,7 @@ def _write_run(file: h5py.File, run: Run) -> None:
     for name, words in CONVENTIONS.items():
         conventions.attrs[f"convention_{name}"] = words
     for layer in run.layers.values():
+        sink.check()
         _write_layer(conventions.create_group(encode(layer.name)), layer)
 
 
@@ -69,10 +74,7 @@ def _write_table(group: h5py.Group, name: str, rows: list[Any]) -> None:
     """One compound dataset; the meaning and unit of each column stand in its attributes."""
     types = schema.field_types(TABLES[name])
     cells = [
-        tuple(
-            schema.text(str(value)) if types[column] is str else value
-            for column, value in row_values(row).items()
-        )
+        tuple(schema.text(str(value)) if types[column] is str else value for column, value in row_values(row).items())
         for row in rows
     ]
     dataset = group.create_dataset(name, data=np.array(cells, dtype=schema.row_dtype(TABLES[name])))

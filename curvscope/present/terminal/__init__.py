@@ -17,9 +17,7 @@ from curvscope.records import Run
 __all__ = ["render", "show"]
 
 
-def render(
-    run: Run, console: Console, layer: str | None = None, path: str | os.PathLike[str] | None = None
-) -> None:
+def render(run: Run, console: Console, layer: str | None = None, path: str | os.PathLike[str] | None = None) -> None:
     """Print the report, or one layer in full, in the width, colours and characters that `console` has.
 
     Args:
@@ -62,9 +60,7 @@ def find_layer(run: Run, wanted: str) -> str:
         return matches[0]
     near = matches or difflib.get_close_matches(wanted, run.layers, n=5, cutoff=0.4) or list(run.layers)[:10]
     raise UsageError(
-        f"{len(matches)} layers have {wanted!r} in their names."
-        if matches
-        else f"There is no layer {wanted!r}.",
+        f"{len(matches)} layers have {wanted!r} in their names." if matches else f"There is no layer {wanted!r}.",
         where=f"the run's {len(run.layers)} layers",
         remedy="Name one of them: " + ", ".join(near[:10]) + (", ..." if len(near) > 10 else ""),
     )

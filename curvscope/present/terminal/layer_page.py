@@ -60,8 +60,7 @@ def _header(page: Page, layer: Layer) -> Panel:
     grid.add_row(
         "layer",
         page.text(
-            f"{row.kind}, {row.d_out}{page.times}{row.d_in} {bias}{groups}, "
-            f"{count(row.parameters, 'parameter')}"
+            f"{row.kind}, {row.d_out}{page.times}{row.d_in} {bias}{groups}, {count(row.parameters, 'parameter')}"
         ),
     )
     grid.add_row("batch", page.text(positions))
@@ -86,13 +85,7 @@ def _errors(page: Page, layer: Layer) -> None:
     if page.width >= 60:
         columns.append(Column("\nstatus", [_status(row) for row in rows], worth=1, left=True))
     page.table(columns)
-    page.lines(
-        [
-            page.text(
-                "rel.: ||G - M|| / ||G||; 0 is exact, 1 is as far off as M = 0. * the better K-FAC.", "dim"
-            )
-        ]
-    )
+    page.lines([page.text("rel.: ||G - M|| / ||G||; 0 is exact, 1 is as far off as M = 0. * the better K-FAC.", "dim")])
     _reasons(page, rows)
 
 
@@ -102,7 +95,8 @@ def _spectra(page: Page, layer: Layer) -> None:
     if not rows:
         return
     page.heading("spectra")
-    rows.sort(key=lambda row: row.approximation != "ggn")
+    order = ["ggn", *layer.errors]
+    rows.sort(key=lambda row: order.index(row.approximation) if row.approximation in order else len(order))
     names = [(row.approximation, "bold" if row.approximation == "ggn" else "") for row in rows]
     page.table(
         [Column("\nmatrix", names, worth=100, left=True), *_measured(page, rows, SPECTRUM_COLUMNS)],
@@ -136,9 +130,7 @@ def _reasons(page: Page, rows: list[ErrorRow] | list[SpectrumRow]) -> None:
     lines = []
     for (status, reason), names in reasons.items():
         who = "all" if len(names) == len(rows) > 1 else ", ".join(names)
-        line = page.text(
-            f"{page.dash} {who} {STATUS_WORDS.get(status, status)}: ", "" if status == "ok" else "yellow"
-        )
+        line = page.text(f"{page.dash} {who} {STATUS_WORDS.get(status, status)}: ", "" if status == "ok" else "yellow")
         line.append(page.safe(reason), style="dim")
         lines.append(line)
     page.lines(lines)
@@ -169,9 +161,7 @@ def _picture(page: Page, layer: Layer) -> None:
     if other in layer.spectrum:
         dot = "o" if page.ascii_only else "•"
         beyond = len(layer.spectrum[other]) - len(layer.spectrum["ggn"])
-        words += f"; {dot} {other}" + (
-            f", which has {beyond:,} more nonzero eigenvalues" if beyond > 0 else ""
-        )
+        words += f"; {dot} {other}" + (f", which has {beyond:,} more nonzero eigenvalues" if beyond > 0 else "")
     page.lines([page.text(words, "dim")])
 
 

@@ -57,9 +57,7 @@ def _header(page: Page, run: Run) -> Panel:
         "coverage": covered,
         "model": page.text(f"{model.name}, {count(model.parameters, 'parameter')}{step}"),
         "batch": page.text(f"{count(model.examples, 'example')}, outputs {model.outputs}"),
-        "loss": page.text(
-            f"{number(model.loss, 4)} {model.loss_name}, gradient norm {number(model.gradient_norm)}"
-        ),
+        "loss": page.text(f"{number(model.loss, 4)} {model.loss_name}, gradient norm {number(model.gradient_norm)}"),
         "curvature": page.text(f"{_fisher_words(run)}, {info.dtype} on {info.device}"),
         "mode": page.text("eval mode" + (f": {model.mode_note}" if model.mode_note else "")),
     }
@@ -69,9 +67,7 @@ def _header(page: Page, run: Run) -> Panel:
         grid.add_row(label, words)
     title = page.text(f"curvscope {page.dash} {PurePath(model.checkpoint).name or model.name}", "bold")
     made = page.text(f"curvscope {info.curvscope_version}, {info.created[:16].replace('T', ' ')}", "dim")
-    return Panel(
-        grid, title=title, title_align="left", subtitle=made, subtitle_align="right", border_style="cyan"
-    )
+    return Panel(grid, title=title, title_align="left", subtitle=made, subtitle_align="right", border_style="cyan")
 
 
 def _fisher_words(run: Run) -> str:
@@ -120,9 +116,7 @@ def _layer_table(page: Page, layers: list[Layer]) -> None:
 def _layer_columns(page: Page, layers: list[Layer]) -> list[Column]:
     """All columns but name and spectrum, from left to right."""
 
-    def column(
-        header: str, worth: int, cell: Callable[[Layer], tuple[str, str]], left: bool = False
-    ) -> Column:
+    def column(header: str, worth: int, cell: Callable[[Layer], tuple[str, str]], left: bool = False) -> Column:
         return Column(header, [cell(layer) for layer in layers], worth, left)
 
     columns = [
@@ -170,11 +164,7 @@ def _condition(page: Page, layer: Layer) -> tuple[str, str]:
 def _spectrum_column(page: Page, layers: list[Layer], width: int) -> Column:
     cells = []
     for layer in layers:
-        line = (
-            sparkline(layer.spectrum["ggn"], width, ascii_only=page.ascii_only)
-            if "ggn" in layer.spectrum
-            else ""
-        )
+        line = sparkline(layer.spectrum["ggn"], width, ascii_only=page.ascii_only) if "ggn" in layer.spectrum else ""
         cells.append((line or page.dash, "cyan" if line else "dim"))
     return Column("GGN\nspectrum", cells, worth=7, left=True)
 
@@ -210,9 +200,7 @@ def _not_assessed(page: Page, run: Run) -> None:
         what = "everything" if len(named) > 5 else ", ".join(named)
         layers = [layer for concerned in by_reason.values() for layer in concerned]
         line = page.text(f"{page.dash} {STATUS_WORDS[status]}: ", "yellow")
-        line.append(
-            page.safe(f"{what} of {_some(layers, 'layer', most=1)}: {next(iter(by_reason))}"), style="dim"
-        )
+        line.append(page.safe(f"{what} of {_some(layers, 'layer', most=1)}: {next(iter(by_reason))}"), style="dim")
         if len(by_reason) > 1:
             line.append(f" (other reasons: {len(by_reason) - 1}, on the layers' pages)", style="dim")
         lines.append(line)
@@ -237,9 +225,7 @@ def _coverage(page: Page, run: Run) -> None:
     grid = Table.grid(padding=(0, 2, 0, 0))
     grid.add_column(justify="right", no_wrap=True)
     grid.add_column(overflow="fold")
-    for (treatment, reason), rows in sorted(
-        groups.items(), key=lambda item: -sum(row.count for row in item[1])
-    ):
+    for (treatment, reason), rows in sorted(groups.items(), key=lambda item: -sum(row.count for row in item[1])):
         entries = sum(row.count for row in rows)
         words = TREATMENT_WORDS.get(treatment, treatment)
         line = page.text(f"{words}: ", "bold red" if treatment == "uncovered" else "bold")
@@ -261,21 +247,16 @@ def _worth_a_look(page: Page, run: Run) -> None:
     page.findings(findings[:3])
     if len(findings) > 3:
         page.console.print()
-        page.lines(
-            [
-                page.text(
-                    f"and {count(len(findings) - 3, 'finding')} more, on the pages of their layers.", "dim"
-                )
-            ]
-        )
+        page.lines([page.text(f"and {count(len(findings) - 3, 'finding')} more, on the pages of their layers.", "dim")])
 
 
 def _notes(page: Page, run: Run) -> None:
     """How the input was read, and where the time went."""
     lines = [page.text(note, "dim") for note in run.notes]
     if run.seconds:
-        stages = ", ".join(f"{stage} {number(seconds, 2)} s" for stage, seconds in run.seconds.items())
-        lines.append(page.text(f"{number(sum(run.seconds.values()), 2)} s in all: {stages}.", "dim"))
+        total = sum(run.seconds.values())
+        spent = [f"{stage} {number(s, 2)} s" for stage, s in run.seconds.items() if s >= total / 100]
+        lines.append(page.text(f"{number(total, 2)} s in all: {', '.join(spent)}.", "dim"))
     if lines:
         page.heading("notes")
         page.lines(lines)

@@ -97,9 +97,7 @@ class Page:
     def heading(self, words: str) -> None:
         """A heading with a line to the right edge."""
         self.console.print()
-        rule = Rule(
-            self.text(words, "bold"), align="left", style="dim", characters="-" if self.ascii_only else "─"
-        )
+        rule = Rule(self.text(words, "bold"), align="left", style="dim", characters="-" if self.ascii_only else "─")
         self.console.print(rule)
 
     def lines(self, lines: Iterable[Text], indent: int = 1) -> None:
@@ -111,9 +109,7 @@ class Page:
         """A table in which no row wraps: where the width is too small, the least dear columns go."""
         kept = self.fitting(columns, self.width - 2)
         head = ASCII_HEAD if self.ascii_only else box.SIMPLE_HEAD
-        table = Table(
-            box=head, show_edge=False, pad_edge=False, padding=(0, GAP - 1, 0, 0), header_style="bold"
-        )
+        table = Table(box=head, show_edge=False, pad_edge=False, padding=(0, GAP - 1, 0, 0), header_style="bold")
         for column in kept:
             table.add_column(
                 column.header,
