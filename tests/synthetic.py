@@ -104,7 +104,7 @@ def _layer(rng: np.random.Generator, spec: tuple[Any, ...], fisher: str, dumped:
     layer = Layer(row, factors, spectrum, errors, spectra)
     layer.attributes = {
         "expand/A/lambda_min": -1.3e-9, "expand/A/lambda_max": 31.5, "expand/B/lambda_min": 0.0,
-        "expand/B/lambda_max": 2.5, "eigensolver": "eigh float64",
+        "expand/B/lambda_max": 2.5, "state": "converged", "eigensolver": "eigh float64",
     }  # fmt: skip
     if dumped:
         layer.kept_columns = rng.normal(size=(EXAMPLES * 9, d_out, inputs)).astype(np.float32)

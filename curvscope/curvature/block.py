@@ -170,47 +170,65 @@ class Block:
         assert self.columns.gradients is not None
         return self.columns.gradients.double()
 
-    def contract_inputs(self, X: Tensor) -> Tensor:
-        """`sum V X V^T` [d_out, d_out] for X [d_in, d_in]: the rearranged block times vec(X)."""
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype the columns are kept in."""
+        held = (self.columns.block, self.columns.values, self.columns.gradients)
+        return next(tensor.dtype for tensor in held if tensor is not None)
+
+    def _rows(self, fast: bool) -> tuple[Tensor, Tensor]:
+        """Inputs [N, R, d_in] and gradients [K, N, R, d_out], in float64 or as they are kept."""
+        if fast:
+            assert self.columns.inputs is not None and self.columns.gradients is not None
+            return self.columns.inputs, self.columns.gradients
+        return self._inputs, self._gradients
+
+    def contract_inputs(self, X: Tensor, *, fast: bool = False) -> Tensor:
+        """`sum V X V^T` [d_out, d_out] for symmetric X [d_in, d_in]: the rearranged block times vec(X).
+
+        float64; with `fast` the products run in the columns' own dtype.
+        """
         if self.columns.form == "formed":
             G = self.gram.view(self.d_out, self.d_in, self.d_out, self.d_in)
             return torch.einsum("oipq,iq->op", G, X)
-        if self.columns.form == "outer":
-            a, g = self._inputs.squeeze(1), self._gradients.squeeze(2)
-            weight = ((a @ X) * a).sum(1)
-            return (g * weight[:, None]).flatten(0, 1).T @ g.flatten(0, 1)
+        if self.columns.gradients is not None:
+            a, g = self._rows(fast)
+            inner = torch.bmm(a @ X.to(a.dtype), a.transpose(1, 2))  # a X a^T of every example, [N, R, R]
+            weighted = inner.squeeze(1)[..., None] * g if self.columns.form == "outer" else torch.matmul(inner, g)
+            return (weighted.reshape(-1, self.d_out).T @ g.reshape(-1, self.d_out)).double()
         total = torch.zeros(self.d_out, self.d_out, dtype=torch.float64, device=X.device)
-        for piece in self._columns_in_pieces():
-            total += torch.einsum("cpi,coi->po", piece @ X, piece)
+        for piece in self._columns_in_pieces(fast):
+            total += torch.tensordot(piece @ X.to(piece.dtype), piece, dims=([0, 2], [0, 2]))
         return total
 
-    def contract_outputs(self, Y: Tensor) -> Tensor:
-        """`sum V^T Y V` [d_in, d_in] for Y [d_out, d_out]: the rearranged block's transpose times vec(Y)."""
+    def contract_outputs(self, Y: Tensor, *, fast: bool = False) -> Tensor:
+        """`sum V^T Y V` [d_in, d_in] for symmetric Y [d_out, d_out]: the rearranged block's transpose times vec(Y).
+
+        float64; with `fast` the products run in the columns' own dtype.
+        """
         if self.columns.form == "formed":
             G = self.gram.view(self.d_out, self.d_in, self.d_out, self.d_in)
             return torch.einsum("oipq,op->iq", G, Y)
-        if self.columns.form == "outer":
-            a, g = self._inputs.squeeze(1), self._gradients.squeeze(2)
-            weight = ((g @ Y) * g).sum((0, 2))
-            return (a * weight[:, None]).T @ a
+        if self.columns.gradients is not None:
+            a, g = self._rows(fast)
+            turned = g @ Y.to(g.dtype)
+            if self.columns.form == "outer":
+                inner = (turned * g).sum((0, 3))[..., None]  # [N, 1, 1]
+            else:
+                inner = torch.einsum("knro,knso->nrs", turned, g)
+            return (torch.matmul(inner, a).flatten(0, 1).T @ a.flatten(0, 1)).double()
         total = torch.zeros(self.d_in, self.d_in, dtype=torch.float64, device=Y.device)
-        for piece in self._columns_in_pieces():
-            total += torch.einsum("coi,coq->iq", torch.matmul(Y.T, piece), piece)
+        for piece in self._columns_in_pieces(fast):
+            total += torch.tensordot(torch.matmul(Y.to(piece.dtype), piece), piece, dims=([0, 1], [0, 1]))
         return total
 
-    def _columns_in_pieces(self) -> Iterator[Tensor]:
-        """All columns, [c, d_out, d_in] a piece, float64."""
+    def _columns_in_pieces(self, fast: bool) -> Iterator[Tensor]:
+        """Dense columns, [c, d_out, d_in] a piece."""
+        assert self.columns.values is not None
+        flat = self.columns.values.flatten(0, 1)
         step = max(1, self.piece_bytes // (self.parameters * 8))
-        if self.columns.values is not None:
-            flat = self.columns.values.flatten(0, 1)
-            for low in range(0, flat.shape[0], step):
-                yield flat[low : low + step].double()
-            return
-        g, a = self._gradients, self._inputs
-        for k in range(g.shape[0]):
-            for low in range(0, g.shape[1], step):
-                high = low + step
-                yield torch.bmm(g[k, low:high].transpose(1, 2), a[low:high])
+        for low in range(0, flat.shape[0], step):
+            yield flat[low : low + step] if fast else flat[low : low + step].double()
 
     def stacked(self) -> Tensor:
         """Every column, [N K, d_out, d_in] in order n, k, in the run's dtype."""

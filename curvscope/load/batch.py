@@ -26,8 +26,9 @@ from curvscope.load.importing import (
 from curvscope.load.problem import Inputs
 from curvscope.load.sniff import sniff
 
-FILE_FORMS = 'A batch file (.pt, .npz, .h5, .safetensors) holds "inputs" (or "inputs.<keyword>", '
-'"inputs.0", ...) and "targets".'
+FILE_FORMS = (
+    'A batch file (.pt, .npz, .h5, .safetensors) holds "inputs" (or "inputs.<keyword>", "inputs.0", ...) and "targets".'
+)
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,7 @@ WEIGHT_FILES = (
 
 
 def load_folder(folder: Path, *, trust: bool) -> nn.Module:
-    """The model that config.json names in `architectures`, with its weights, in the dtype they were stored
-    in.
+    """The model that config.json names in `architectures`, in the dtype its weights were stored in.
 
     Nothing is downloaded, and no code in the folder is run without `trust`.
 

@@ -80,10 +80,9 @@ def match_optimizer(
     """The state with parameter names, and notes on how they were found.
 
     A state_dict numbers its parameters; their names are its own `param_names` where it has them, else the
-    model's
-    order: trainable parameters, or all of them, or first those with weight decay and then those without. An
-    order counts only if every per-parameter tensor of the state has its parameter's shape; where none does
-    the state is left out, and a note says so.
+    model's order: trainable parameters, or all of them, or first those with weight decay and then those
+    without. An order counts only if every per-parameter tensor of the state has its parameter's shape; where
+    none does the state is left out, and a note says so.
     """
     if state is None:
         return None, ()
@@ -105,8 +104,8 @@ def match_optimizer(
 def class_name_of(state: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
     """The optimizer's class as far as its options tell, and a note where they do not.
 
-    A state_dict does not name its class. Adam and AdamW have the same options before torch 2.8; without
-    weight decay they are the same optimizer, with it they can't be told apart.
+    A state_dict does not name its class. Adam and AdamW have the same options in older versions of
+    torch: without weight decay they are the same optimizer, with it they can't be told apart.
     """
     groups = state["param_groups"]
     options = {key for group in groups for key in group}

@@ -3,8 +3,7 @@
 torch.export.load unpickles whatever an archive marks as pickled, resolves operator names by attribute lookup,
 evaluates symbolic expressions and guards as Python, imports modules named in tree specs, and puts names into
 generated source. `vetted_archive` reads the archive itself, refuses all of that, and writes a new one of
-nothing but what it has checked: torch never reads the original bytes, so the two can't disagree on what they
-    say.
+nothing but what it has checked: torch never reads the original bytes.
 """
 
 from __future__ import annotations

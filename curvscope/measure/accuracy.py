@@ -58,7 +58,7 @@ def error_row(
             notes.append("rel_frobenius is below 1e-5, where the norm formula has no digits left")
     rel_spectral = NAN
     if spectral:
-        tolerance = 1e-9 if _dtype(block) == torch.float64 else 1e-4
+        tolerance = 1e-9 if block.dtype == torch.float64 else 1e-4
         extreme = largest_magnitude(
             lambda X: block.matvec(X) - approximation.matvec(X),
             (block.d_out, block.d_in),
@@ -82,8 +82,3 @@ def error_row(
         status=status,
         reason="; ".join(notes),
     )
-
-
-def _dtype(block: Block) -> torch.dtype:
-    held = (block.columns.values, block.columns.gradients, block.columns.block)
-    return next(tensor.dtype for tensor in held if tensor is not None)

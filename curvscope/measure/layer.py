@@ -177,8 +177,8 @@ def _exact(extract: Extract, block: Block, wishes: Wishes, found: _Findings) -> 
     if refusal:
         found.errors["kron_best"] = ErrorRow(layer, "kron_best", wishes.fisher, status="skipped", reason=refusal)
     else:
-        nearest = nearest_kronecker(block, expand)
-        note = "" if nearest.converged else f"power iteration stopped after {nearest.steps} steps"
+        nearest = nearest_kronecker(block, expand, seed=wishes.seed)
+        note = "" if nearest.converged else f"its Lanczos iteration had not converged after {nearest.steps} steps"
         approximations["kron_best"] = (nearest.approximation, note)
     for name, (approximation, reason) in approximations.items():
         found.errors[name] = error_row(

@@ -406,7 +406,12 @@ def test_ascii_terminals_do_not_break_it(tmp_path: Path) -> None:
     run = make_run()
     run.notes = ["‖G‖ 日本"]
     run.save(tmp_path / "run.h5")
-    for arguments in (["show", "run.h5"], ["show", "nö.h5"], ["show", "run.h5", "--format", "json"]):
+    for arguments in (
+        ["show", "run.h5"],
+        ["show", "nö.h5"],
+        ["show", "run.h5", "--format", "json"],
+        ["export", "run.h5", "--to", "json", "-o", "ö.json"],
+    ):
         done = subprocess.run(
             [*CLI, *arguments],
             cwd=tmp_path,

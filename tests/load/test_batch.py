@@ -106,7 +106,7 @@ def raw(path: Path, content: bytes) -> Path:
 
 
 BAD: dict[str, tuple[Any, tuple[str, ...]]] = {
-    "none": (lambda p: None, ("No batch", "--batch")),
+    "none": (lambda p: None, ("No batch", "--batch", 'and "targets"')),
     "missing file": (lambda p: p / "absent.pt", ("no such batch file", "absent.pt")),
     "folder": (lambda p: p, ("folder",)),
     "empty file": (lambda p: raw(p, b""), ("empty",)),

@@ -16,7 +16,8 @@ import pytest
 
 import curvscope
 from curvscope.errors import OutputError, UsageError
-from curvscope.present.hdf5 import read, write
+from curvscope.present.hdf5 import read, write, writer
+from curvscope.present.hdf5.sink import Sink
 from curvscope.present.meanings import meaning
 from curvscope.records import TABLES, FindingRow, KroneckerFactors
 from curvscope.run import Run
@@ -295,6 +296,18 @@ def test_killed_half_way(tmp_path: Path, previous: bool, blow: signal.Signals) -
     # What a kill leaves is hidden, and in nobody's way.
     assert all(file.name.startswith(".run.h5.") for file in left)
     make_run(layers=1).save(path, force=previous)
+
+
+def test_an_interrupt_while_hdf5_writes_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted(Sink):
+        def close(self) -> None:
+            super().close()
+            self._failure = KeyboardInterrupt()
+
+    monkeypatch.setattr(writer, "Sink", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        make_run(layers=1).save(tmp_path / "run.h5")
+    assert list(tmp_path.iterdir()) == []
 
 
 FULL_DISK = """

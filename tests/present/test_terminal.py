@@ -206,7 +206,7 @@ def test_the_file_shows_the_same(tmp_path: Path, layer: str | None, fisher: str)
 @pytest.mark.parametrize("layer", [None, "transformer.blocks.0.mlp/up"])
 def test_plain_encodings(encoding: str, layer: str | None) -> None:
     run = make_run("probe")
-    run.tables["findings"][0] = dataclasses.replace(run.tables["findings"][0], evidence="λ → ‖G‖ 日本")
+    run.tables["findings"][0] = dataclasses.replace(run.tables["findings"][0], evidence="4×4 → ‖G‖ 日本")
     raw = io.BytesIO()
     for width in (80, 140):
         stream = io.TextIOWrapper(raw, encoding=encoding, write_through=True)
@@ -214,6 +214,7 @@ def test_plain_encodings(encoding: str, layer: str | None) -> None:
         stream.detach()
     text = raw.getvalue().decode("ascii")
     assert "0.412+-0.01" in text
+    assert layer or "4x4 -> \\u2016G\\u2016" in text
 
 
 def test_control_characters_do_not_reach_the_terminal() -> None:

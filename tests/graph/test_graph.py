@@ -1,0 +1,239 @@
+"""The graph: sites, names, coverage, the eager fallback, and other batches through the same graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import curvscope
+from curvscope.errors import LayoutError, ModelError, UsageError
+from curvscope.graph.export import export_model
+from curvscope.graph.functional import build
+from curvscope.graph.layout import Layout, candidates
+from curvscope.load.problem import Inputs
+from tests import models
+
+
+class Branching(nn.Module):
+    """Any model behind data-dependent control flow, which export refuses."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        if float(x.sum()) > 1e9:
+            return torch.zeros(1)
+        return self.inner(x)
+
+
+class InPlace(nn.Module):
+    """In-place operations right on what linear modules return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x).relu_()
+        h += self.b(h)
+        h.mul_(2)
+        return self.head(h)
+
+
+class Everything(nn.Module):
+    """Parameters of every treatment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.randn(4))
+        self.first = nn.Linear(4, 6)
+        self.norm = nn.LayerNorm(6)
+        self.grouped = nn.Conv1d(6, 6, 1, groups=2)
+        self.table = nn.Embedding(3, 6)
+        self.tied = nn.Linear(6, 3, bias=False)
+        self.normed = torch.nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))
+        self.frozen = nn.Linear(6, 6)
+        self.unused = nn.Linear(2, 2)
+        self.frozen.requires_grad_(False)
+        self.tied.weight = self.table.weight
+
+    def forward(self, x: Tensor, index: Tensor) -> Tensor:
+        h = self.norm(torch.tanh(self.first(x + self.shift)))
+        h = h + self.grouped(h.unsqueeze(-1)).squeeze(-1) + self.table(index)
+        return self.tied(self.frozen(torch.tanh(self.normed(h))))
+
+
+MODELS: dict[str, tuple[Any, tuple[int, ...]]] = {
+    "mlp": (lambda: models.mlp(4, 5, 3), (6, 4)),
+    "in_place": (InPlace, (6, 4)),
+    "residual": (models.ResidualCNN, (4, 2, 8, 8)),
+    "called_twice": (models.SharedTwice, (6, 4)),
+    "attention": (lambda: models.Pooled(models.PlainAttention(3), nn.Linear(3, 3)), (4, 3, 3)),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_eager_fallback_agrees_with_export(name: str) -> None:
+    factory, shape = MODELS[name]
+    torch.manual_seed(0)
+    model = factory()
+    batch = (torch.randn(shape), torch.randint(3, shape[:1]))
+    options: dict[str, Any] = {"loss": "cross_entropy", "fisher": "exact", "dtype": "float64"}
+    exported = curvscope.analyze(model, batch, **options)
+    eager = curvscope.analyze(Branching(model), batch, **options)
+    assert exported.model.graph == "exported"
+    assert eager.model.graph.startswith("eager modules")
+    assert any("refused" in note for note in eager.notes)
+    assert [f"inner.{name}" for name in exported.layers] == list(eager.layers)
+    for left, right in zip(exported.layers.values(), eager.layers.values(), strict=True):
+        for approximation, row in left.errors.items():
+            if not row.reason:
+                assert right.errors[approximation].rel_frobenius == pytest.approx(row.rel_frobenius, rel=1e-9)
+    assert eager.model.gradient_norm == pytest.approx(exported.model.gradient_norm, rel=1e-12)
+
+
+def test_every_parameter_is_accounted_for() -> None:
+    torch.manual_seed(0)
+    model = Everything()
+    batch = ((torch.randn(6, 4), torch.randint(3, (6,))), torch.randint(3, (6,)))
+    run = curvscope.analyze(model, batch, loss="cross_entropy")
+    rows = {row.parameter: row for row in run.tables["coverage"]}
+    assert set(rows) == {name for name, _ in model.named_parameters()}
+    assert sum(row.count for row in rows.values()) == sum(p.numel() for p in model.parameters())
+    want = {
+        "first.weight": ("kronecker", ""),
+        "first.bias": ("kronecker", ""),
+        "shift": ("uncovered", "free parameter"),
+        "norm.weight": ("uncovered", "normalisation"),
+        "grouped.weight": ("uncovered", "grouped convolution"),
+        "table.weight": ("uncovered", "tied in two roles"),
+        "frozen.weight": ("frozen", "does not require a gradient"),
+        "unused.weight": ("uncovered", "does not reach it"),
+    }
+    for name, (treatment, reason) in want.items():
+        assert rows[name].treatment == treatment, name
+        assert reason in rows[name].reason, (name, rows[name].reason)
+    normed = [row for name, row in rows.items() if name.startswith("normed.parametrizations")]
+    assert {row.treatment for row in normed} == {"uncovered"}
+    covered = sum(row.count for row in rows.values() if row.treatment == "kronecker")
+    trained = sum(row.count for row in rows.values() if row.treatment != "frozen")
+    assert run.coverage == pytest.approx(covered / trained)
+    assert sum(abs(p.grad).sum() for p in model.parameters() if p.grad is not None) == 0
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_other_batch_sizes_run_through_the_same_graph(size: int) -> None:
+    torch.manual_seed(0)
+    model = models.SelfAttention().eval()
+    exported = export_model(model, Inputs(args=(torch.randn(1, 3, 4),)), {})
+    assert exported.dynamic
+    graph = build(exported.program, device=torch.device("cpu"), dtype=torch.float32, dynamic=True)
+    x = torch.randn(size, 3, 4)
+    torch.testing.assert_close(graph.run(x).detach(), model(x).detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_outputs_are_identical_to_the_bit() -> None:
+    torch.manual_seed(0)
+    for factory, shape in MODELS.values():
+        model, x = factory().eval(), torch.randn(shape)
+        exported = export_model(model, Inputs(args=(x,)), {})
+        graph = build(exported.program, device=torch.device("cpu"), dtype=torch.float32, dynamic=exported.dynamic)
+        assert torch.equal(graph.run(x).detach(), model(x).detach())
+
+
+class MixesExamples(nn.Module):
+    """Attention over the batch: rows follow no permutation of the examples... except that they do; the sort does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        position = torch.arange(x.shape[0], dtype=x.dtype).unsqueeze(1)
+        return self.head(torch.tanh(self.first(x * position)))
+
+
+def test_rows_that_follow_no_example_are_refused_by_name() -> None:
+    with pytest.raises(LayoutError) as caught:
+        curvscope.analyze(MixesExamples(), (torch.randn(6, 4), torch.randint(3, (6,))), loss="cross_entropy")
+    assert "layer first" in caught.value.where
+    assert "--example-axis" in caught.value.remedy
+
+
+def test_padding_is_found_and_left_out() -> None:
+    torch.manual_seed(0)
+    lengths = torch.tensor([4, 2, 3, 1, 4])
+    mask = torch.arange(4) < lengths[:, None]
+    model = models.MaskedPool()
+    inputs = torch.randn(5, 4, 3) * mask[..., None]
+    run = curvscope.analyze(model, ((inputs, mask), torch.randint(3, (5,))), loss="cross_entropy", dtype="float64")
+    row = run.layers["inner"].row
+    assert row.padded == pytest.approx(1 - 14 / 20)
+    assert row.positions == pytest.approx(14 / 5)
+    assert run.layers["head"].row.padded == 0.0
+
+
+def test_selection_changes_nothing_but_the_choice() -> None:
+    torch.manual_seed(0)
+    model = models.MaskedPool()
+    mask = torch.arange(4) < torch.tensor([4, 2, 3, 1, 4])[:, None]
+    batch = ((torch.randn(5, 4, 3) * mask[..., None], mask), torch.randint(3, (5,)))
+    whole = curvscope.analyze(model, batch, loss="cross_entropy", dtype="float64")
+    part = curvscope.analyze(model, batch, loss="cross_entropy", dtype="float64", layers="inn*")
+    assert list(part.layers) == ["inner"]
+    np.testing.assert_array_equal(
+        part.layers["inner"].factors["expand"].A, whole.layers["inner"].factors["expand"].A
+    )
+    assert part.model.gradient_norm == pytest.approx(whole.model.gradient_norm, rel=1e-12)
+    left_out = [row for row in part.tables["coverage"] if row.layer == "head"]
+    assert {row.reason for row in left_out} == {"left out by --layers / --skip"}
+    assert list(curvscope.analyze(model, batch, loss="cross_entropy", skip=["inner"]).layers) == ["head"]
+
+
+def test_a_selection_of_nothing_lists_the_layers() -> None:
+    with pytest.raises(UsageError) as caught:
+        curvscope.analyze(
+            models.mlp(4, 5, 3), (torch.randn(6, 4), torch.randint(3, (6,))), loss="cross_entropy", layers="conv*"
+        )
+    assert "0, 2" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [(nn.LayerNorm(4), "no linear layer"), (models.mlp(4, 5, 4).requires_grad_(False), "frozen")],
+    ids=["no_linear", "all_frozen"],
+)
+@pytest.mark.parametrize("eager", [False, True])
+def test_nothing_to_analyze(model: nn.Module, words: str, eager: bool) -> None:
+    with pytest.raises(ModelError, match=words):
+        curvscope.analyze(
+            Branching(model) if eager else model,
+            (torch.randn(6, 4), torch.randint(3, (6,))),
+            loss="cross_entropy",
+        )
+
+
+LAYOUTS = {
+    "leading": (Layout(0), (5, 3, 2)),
+    "second": (Layout(1), (3, 5, 2)),
+    "flattened": (Layout(0, 1, 3), (15, 2)),
+    "flattened_minor": (Layout(0, 3, 1), (15, 2)),
+    "windowed": (Layout(0, 1, 2), (10, 4, 2)),
+    "in_between": (Layout(0, 2, 3), (30, 2)),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout_round_trip(name: str) -> None:
+    layout, shape = LAYOUTS[name]
+    tensor = torch.randn(shape)
+    flat = layout.flat(tensor)
+    assert flat.shape[0] == 5
+    assert torch.equal(layout.unflat(flat, tensor), tensor)
+    assert torch.equal(layout.rows(tensor).flatten(1).sort(1).values, flat.sort(1).values)
+    assert layout in candidates({layout.axis: shape[layout.axis] // 5})
