@@ -2,10 +2,10 @@
 
     floor = t(forward + K activation-only backward passes) + (flops of the symmetric products) / rate
 
-K counts the columns of the loss Hessian's root. `with_gradient` adds one more pass, which the gradient needs where it
+K counts the columns of the loss Hessian's root. `floor+gradient` adds one more pass, which the gradient needs where it
 is no combination of the columns (mc); where it is one (exact), the columns' passes could serve it, too. The passes
-are timed as the cheapest of several ways of running them. A product `X^T X` with X [k, n] counts n^2 k flops, half of a full
-product's 2 n^2 k, because its result is symmetric; the rate is what a large square product reaches in the same
+are timed as the cheapest of several ways of running them. A product `X^T X` with X [k, n] counts n^2 k flops, half
+of a full product's, because its result is symmetric; the rate is what a large square product reaches in the same
 process. Not in the floor, though any tool has to spend them: the products of the gradient itself, the reading of
 patches (unfold) and the sums over positions.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -183,9 +184,7 @@ class Floor:
             "repeated examples": self._repeated,
         }
         with activation_only(workload) as leaves:
-            self.candidates = {
-                name: best_seconds(lambda way=way: way(leaves), 3) for name, way in ways.items()
-            }
+            self.candidates = {name: best_seconds(partial(way, leaves), 3) for name, way in ways.items()}
         self.strategy = min(self.candidates, key=lambda name: self.candidates[name])
         self._way = ways[self.strategy]
 
@@ -220,7 +219,7 @@ class Floor:
             "passes": passes,
             "products": products,
             "floor": floor,
-            "with_gradient": floor + one_more,
+            "floor+gradient": floor + one_more,
         }
 
 

@@ -7,6 +7,7 @@ what its first product would call.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -102,7 +103,7 @@ def naive_rows(workload: Workload) -> dict[str, Rows]:
         x = seen[name][0]
         gradients = [gradient[index] for gradient in passes]
         if isinstance(module, nn.Conv2d):
-            patches = F.unfold(x, module.kernel_size, padding=module.padding, stride=module.stride)
+            patches = F.unfold(x, module.kernel_size, padding=cast(Any, module.padding), stride=module.stride)
             x = patches.transpose(1, 2)
             gradients = [g.flatten(2).transpose(1, 2) for g in gradients]
         if x.ndim == 2:

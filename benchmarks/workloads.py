@@ -48,9 +48,7 @@ class Workload:
     def layers(self) -> dict[str, nn.Linear | nn.Conv2d]:
         """The modules whose weights get factors, by name."""
         return {
-            name: module
-            for name, module in self.model.named_modules()
-            if isinstance(module, nn.Linear | nn.Conv2d)
+            name: module for name, module in self.model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)
         }
 
 
@@ -73,9 +71,7 @@ class ResNet(nn.Module):
     def __init__(self, classes: int = 10) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 16, 3, padding=1)
-        self.stages = nn.Sequential(
-            ResidualStage(16, 16, 1), ResidualStage(16, 32, 2), ResidualStage(32, 64, 2)
-        )
+        self.stages = nn.Sequential(ResidualStage(16, 16, 1), ResidualStage(16, 32, 2), ResidualStage(32, 64, 2))
         self.head = nn.Linear(64, classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -107,9 +103,7 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """Patches of 4x4, four blocks, mean over the tokens, a linear head."""
 
-    def __init__(
-        self, size: int = 32, d: int = 128, depth: int = 4, heads: int = 4, classes: int = 10
-    ) -> None:
+    def __init__(self, size: int = 32, d: int = 128, depth: int = 4, heads: int = 4, classes: int = 10) -> None:
         super().__init__()
         self.patches = nn.Conv2d(3, d, 4, stride=4)
         self.position = nn.Parameter(0.02 * torch.randn((size // 4) ** 2, d))
@@ -125,9 +119,7 @@ class ViT(nn.Module):
 class GPT(nn.Module):
     """Token and position tables, four causal blocks, a linear head; logits come out as [N, vocabulary, T]."""
 
-    def __init__(
-        self, vocabulary: int = 512, length: int = 128, d: int = 256, depth: int = 4, heads: int = 4
-    ) -> None:
+    def __init__(self, vocabulary: int = 512, length: int = 128, d: int = 256, depth: int = 4, heads: int = 4) -> None:
         super().__init__()
         self.tokens = nn.Embedding(vocabulary, d)
         self.position = nn.Parameter(0.02 * torch.randn(length, d))

@@ -13,7 +13,7 @@ from curvscope._version import __version__
 from curvscope.errors import CurvscopeError
 
 if TYPE_CHECKING:
-    from curvscope.capture import capture
+    from curvscope.capturing import capture
     from curvscope.pipeline import analyze
     from curvscope.run import Run
     from curvscope.run import open_run as open
@@ -23,7 +23,7 @@ __all__ = ["CurvscopeError", "Run", "__version__", "analyze", "capture", "open"]
 _HOMES = {
     "Run": ("curvscope.run", "Run"),
     "analyze": ("curvscope.pipeline", "analyze"),
-    "capture": ("curvscope.capture", "capture"),
+    "capture": ("curvscope.capturing", "capture"),
     "open": ("curvscope.run", "open_run"),
 }
 

@@ -70,9 +70,7 @@ def _layer(rng: np.random.Generator, spec: tuple[Any, ...], fisher: str, dumped:
     factors = {}
     for flavour in ("expand", "reduce"):
         a, b = rng.normal(size=(inputs, inputs)), rng.normal(size=(d_out, d_out))
-        factors[flavour] = KroneckerFactors(
-            flavour, (a @ a.T).astype(np.float32), (b @ b.T).astype(np.float32)
-        )
+        factors[flavour] = KroneckerFactors(flavour, (a @ a.T).astype(np.float32), (b @ b.T).astype(np.float32))
     errors, spectra, spectrum = {}, {}, {}
     estimated = fisher == "probe"
     for position, approximation in enumerate(APPROXIMATIONS):
@@ -114,9 +112,7 @@ def _layer(rng: np.random.Generator, spec: tuple[Any, ...], fisher: str, dumped:
     return layer
 
 
-def make_run(
-    fisher: str = "exact", *, dumped: bool = False, findings: bool = True, layers: int | None = None
-) -> Run:
+def make_run(fisher: str = "exact", *, dumped: bool = False, findings: bool = True, layers: int | None = None) -> Run:
     """A run of nine layers: better and worse flavours, padding, a layer not assessed, odd names, NaNs."""
     rng = np.random.default_rng(0)
     made = [_layer(rng, spec, fisher, dumped) for spec in LAYERS[:layers]]
@@ -138,9 +134,7 @@ def make_run(
     ]
     coverage += [
         CoverageRow("position_table", "", 204, "uncovered", reason="its rows depend on no example"),
-        CoverageRow(
-            "embed.parametrizations.weight.original1", "", 96, "uncovered", reason="the weight is computed"
-        ),
+        CoverageRow("embed.parametrizations.weight.original1", "", 96, "uncovered", reason="the weight is computed"),
         CoverageRow("stem.scale", "", 8, "frozen", reason="requires_grad is False"),
     ]
     total = sum(row.count for row in coverage if row.treatment != "frozen")
@@ -164,9 +158,7 @@ def make_run(
         "coverage": coverage,
         "errors": [row for layer in made for row in layer.errors.values()],
         "spectra": [row for layer in made for row in layer.spectra.values()],
-        "findings": [f for f in found if f.layer in ("", *(layer.name for layer in made))]
-        if findings
-        else [],
+        "findings": [f for f in found if f.layer in ("", *(layer.name for layer in made))] if findings else [],
     }
     return Run(
         info=RunInfo(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from curvscope.capture import capture
+from curvscope.capturing import capture
 from curvscope.errors import BatchError, CurvscopeError, LossError, ModelError, OutputError, UsageError
 from curvscope.load import load_problem
 from curvscope.load.bundle import FORMAT

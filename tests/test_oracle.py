@@ -57,9 +57,7 @@ FORMED = (
     "padded_tokens",
 )
 RUNS = [pytest.param(run_of, *pair, id=f"columns-{pair[0]}-{pair[1]}") for pair in CASE_LAYERS] + [
-    pytest.param(run_formed, *pair, id=f"formed-{pair[0]}-{pair[1]}")
-    for pair in CASE_LAYERS
-    if pair[0] in FORMED
+    pytest.param(run_formed, *pair, id=f"formed-{pair[0]}-{pair[1]}") for pair in CASE_LAYERS if pair[0] in FORMED
 ]
 
 
@@ -122,9 +120,7 @@ def test_errors(run: Any, name: str, layer: str) -> None:
         for key in keys:
             tolerance = 1e-7 if approximation == "kron_best" else TOLERANCE
             value = getattr(row, key)
-            assert value == pytest.approx(want[key], rel=tolerance, abs=1e-9), (
-                f"{approximation} {key} {row.reason}"
-            )
+            assert value == pytest.approx(want[key], rel=tolerance, abs=1e-9), f"{approximation} {key} {row.reason}"
 
 
 @pytest.mark.parametrize(("run", "name", "layer"), RUNS)
@@ -163,9 +159,7 @@ def test_whole_gradient_norm_and_loss(name: str) -> None:
     assert run.model.gradient_norm == pytest.approx(norm, rel=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("name", "layer"), [p for p in CASE_LAYERS if p[0] in ("conv2d", "attention", "mixer")]
-)
+@pytest.mark.parametrize(("name", "layer"), [p for p in CASE_LAYERS if p[0] in ("conv2d", "attention", "mixer")])
 def test_eigenvectors(name: str, layer: str) -> None:
     oracle = expected(name, layer)
     got = run_formed(name).layers[layer]

@@ -64,7 +64,9 @@ CASES: dict[str, Any] = {
 def fingerprint(model: nn.Module) -> dict[str, Any]:
     """Everything that has to stay: values, addresses, modes, flags, hooks, gradients."""
     tensors = {**dict(model.named_parameters()), **{f"buffer {n}": b for n, b in model.named_buffers()}}
-    facts: dict[str, Any] = {name: (t.detach().clone(), t.data_ptr(), t.requires_grad, t.grad) for name, t in tensors.items()}
+    facts: dict[str, Any] = {
+        name: (t.detach().clone(), t.data_ptr(), t.requires_grad, t.grad) for name, t in tensors.items()
+    }
     for name, module in model.named_modules():
         hooks = [len(getattr(module, key)) for key in vars(module) if key.endswith("_hooks")]
         facts[f"module {name}"] = (module.training, hooks, sorted(vars(module)), type(module))

@@ -71,6 +71,13 @@ def make_root(
     dtype = outputs.dtype
     generator = torch.Generator(device=outputs.device).manual_seed(seed)
     count = layout.flat(outputs).shape[1]
+    if root.columns == 0:
+        raise LossError(
+            "The loss has no curvature in the outputs: its second derivative is zero for every example.",
+            where=f"loss {loss.label}, outputs {list(outputs.shape)}",
+            remedy="A loss that is linear in the outputs (or cross-entropy over one class) has G = 0; there is nothing "
+            "to approximate.",
+        )
     if fisher == "exact":
         columns, column = root.columns, root.column
     elif fisher == "empirical":

@@ -36,10 +36,11 @@ class _Calls(nn.Module):
         site, leaf = self.sites[index], self.leaves[index]
         # A leaf of an earlier pass must not be taken for one of this pass.
         leaf.value = None
+        output: Tensor = site(tensor)
         if self.cut and not tensor.requires_grad:
-            return leaf(site(tensor))
-        # In-place operations on what a hooked module returns are refused by autograd: hand out a copy.
-        return site(tensor).clone()
+            output = leaf(output)
+        # In-place operations on leaves and on what a hooked module returns are refused by autograd: hand out a copy.
+        return output.clone()
 
 
 def build_eager(

@@ -275,27 +275,29 @@ def _unlift(
     parameters: dict[str, Tensor] = {}
     requires_grad: dict[str, bool] = {}
     copied: dict[fx.Node, fx.Node] = {}
+    canonical = _one_name_each(program)
     for node in program.graph.nodes:
         spec = kinds.get(node.name) if node.op == "placeholder" else None
         if spec is not None and spec.kind is not InputKind.USER_INPUT:
             if spec.target is None:
                 continue
-            attribute = attributes.get(spec.target)
+            target = canonical.get(spec.target, spec.target)
+            attribute = attributes.get(target)
             if attribute is None:
-                value = state[spec.target]
+                value = state[target]
                 if isinstance(value, Tensor):
                     trained = spec.kind is InputKind.PARAMETER
                     tensor = value.detach().to(device=device, dtype=dtype if value.is_floating_point() else None)
                     # get_attr targets with dots need submodules: one flat name each instead
-                    attribute = spec.target if trained else f"curvscope_state_{len(attributes)}"
+                    attribute = target if trained else f"curvscope_state_{len(attributes)}"
                     if trained:
-                        parameters[spec.target] = tensor
-                        requires_grad[spec.target] = value.requires_grad
+                        parameters[target] = tensor
+                        requires_grad[target] = value.requires_grad
                     _attach(root, attribute, tensor)
                 else:
                     attribute = f"curvscope_state_{len(attributes)}"
                     setattr(root, attribute, value)
-                attributes[spec.target] = attribute
+                attributes[target] = attribute
             new = graph.create_node("get_attr", attribute, name=node.name)
             new.meta = dict(node.meta)
             copied[node] = new
@@ -308,13 +310,29 @@ def _unlift(
             graph.output(copied[by_name[names[0]]])
         else:
             copied[node] = graph.node_copy(node, lambda n: copied[n])
+    ordered = {}
     for name, value in program.state_dict.items():
-        # Parameters that no operation reads still have to be accounted for.
-        if isinstance(value, nn.Parameter) and name not in parameters:
-            parameters[name] = value.detach()
+        # Parameters that no operation reads have to be accounted for, too; second names of tied ones have not.
+        if isinstance(value, nn.Parameter) and canonical[name] == name:
+            ordered[name] = parameters.get(name, value.detach())
             requires_grad[name] = value.requires_grad
     module = fx.GraphModule(root, graph)
-    return module, parameters, requires_grad
+    return module, ordered, requires_grad
+
+
+def _one_name_each(program: torch.export.ExportedProgram) -> dict[str, str]:
+    """Parameter name -> the first name of the same tensor: tied parameters have several."""
+    first: dict[tuple[int, tuple[int, ...]], str] = {}
+    names = {}
+    for name, value in program.state_dict.items():
+        if isinstance(value, nn.Parameter):
+            names[name] = first.setdefault(_storage(value), name)
+    return names
+
+
+def _storage(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
+    """What two names of one tensor share."""
+    return tensor.data_ptr(), tuple(tensor.shape)
 
 
 def _attach(root: nn.Module, path: str, tensor: Tensor) -> None:

@@ -421,5 +421,5 @@ def test_ascii_terminals_do_not_break_it(tmp_path: Path) -> None:
         assert done.returncode == (3 if "nö.h5" in arguments else 0), done.stderr
         assert done.stdout.isascii()
         assert b"Traceback" not in done.stderr
-        if "json" in arguments:
+        if "--format" in arguments:
             assert json.loads(done.stdout)["notes"] == run.notes
