@@ -19,10 +19,14 @@ ANALYZED = ("vit",)
 def main() -> None:
     options = _options()
     results: list[dict[str, Any]] = []
+    failed: list[str] = []
     for threads in options.threads:
         for name in options.workloads:
             print(f"{name}, {threads} threads ...", file=sys.stderr, flush=True)
-            results.append(_rounds(name, threads, options))
+            try:
+                results.append(_rounds(name, threads, options))
+            except subprocess.CalledProcessError:
+                failed.append(f"{name} at {threads} threads")
     peaks = [
         memory.measure(name, bound * MEBIBYTE, options.device, threads=1)
         for name in ANALYZED
@@ -32,6 +36,8 @@ def main() -> None:
     document = {"about": report.about(options.device), "results": results, "memory": peaks}
     text = report.markdown(document)
     print(text)
+    if failed:
+        sys.exit(f"failed, so nothing was written: {', '.join(failed)}")
     if not options.dry_run:
         for path in report.write(document, text):
             print(f"written: {path}", file=sys.stderr)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from benchmarks.peers import Factors
 from benchmarks.workloads import Workload
-from curvscope.extract.roots import make_root
+from curvscope.extract.roots import Root, make_root
 from curvscope.extract.sweep import Extract, sweep
 from curvscope.graph.export import export_model
 from curvscope.graph.functional import build
@@ -32,19 +33,20 @@ class Ours:
         self.layouts = verify(self.graph, [workload.inputs], exported.example_axes, workload.examples)
 
     def factors_and_gradient(self) -> dict[str, Extract]:
-        """Everything from the batch on: the outputs, the root of the loss Hessian, and the sweep."""
-        with torch.no_grad():
-            outputs = self.graph.run(self.workload.inputs)
-        root = make_root(
+        """Everything from the batch on: forward, the root of the loss Hessian in its outputs, backward, products."""
+        return sweep(self.graph, [self.workload.inputs], self.layouts, self._root, dict.fromkeys(self.graph.layers))
+
+    def _root(self, outputs: Tensor) -> Root:
+        workload = self.workload
+        return make_root(
             self.loss,
             outputs,
-            self.workload.targets,
+            workload.targets,
             self.layouts.output,
-            fisher=self.workload.fisher,
+            fisher=workload.fisher,
             samples=1,
             seed=0,
         )
-        return sweep(self.graph, [self.workload.inputs], self.layouts, root, dict.fromkeys(self.graph.layers))
 
     def factors(self) -> dict[str, Factors]:
         """The factors alone, in the shape in which the peer's are compared."""
@@ -54,7 +56,7 @@ class Ours:
             for flavour in ("expand", "reduce")
         }
 
-    def gradient(self) -> dict[str, torch.Tensor]:
+    def gradient(self) -> dict[str, Tensor]:
         """dL/dW of every layer, [d_out, d_in(+1)]."""
         found = {name: extract.gradient for name, extract in self.factors_and_gradient().items()}
         return {name: gradient for name, gradient in found.items() if gradient is not None}

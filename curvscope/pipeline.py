@@ -152,7 +152,7 @@ def analyze(
     )
     if reason:
         notes.append(reason)
-    plan = _plan(graph, layouts, root, settings, kind)
+    plan = _plan(graph, layouts, root, settings)
     wishes = Wishes(chosen, settings.measure, settings.dump, settings.seed, kind)
     measured, squared_gradient = _measure(graph, tensors, layouts, root, plan, wishes, report, seconds)
     with _timed(seconds, "gradient"):
@@ -406,43 +406,48 @@ def _choose(
     if settings.fisher != "auto":
         return settings.fisher, ""
     columns = exact_columns(problem.loss, layouts.outputs, layouts.output)
-    NK = columns * layouts.examples
-    flops = 0.0
-    for spec in graph.chosen():
-        P = spec.parameters
-        small = min(P, NK)
-        if small > settings.max_columns:
-            return "probe", (
-                f"Exact columns were not taken: layer {spec.name} has min(P, N K) = {small}, "
-                f"over {settings.max_columns}. {PROBES} probes instead."
-            )
-        flops += 4.0 * NK * P * (spec.d_in + spec.d_out) + 2.0 * small * small * max(P, NK) + 20.0 * small**3
-    estimate = 3 * forward_seconds * (columns + 1) + flops / ASSUMED_RATE
+    plans = _layer_plans(graph, layouts, columns, settings, keep_draws=False)
+    for name, layer in plans.items():
+        if layer.form is None:
+            return "probe", f"Exact columns were not taken: layer {name}: {layer.reason}. {PROBES} probes instead."
+    estimate = 3 * forward_seconds * (columns + 1)
+    estimate += sum(layer.measure_flops for layer in plans.values()) / ASSUMED_RATE
     if estimate > settings.time_seconds:
         return "probe", (
             f"Exact columns were not taken: {columns + 1} backward passes and their products would take about "
             f"{estimate:.0f} s, over --time {settings.time_seconds:g}. {PROBES} probes instead."
         )
+    if any(layer.form is None for layer in plan_sweeps(plans, _budget(settings)).layers.values()):
+        return "probe", f"Exact columns were not taken: they exceed --memory. {PROBES} probes instead."
     return "exact", ""
 
 
-def _plan(graph: Graph, layouts: Layouts, root: Root, settings: Settings, dtype: torch.dtype) -> Plan:
-    """Forms and groups of all chosen layers under the memory bound."""
-    budget = settings.memory_bytes or _free_bytes() // 2
-    plans: dict[str, LayerPlan] = {}
-    for spec in graph.chosen():
-        # a dead branch's call has no layout row count of its own beyond its input's size
-        positions = site_positions(layouts.positions, [site.target for site in spec.sites])
-        plans[spec.name] = plan_layer(
+def _layer_plans(
+    graph: Graph, layouts: Layouts, columns: int, settings: Settings, *, keep_draws: bool
+) -> dict[str, LayerPlan]:
+    """The form of every chosen layer's columns."""
+    return {
+        spec.name: plan_layer(
             spec,
             layouts.examples,
-            root.columns,
-            positions,
-            itemsize=dtype.itemsize,
-            keep_draws=root.fisher in ("probe", "mc") or "columns" in settings.dump,
+            columns,
+            site_positions(layouts.positions, [site.target for site in spec.sites]),
+            itemsize=DTYPES[settings.dtype].itemsize,
+            keep_draws=keep_draws or "columns" in settings.dump,
             limit=settings.max_columns,
         )
-    return plan_sweeps(plans, budget)
+        for spec in graph.chosen()
+    }
+
+
+def _plan(graph: Graph, layouts: Layouts, root: Root, settings: Settings) -> Plan:
+    """Forms and groups of all chosen layers under the memory bound."""
+    draws = root.fisher in ("probe", "mc")
+    return plan_sweeps(_layer_plans(graph, layouts, root.columns, settings, keep_draws=draws), _budget(settings))
+
+
+def _budget(settings: Settings) -> int:
+    return settings.memory_bytes or _free_bytes() // 2
 
 
 def _free_bytes() -> int:

@@ -84,10 +84,17 @@ class Block:
             a = self._inputs.squeeze(1)
             inner = (a @ a.T).repeat(self.columns.count, self.columns.count)
             return (g @ g.T) * inner
+        return self._gram_and_diagonal[0]
+
+    @cached_property
+    def _gram_and_diagonal(self) -> tuple[Tensor, Tensor]:
+        """Both from one pass over the dense columns."""
         total = GramSum(self.total_columns, dtype=torch.float64, device=self._device)
-        for _, _, piece in self.slices():
+        diagonal = []
+        for low, high, piece in self.slices():
             total.add(piece.T)
-        return total.result()
+            diagonal.append(torch.einsum("ci,ci->i", piece, piece).view(high - low, self.d_in))
+        return total.result(), torch.cat(diagonal)
 
     @property
     def _device(self) -> torch.device:
@@ -118,35 +125,39 @@ class Block:
             assert self.columns.gradients is not None
             g = self.columns.gradients.double().squeeze(2)
             return g.square().sum(0).T @ self._inputs.squeeze(1).square()
-        parts = [piece.square().sum(0).view(high - low, self.d_in) for low, high, piece in self.slices()]
-        return torch.cat(parts)
+        return self._gram_and_diagonal[1]
 
-    def rotated_squares(self, U_B: Tensor, U_A: Tensor) -> Tensor:
-        """`Lambda = sum (U_B^T V U_A)^2` [d_out, d_in]: the diagonal of G in the basis U_B (x) U_A."""
+    def rotated_squares(self, U_B: Tensor, U_A: Tensor, *, fast: bool = False) -> Tensor:
+        """`Lambda = sum (U_B^T V U_A)^2` [d_out, d_in]: the diagonal of G in the basis U_B (x) U_A.
+
+        float64; with `fast` the rotations run in the columns' own dtype (the sums do not).
+        """
         if self.columns.form == "formed":
             G = self.gram.view(self.d_out, self.d_in, self.d_out, self.d_in)
             # the diagonal only: (U_B (x) U_A)^T G, then one contraction with the basis itself
             half = torch.einsum("oipq,pb->oiqb", G, U_B)
             half = torch.einsum("oiqb,ob->biq", half, U_B)
             return torch.einsum("biq,ia,qa->ba", half, U_A, U_A)
-        if self.columns.form == "outer":
-            assert self.columns.gradients is not None
-            g = self.columns.gradients.double().squeeze(2) @ U_B
-            return g.square().sum(0).T @ (self._inputs.squeeze(1) @ U_A).square()
-        result = torch.empty(self.d_out, self.d_in, dtype=torch.float64, device=U_A.device)
+        kind = self.dtype if fast else torch.float64
+        U_B, U_A = U_B.to(kind), U_A.to(kind)
         if self.columns.gradients is not None:
-            turned = self._inputs @ U_A
+            a, g = self._rows(fast)
+            turned = a @ U_A
+            if self.columns.form == "outer":
+                rotated = (g.squeeze(2) @ U_B).square().sum(0)
+                return rotated.double().T @ turned.squeeze(1).square().double()
+            parts = []
             for low, high in self._ranges():
-                g = self._gradients @ U_B[:, low:high]
-                result[low:high] = self._outer(g, turned).square().sum(0).view(high - low, self.d_in)
-            return result
+                piece = self._outer(g @ U_B[:, low:high], turned)
+                parts.append(torch.einsum("ci,ci->i", piece, piece).double().view(high - low, self.d_in))
+            return torch.cat(parts)
         assert self.columns.values is not None
         flat = self.columns.values.flatten(0, 1)
-        result.zero_()
+        result = torch.zeros(self.d_out, self.d_in, dtype=torch.float64, device=U_A.device)
         step = max(1, self.piece_bytes // (self.parameters * 8))
         for low in range(0, flat.shape[0], step):
-            piece = flat[low : low + step].double()
-            result += (U_B.T @ (piece @ U_A)).square().sum(0)
+            piece = flat[low : low + step].to(kind)
+            result += torch.matmul(U_B.T, piece @ U_A).square().sum(0).double()
         return result
 
     def matvec(self, X: Tensor) -> Tensor:

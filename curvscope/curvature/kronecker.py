@@ -63,10 +63,15 @@ class Kronecker:
 class EigenCorrected:
     """EKFAC: U diag(Lambda) U^T with U = U_B (x) U_A and Lambda = diag(U^T G U), [d_out, d_in]."""
 
-    def __init__(self, kronecker: Kronecker, block: Block) -> None:
+    def __init__(self, kronecker: Kronecker, block: Block, *, fast: bool = False) -> None:
         self.kronecker = kronecker
-        _, self.U_A, _, self.U_B = kronecker.bases
-        self.scale = block.rotated_squares(self.U_B, self.U_A)
+        self.lam_A, self.U_A, self.lam_B, self.U_B = kronecker.bases
+        self.scale = block.rotated_squares(self.U_B, self.U_A, fast=fast)
+
+    @cached_property
+    def inner(self) -> float:
+        """<G, B (x) A> of the Kronecker product whose basis this is: sum Lambda * outer(lam_B, lam_A)."""
+        return float((self.scale * torch.outer(self.lam_B, self.lam_A)).sum())
 
     @cached_property
     def norm(self) -> float:
@@ -139,8 +144,8 @@ def nearest_kronecker(block: Block, start: Kronecker, *, seed: int = 0) -> Neare
     """The B (x) A closest to G in Frobenius norm: the leading singular pair of the rearranged block.
 
     Lanczos on `A -> sum V^T (sum V A V^T) V`, from the K-FAC factor, in the columns' own dtype. An error e in A changes
-    the distance to G by e^2 only, so a residual of 1e-5 (1e-8 in float64) leaves no trace in it. By Perron-Frobenius for
-    maps that keep positive semidefinite matrices such, the pair is positive semidefinite up to that residual.
+    the distance to G by e^2 only, so a residual of 1e-5 (1e-8 in float64) leaves no trace in it. By Perron-Frobenius
+    for maps that keep positive semidefinite matrices such, the pair is positive semidefinite up to that residual.
     """
     first = start.A if float(torch.linalg.norm(start.A)) > 0 else torch.eye(block.d_in, dtype=torch.float64)
     found = largest_magnitude(

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
 BASIS_BYTES = 256 * 2**20
 
 

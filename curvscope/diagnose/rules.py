@@ -53,7 +53,8 @@ def _of_layer(layer: Layer) -> list[tuple[int, float, FindingRow]]:
             "warning",
             name,
             f"K-FAC-reduce is blind here: its B vanishes (trace ratio {reduce.trace_ratio:.1e}), although tr G = "
-            f"{_trace(layer)}; the output gradients of an example's positions cancel, as under softmax attention's keys.",
+            f"{_trace(layer)}; the output gradients of an example's positions cancel, as they do for the keys of "
+            "softmax attention.",
             "Use K-FAC-expand for this layer; under reduce its step is the gradient divided by the damping.",
         )
         found.append((1, 2.0, row))
@@ -69,7 +70,10 @@ def _of_layer(layer: Layer) -> list[tuple[int, float, FindingRow]]:
             else ""
         )
         if helped:
-            remedy = f"EKFAC in the same basis is off by {ekfac.rel_frobenius:.2f}: correct the eigenvalues before anything else."
+            remedy = (
+                f"EKFAC in the same basis is off by {ekfac.rel_frobenius:.2f}: correct the eigenvalues before "
+                "anything else."
+            )
         elif structural:
             remedy = "No Kronecker product describes this layer: give it more damping, or its own first-order step."
         else:
@@ -91,7 +95,8 @@ def _of_layer(layer: Layer) -> list[tuple[int, float, FindingRow]]:
                 "CS103",
                 "info",
                 name,
-                f"The flavours differ: relative errors {expand.rel_frobenius:.2f} (expand), {reduce.rel_frobenius:.2f} (reduce).",
+                f"The flavours differ: relative errors {expand.rel_frobenius:.2f} (expand), "
+                f"{reduce.rel_frobenius:.2f} (reduce).",
                 f"Use K-FAC-{better} for this layer.",
             )
             found.append((2, high - low, row))
@@ -138,7 +143,7 @@ def _of_network(model: ModelInfo, coverage: Sequence[CoverageRow]) -> list[tuple
             "info",
             "",
             model.mode_note,
-            "Curvature in training mode differs where batch statistics or dropout act; the numbers are those of evaluation.",
+            "Curvature in training mode differs where batch statistics or dropout act; the numbers are evaluation's.",
         )
         found.append((2, 0.01, row))
     return found

@@ -10,16 +10,19 @@ from curvscope.graph.sites import LayerSpec
 
 # Slices of columns and their products, on top of what is kept (curvature.block.PIECE_BYTES, a few at once).
 WORKING_BYTES = 256 * 2**20
+# What the relative spectral error takes as a rule.
+LANCZOS_STEPS = 30
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer's columns: the form they are kept in, and the bytes that keeping and measuring them takes."""
+    """One layer's columns: the form they are kept in, and what keeping and measuring them takes in bytes and flops."""
 
     form: Form | None
     kept_bytes: int
     measure_bytes: int
     reason: str = ""
+    measure_flops: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -56,15 +59,22 @@ def plan_layer(
             f"min(P, N K) = {small} exceeds {limit}: use fewer examples, --fisher probe or --fisher mc",
         )
     square = 8 * small * small
+    d_out = spec.d_out
+    solve = 10.0 * small**3 + 20.0 * (d_out**3 + d_in**3)
     if NK >= P and not keep_draws:
-        return LayerPlan("formed", square, 4 * square + examples * P * (itemsize + 8))
-    factored = examples * positions * (d_in + columns * spec.d_out)
+        flops = 1.0 * NK * P * P + 4.0 * P * P * (d_out + d_in)
+        return LayerPlan("formed", square, 4 * square + examples * P * (itemsize + 8), measure_flops=flops + solve)
+    factored = examples * positions * (d_in + columns * d_out)
     dense = NK * P
     if positions == 1:
-        return LayerPlan("outer", factored * itemsize, 4 * square + 2 * 8 * factored)
+        flops = 2.0 * NK * NK * d_out + LANCZOS_STEPS * 4.0 * examples * P + 8.0 * NK * (d_out**2 + d_in**2)
+        return LayerPlan("outer", factored * itemsize, 4 * square + 16 * factored, measure_flops=flops + solve)
+    flops = 2.0 * NK * NK * P + solve
     if factored < dense:
-        return LayerPlan("factored", factored * itemsize, 4 * square + 2 * 8 * factored)
-    return LayerPlan("dense", dense * itemsize, 4 * square)
+        flops += 4.0 * NK * positions * (d_out**2 + P) + LANCZOS_STEPS * 8.0 * examples * positions * P
+        return LayerPlan("factored", factored * itemsize, 4 * square + 16 * factored, measure_flops=flops)
+    flops += 4.0 * NK * P * (d_out + d_in) + LANCZOS_STEPS * 8.0 * NK * P
+    return LayerPlan("dense", dense * itemsize, 4 * square, measure_flops=flops)
 
 
 def plan_sweeps(layers: Mapping[str, LayerPlan], budget: int) -> Plan:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -150,13 +151,16 @@ def _cross_entropy(loss: Loss, outputs: Tensor, targets: Tensor, layout: Layout)
     p = torch.softmax(flat[places], dim=-1)
     weight = _term_weights(loss, outputs, targets)
     c = weight.unsqueeze(1).expand(outputs.shape).flatten()[places[..., 0]]  # [N, T]
-    likeliest = p.argmax(dim=-1, keepdim=True)
-    everything = torch.arange(classes, device=outputs.device).expand_as(places)
-    others = everything[everything != likeliest].view(*p.shape[:2], classes - 1)
-    p_m = p.gather(-1, likeliest)
-    # 1 - p_m as the sum of the other classes: the difference has no digits left when softmax saturates
-    rest = p.gather(-1, others).sum(-1, keepdim=True)
-    tilt = p_m.sqrt() / (1 + p_m.sqrt())
+
+    @cache
+    def reflection() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The likeliest class m, the others, p_m, 1 - p_m, and sqrt(p_m) / (1 + sqrt(p_m))."""
+        likeliest = p.argmax(dim=-1, keepdim=True)
+        order = torch.arange(classes - 1, device=outputs.device)
+        others = order + (order >= likeliest).long()
+        p_m = p.gather(-1, likeliest)
+        # 1 - p_m as the sum of the other classes: the difference has no digits left when softmax saturates
+        return likeliest, others, p_m, p.gather(-1, others).sum(-1, keepdim=True), p_m.sqrt() / (1 + p_m.sqrt())
 
     def spread(values: Tensor, term: int | None = None) -> Tensor:
         where = places if term is None else places[:, term]
@@ -164,6 +168,7 @@ def _cross_entropy(loss: Loss, outputs: Tensor, targets: Tensor, layout: Layout)
         return out.index_put((where.reshape(-1),), values.reshape(-1)).view(outputs.shape)
 
     def column(k: int) -> Tensor:
+        likeliest, others, p_m, rest, tilt = reflection()
         term, j = divmod(k, classes - 1)
         q, m, own = p[:, term], likeliest[:, term], others[:, term, j : j + 1]
         q_j = q.gather(-1, own)
@@ -179,7 +184,7 @@ def _cross_entropy(loss: Loss, outputs: Tensor, targets: Tensor, layout: Layout)
 
     def draw(generator: torch.Generator) -> Tensor:
         labels = torch.multinomial(p.flatten(0, 1), 1, generator=generator).view(*p.shape[:2], 1)
-        return spread(p.scatter_add(-1, labels, -torch.ones_like(p_m)) * c.sqrt().unsqueeze(-1))
+        return spread(p.scatter_add(-1, labels, -torch.ones_like(labels, dtype=p.dtype)) * c.sqrt().unsqueeze(-1))
 
     def true_gradient(gradient: Tensor) -> Tensor:
         scale = torch.where(c > 0, c, torch.ones_like(c)).sqrt().unsqueeze(-1)
@@ -320,7 +325,8 @@ def _callable(loss: Loss, outputs: Tensor, targets: Any, layout: Layout, seed: i
     lowest, highest = float(values.min()), float(values.max())
     if lowest < -tolerance * count:
         raise LossError(
-            f"The loss is not convex in the outputs: its Hessian has an eigenvalue {lowest:.3g} (largest {highest:.3g}).",
+            f"The loss is not convex in the outputs: its Hessian has an eigenvalue {lowest:.3g} "
+            f"(largest {highest:.3g}).",
             where=f"loss {loss.label}",
             remedy="The GGN needs a loss that is convex in the model's outputs; compute it from logits, not from "
             "probabilities, for example.",

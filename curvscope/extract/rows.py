@@ -33,9 +33,8 @@ class SiteRows:
         """g, [N, R, d_out]."""
         if isinstance(self.module, nn.Linear):
             return self.layout.rows(tensor)
-        # [B, d_out, *spatial] -> [d_out, B, L]: one copy, after which rows and sums run along memory
-        channels_first = tensor.transpose(0, 1).flatten(2).contiguous()
-        return _merge(channels_first.permute(1, 2, 0), self.layout)
+        # [B, d_out, *spatial] as [B, L, d_out], a view: rows run along memory
+        return _merge(tensor.flatten(2).transpose(1, 2), self.layout)
 
 
 def _merge(rows: Tensor, layout: Layout) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from curvscope.extract.extension import SiteExtension, active, extended
 from curvscope.extract.roots import Root
 from curvscope.extract.rows import SiteRows
-from curvscope.extract.symmetric import GramSum, gram
+from curvscope.extract.symmetric import ONE_BLOCK, GramSum, gram, input_gram
 from curvscope.graph.functional import Graph
 from curvscope.graph.sites import LayerSpec
 from curvscope.graph.verify import Layouts
@@ -70,7 +70,7 @@ def sweep(
     graph: Graph,
     tensors: Sequence[Tensor],
     layouts: Layouts,
-    root: Root,
+    root: Root | Callable[[Tensor], Root],
     forms: Mapping[str, Form | None],
     *,
     factors: bool = True,
@@ -84,7 +84,7 @@ def sweep(
         graph: the functional graph.
         tensors: the batch, flat.
         layouts: the verified layouts of the sites' rows.
-        root: columns and gradient to backpropagate.
+        root: columns and gradient to backpropagate, or what makes them from the (detached) output.
         forms: layer -> the form its columns are kept in, None for no columns.
         factors: also accumulate A, B and the gradient.
         per_draw: also keep B of each draw alone (for error bars).
@@ -92,11 +92,10 @@ def sweep(
         progress: called after every backward pass.
     """
     collectors = {
-        name: _Collector(graph.layers[name], layouts, form, root.columns, factors, per_draw)
-        for name, form in forms.items()
+        name: _Collector(graph.layers[name], layouts, form, factors, per_draw) for name, form in forms.items()
     }
     for name in gradient_only:
-        collectors[name] = _Collector(graph.layers[name], layouts, None, root.columns, False, False)
+        collectors[name] = _Collector(graph.layers[name], layouts, None, False, False)
     padding = _Padding(graph, layouts) if factors else None
     owners = {id(site.module): (site.target, site.layer) for site in graph.sites()}
     watched = [site.module for site in graph.sites() if site.layer in collectors or padding is not None]
@@ -104,19 +103,24 @@ def sweep(
     def receive(module: nn.Module, tensor: Tensor, gradient: Tensor) -> None:
         target, layer = owners[id(module)]
         if layer in collectors:
-            collectors[layer].receive(target, tensor.detach(), gradient)
+            collectors[layer].receive(target, gradient)
         if padding is not None:
             padding.receive(target, gradient)
 
     extension = SiteExtension(receive)
-    modules = {site.target: site.module for site in graph.sites()}
+    # Any: BackPACK hangs the input on the module
+    modules: dict[str, Any] = {site.target: site.module for site in graph.sites()}
     with extended(watched), torch.enable_grad():
         output = graph.run(*tensors)
         leaves = graph.leaves()
+        taken: Root = root if isinstance(root, Root) else root(output.detach())
+        for collector in collectors.values():
+            collector.count = taken.columns
+            collector.inputs = {target: modules[target].input0.detach() for target in collector.rows}
         with active(extension):
-            passes = ([root.gradient] if factors else []) + [None] * root.columns
+            passes = ([taken.gradient] if factors else []) + [None] * taken.columns
             for index, given in enumerate(passes):
-                cotangent = root.column(index - int(factors)) if given is None else given
+                cotangent = taken.column(index - int(factors)) if given is None else given
                 for collector in collectors.values():
                     collector.start(None if given is not None else index - int(factors))
                 if padding is not None:
@@ -141,23 +145,29 @@ def sweep(
 
 
 class _Buffered:
-    """A GramSum that gathers small pieces, so that products stay large."""
+    """The sum of g^T g over passes; small passes are gathered first, so that products stay large."""
 
     def __init__(self, size: int, like: Tensor) -> None:
         self.total = GramSum(size, dtype=like.dtype, device=like.device)
         self.waiting: list[Tensor] = []
 
     def add(self, rows: Tensor) -> None:
-        self.waiting.append(rows)
+        """Rows [N, R, d] of one pass."""
+        if rows.shape[1] > 1 and rows.stride(-1) != 1 and rows.shape[-1] < ONE_BLOCK:
+            self.total.add_batched(rows)
+            return
+        self.waiting.append(rows.flatten(0, 1))
         if sum(piece.shape[0] for piece in self.waiting) >= BUFFERED_ROWS:
             self.flush()
 
     def flush(self) -> None:
+        """Add what waits."""
         if self.waiting:
             self.total.add(self.waiting[0] if len(self.waiting) == 1 else torch.cat(self.waiting))
             self.waiting = []
 
     def result(self) -> Tensor:
+        """The whole sum."""
         self.flush()
         return self.total.result()
 
@@ -165,23 +175,16 @@ class _Buffered:
 class _Collector:
     """One layer's sums while the passes run."""
 
-    def __init__(
-        self,
-        spec: LayerSpec,
-        layouts: Layouts,
-        form: Form | None,
-        columns: int,
-        factors: bool,
-        per_draw: bool,
-    ) -> None:
+    def __init__(self, spec: LayerSpec, layouts: Layouts, form: Form | None, factors: bool, per_draw: bool) -> None:
         self.spec = spec
         self.form = form
-        self.count = columns
+        self.count = 0
         self.factors = factors
         self.per_draw = per_draw
         self.examples = layouts.examples
         self.rows = {site.target: SiteRows(site.module, layouts.sites[site.target]) for site in spec.sites}
         self.inputs: dict[str, Tensor] = {}
+        self.shapes: dict[str, torch.Size] = {}
         self.pending: dict[str, Tensor] = {}
         self.column: int | None = None
         self.expand: _Buffered | None = None
@@ -198,30 +201,20 @@ class _Collector:
         self.column = column
         self.pending = {}
 
-    def receive(self, target: str, tensor: Tensor, gradient: Tensor) -> None:
-        if target not in self.inputs:
-            self.inputs[target] = self.rows[target].inputs(tensor)
+    def receive(self, target: str, gradient: Tensor) -> None:
+        """One site's output gradient of this pass."""
         self.pending[target] = self.rows[target].outputs(gradient)
 
     def finish(self) -> None:
-        """All sites of the layer have reported: add the pass up."""
-        missing = [target for target in self.rows if target not in self.pending]
-        for target in missing:
-            if target in self.inputs:
-                a = self.inputs[target]
-                self.pending[target] = a.new_zeros(*a.shape[:2], self.spec.d_out)
-        if len(self.pending) != len(self.rows):
-            # A call that no column reaches contributes no gradient; its inputs are then unknown, too.
-            self.pending = {target: self.pending[target] for target in self.rows if target in self.pending}
-            if not self.pending:
-                return
-        parts = [self.pending[target] for target in self.rows if target in self.pending]
+        """All sites of the layer have reported: add the pass up. A call that the pass does not reach has gradient 0."""
+        a = self._a()
+        parts = [
+            self.pending[target] if target in self.pending else a.new_zeros(*shape, self.spec.d_out)
+            for target, shape in self.shapes.items()
+        ]
         g = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        flat = g.reshape(-1, g.shape[-1])
         if self.column is None:
-            a = self._a()
-            weight = flat.T @ a.reshape(-1, a.shape[-1])
-            self.gradient = torch.cat([weight, flat.sum(0).unsqueeze(1)], dim=1) if self.spec.bias else weight
+            self._add_gradient(g, a)
             return
         single = g.shape[1] == 1
         total = g[:, 0] if single else g.sum(1)
@@ -229,18 +222,27 @@ class _Collector:
             if self.reduce is None:
                 self.reduce = _Buffered(g.shape[-1], g)
                 self.expand = None if single else _Buffered(g.shape[-1], g)
-            self.reduce.add(total)
+            self.reduce.add(total.unsqueeze(1))
             if self.expand is not None:
-                self.expand.add(flat)
+                self.expand.add(g)
             if self.per_draw:
                 self.draws["reduce"].append(gram(total))
-                self.draws["expand"].append(self.draws["reduce"][-1] if single else gram(flat))
+                self.draws["expand"].append(self.draws["reduce"][-1] if single else gram(g.flatten(0, 1)))
         self._keep(g, total)
+
+    def _add_gradient(self, g: Tensor, a: Tensor) -> None:
+        """dL/dW = sum g a^T, with the bias's as last column."""
+        if g.stride(-1) == 1:
+            weight = g.flatten(0, 1).T @ a.flatten(0, 1)
+        else:
+            weight = torch.bmm(g.transpose(1, 2), a).sum(0)
+        self.gradient = torch.cat([weight, g.sum((0, 1)).unsqueeze(1)], dim=1) if self.spec.bias else weight
 
     def _a(self) -> Tensor:
         """The layer's rows of all calls, [N, R, d_in]."""
         if self._joined is None:
-            parts = [self.inputs[target] for target in self.rows if target in self.inputs]
+            parts = [rows.inputs(self.inputs.pop(target)) for target, rows in self.rows.items()]
+            self.shapes = {target: part.shape[:2] for target, part in zip(self.rows, parts, strict=True)}
             self._joined = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         return self._joined
 
@@ -278,16 +280,14 @@ class _Collector:
         if self.factors and self.reduce is not None:
             B_reduce = self.reduce.result()
             B_expand = B_reduce if self.expand is None else self.expand.result()
+            bias = self.spec.bias is not None
             masked = a if real is None else a * real.unsqueeze(-1)
-            A_expand = _input_gram(masked.reshape(-1, a.shape[-1]), float(counts.sum()), self.spec.bias is not None)
+            A_expand = input_gram(masked.reshape(-1, a.shape[-1]), float(counts.sum()), bias=bias)
             if positions == 1:
                 A_reduce = A_expand
             else:
-                A_reduce = _input_gram(
-                    masked.sum(1) / counts.unsqueeze(1).to(a.dtype),
-                    float(examples),
-                    self.spec.bias is not None,
-                )
+                means = masked.sum(1) / counts.unsqueeze(1).to(a.dtype)
+                A_reduce = input_gram(means, float(examples), bias=bias)
             factors = {"expand": (A_expand, B_expand), "reduce": (A_reduce, B_reduce)}
         padded = 0.0 if real is None else 1.0 - float(counts.sum()) / (examples * positions)
         draws = {name: torch.stack(each) for name, each in self.draws.items() if each}
@@ -296,14 +296,13 @@ class _Collector:
         )
 
     def _real(self, masks: Mapping[str, Tensor]) -> Tensor | None:
-        parts = [masks.get(target) for target in self.rows if target in self.inputs]
+        parts = [masks.get(target) for target in self.rows]
         if all(part is None for part in parts):
             return None
-        shapes = [self.inputs[target].shape[:2] for target in self.rows if target in self.inputs]
         device = next(part.device for part in parts if part is not None)
         full = [
             torch.ones(shape, dtype=torch.bool, device=device) if part is None else part
-            for part, shape in zip(parts, shapes, strict=True)
+            for part, shape in zip(parts, self.shapes.values(), strict=True)
         ]
         return torch.cat(full, dim=1)
 
@@ -318,19 +317,6 @@ class _Collector:
         if self.spec.bias is not None:
             a = torch.cat([a, a.new_ones(*a.shape[:2], 1)], dim=-1)
         return Columns(self.form, self.examples, self.count, inputs=a, gradients=torch.stack(self.kept))
-
-
-def _input_gram(rows: Tensor, count: float, bias: bool) -> Tensor:
-    """`(1/count) sum a a^T` with the constant 1 of the bias as last input, without copying the rows for it."""
-    core = gram(rows)
-    if bias:
-        size = rows.shape[1]
-        full = core.new_empty(size + 1, size + 1)
-        full[:size, :size] = core
-        full[:size, size] = full[size, :size] = rows.sum(0)
-        full[size, size] = count
-        core = full
-    return core / count
 
 
 class _Padding:

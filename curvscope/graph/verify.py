@@ -112,8 +112,8 @@ def _best(
         f"Its rows can't be assigned to examples: shape {list(original.shape)}, {examples} examples, and no axis "
         f"follows when the examples are permuted{closest}.",
         where=where,
-        remedy="Say which axis of each input holds the examples (--example-axis NAME=AXIS). A layer that mixes examples "
-        "(attention over the batch, batch statistics) has no per-example rows: leave it out with --skip.",
+        remedy="Say which axis of each input holds the examples (--example-axis NAME=AXIS). A layer that mixes "
+        "examples (attention over the batch, batch statistics) has no per-example rows: leave it out with --skip.",
     )
 
 

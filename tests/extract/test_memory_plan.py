@@ -96,7 +96,7 @@ def test_dense_and_factored_columns_agree() -> None:
 
         original = pipeline.plan_layer
 
-        def forcing(*args: Any, forced: str = forced, **options: Any) -> LayerPlan:
+        def forcing(*args: Any, forced: str = forced, original: Any = original, **options: Any) -> LayerPlan:
             chosen = original(*args, **options)
             return LayerPlan(forced if chosen.form in ("dense", "factored") else chosen.form, 1, 1)  # type: ignore[arg-type]
 

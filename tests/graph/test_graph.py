@@ -146,7 +146,7 @@ def test_outputs_are_identical_to_the_bit() -> None:
 
 
 class MixesExamples(nn.Module):
-    """Attention over the batch: rows follow no permutation of the examples... except that they do; the sort does not."""
+    """An example's rows depend on its place in the batch, so no permutation carries them over."""
 
     def __init__(self) -> None:
         super().__init__()
