@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from curvscope._version import __version__
 from curvscope.diagnose import rules
 from curvscope.errors import BatchError, CurvscopeError, DeviceError, UsageError
+from curvscope.extract.collector import Extract, Form
 from curvscope.extract.plan import LayerPlan, Plan, plan_layer, plan_sweeps, site_positions
 from curvscope.extract.roots import Root, exact_columns, make_root
-from curvscope.extract.sweep import Extract, Form, Progress, no_progress, sweep
+from curvscope.extract.sweep import Progress, no_progress, sweep
 from curvscope.graph.eager import build_eager
 from curvscope.graph.export import (
     ExportFailure,

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from functools import cached_property
 
 import torch
+from jaxtyping import Float, Float64
 from torch import Tensor
 
-from curvscope.extract.sweep import Columns
+from curvscope.extract.collector import Columns
 from curvscope.extract.symmetric import GramSum
 
 PIECE_BYTES = 64 * 2**20
@@ -73,7 +74,7 @@ class Block:
         return [(low, min(self.d_out, low + step)) for low in range(0, self.d_out, step)]
 
     @cached_property
-    def gram(self) -> Tensor:
+    def gram(self) -> Float64[Tensor, "small small"]:
         """`V^T V` [N K, N K], or G itself [P, P] where that is what was formed: the same nonzero spectrum."""
         if self.columns.form == "formed":
             assert self.columns.block is not None
@@ -89,7 +90,7 @@ class Block:
     @cached_property
     def _gram_and_diagonal(self) -> tuple[Tensor, Tensor]:
         """Both from one pass over the dense columns."""
-        total = GramSum(self.total_columns, dtype=torch.float64, device=self._device)
+        total = GramSum(self.total_columns, dtype=torch.float64, device=self.device)
         diagonal = []
         for low, high, piece in self.slices():
             total.add(piece.T)
@@ -97,7 +98,8 @@ class Block:
         return total.result(), torch.cat(diagonal)
 
     @property
-    def _device(self) -> torch.device:
+    def device(self) -> torch.device:
+        """Where the columns are."""
         held = (self.columns.block, self.columns.values, self.columns.gradients)
         return next(tensor.device for tensor in held if tensor is not None)
 
@@ -112,12 +114,12 @@ class Block:
         return float(self.gram.diagonal().sum())
 
     @cached_property
-    def eigenvalues(self) -> Tensor:
+    def eigenvalues(self) -> Float64[Tensor, " small"]:
         """The min(P, N K) leading eigenvalues of G, descending, float64, as the solver gave them."""
         return torch.linalg.eigvalsh(self.gram).flip(0)
 
     @cached_property
-    def diagonal(self) -> Tensor:
+    def diagonal(self) -> Float64[Tensor, "d_out d_in"]:
         """diag(G) as [d_out, d_in]."""
         if self.columns.form == "formed":
             return self.gram.diagonal().view(self.d_out, self.d_in).clone()
@@ -127,7 +129,9 @@ class Block:
             return g.square().sum(0).T @ self._inputs.squeeze(1).square()
         return self._gram_and_diagonal[1]
 
-    def rotated_squares(self, U_B: Tensor, U_A: Tensor, *, fast: bool = False) -> Tensor:
+    def rotated_squares(
+        self, U_B: Float64[Tensor, "d_out d_out"], U_A: Float64[Tensor, "d_in d_in"], *, fast: bool = False
+    ) -> Float64[Tensor, "d_out d_in"]:
         """`Lambda = sum (U_B^T V U_A)^2` [d_out, d_in]: the diagonal of G in the basis U_B (x) U_A.
 
         float64; with `fast` the rotations run in the columns' own dtype (the sums do not).
@@ -160,7 +164,7 @@ class Block:
             result += torch.matmul(U_B.T, piece @ U_A).square().sum(0).double()
         return result
 
-    def matvec(self, X: Tensor) -> Tensor:
+    def matvec(self, X: Float64[Tensor, "d_out d_in"]) -> Float64[Tensor, "d_out d_in"]:
         """G vec(X), as [d_out, d_in]."""
         if self.columns.form == "formed":
             return (self.gram @ X.reshape(-1)).view(self.d_out, self.d_in)
@@ -194,7 +198,7 @@ class Block:
             return self.columns.inputs, self.columns.gradients
         return self._inputs, self._gradients
 
-    def contract_inputs(self, X: Tensor, *, fast: bool = False) -> Tensor:
+    def contract_inputs(self, X: Float64[Tensor, "d_in d_in"], *, fast: bool = False) -> Float64[Tensor, "d_out d_out"]:
         """`sum V X V^T` [d_out, d_out] for symmetric X [d_in, d_in]: the rearranged block times vec(X).
 
         float64; with `fast` the products run in the columns' own dtype.
@@ -212,7 +216,9 @@ class Block:
             total += torch.tensordot(piece @ X.to(piece.dtype), piece, dims=([0, 2], [0, 2]))
         return total
 
-    def contract_outputs(self, Y: Tensor, *, fast: bool = False) -> Tensor:
+    def contract_outputs(
+        self, Y: Float64[Tensor, "d_out d_out"], *, fast: bool = False
+    ) -> Float64[Tensor, "d_in d_in"]:
         """`sum V^T Y V` [d_in, d_in] for symmetric Y [d_out, d_out]: the rearranged block's transpose times vec(Y).
 
         float64; with `fast` the products run in the columns' own dtype.
@@ -241,7 +247,7 @@ class Block:
         for low in range(0, flat.shape[0], step):
             yield flat[low : low + step] if fast else flat[low : low + step].double()
 
-    def stacked(self) -> Tensor:
+    def stacked(self) -> Float[Tensor, "columns d_out d_in"]:
         """Every column, [N K, d_out, d_in] in order n, k, in the run's dtype."""
         if self.columns.values is not None:
             values = self.columns.values
@@ -251,7 +257,7 @@ class Block:
             values = flat.view(self.columns.count, self.columns.examples, self.d_out, self.d_in)
         return values.transpose(0, 1).flatten(0, 1)
 
-    def dense(self) -> Tensor:
+    def dense(self) -> Float64[Tensor, "P P"]:
         """G itself, [P, P] float64."""
         if self.columns.form == "formed":
             return self.gram

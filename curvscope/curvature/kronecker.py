@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from curvscope.curvature.block import Block
@@ -20,7 +21,7 @@ from curvscope.curvature.lanczos import largest_magnitude
 class Kronecker:
     """M = B (x) A with symmetric factors [d_out, d_out] and [d_in, d_in], float64 arithmetic."""
 
-    def __init__(self, A: Tensor, B: Tensor) -> None:
+    def __init__(self, A: Float[Tensor, "d_in d_in"], B: Float[Tensor, "d_out d_out"]) -> None:
         self.A = A.double()
         self.B = B.double()
 
@@ -42,12 +43,12 @@ class Kronecker:
         return float(self.A.trace() * self.B.trace())
 
     @cached_property
-    def eigenvalues(self) -> Tensor:
+    def eigenvalues(self) -> Float64[Tensor, " P"]:
         """All products of the factors' eigenvalues, descending."""
         lam_A, _, lam_B, _ = self.bases
         return torch.outer(lam_B, lam_A).flatten().sort(descending=True).values
 
-    def matvec(self, X: Tensor) -> Tensor:
+    def matvec(self, X: Float64[Tensor, "d_out d_in"]) -> Float64[Tensor, "d_out d_in"]:
         """M vec(X) as [d_out, d_in]."""
         return self.B @ X @ self.A
 
@@ -55,7 +56,7 @@ class Kronecker:
         """<G, M> = sum over columns of tr(V^T B V A)."""
         return float((block.contract_inputs(self.A) * self.B).sum())
 
-    def dense(self) -> Tensor:
+    def dense(self) -> Float64[Tensor, "P P"]:
         """M itself, [P, P]."""
         return torch.kron(self.B, self.A)
 
@@ -84,15 +85,15 @@ class EigenCorrected:
         return float(self.scale.sum())
 
     @cached_property
-    def eigenvalues(self) -> Tensor:
+    def eigenvalues(self) -> Float64[Tensor, " P"]:
         """Lambda, descending."""
         return self.scale.flatten().sort(descending=True).values
 
-    def matvec(self, X: Tensor) -> Tensor:
+    def matvec(self, X: Float64[Tensor, "d_out d_in"]) -> Float64[Tensor, "d_out d_in"]:
         """M vec(X) as [d_out, d_in]."""
         return self.U_B @ (self.scale * (self.U_B.T @ X @ self.U_A)) @ self.U_A.T
 
-    def dense(self) -> Tensor:
+    def dense(self) -> Float64[Tensor, "P P"]:
         """M itself, [P, P]."""
         U = torch.kron(self.U_B, self.U_A)
         return (U * self.scale.flatten()) @ U.T
@@ -115,15 +116,15 @@ class Diagonal:
         return float(self.scale.sum())
 
     @cached_property
-    def eigenvalues(self) -> Tensor:
+    def eigenvalues(self) -> Float64[Tensor, " P"]:
         """The diagonal, descending."""
         return self.scale.flatten().sort(descending=True).values
 
-    def matvec(self, X: Tensor) -> Tensor:
+    def matvec(self, X: Float64[Tensor, "d_out d_in"]) -> Float64[Tensor, "d_out d_in"]:
         """M vec(X) as [d_out, d_in]."""
         return self.scale * X
 
-    def dense(self) -> Tensor:
+    def dense(self) -> Float64[Tensor, "P P"]:
         """M itself, [P, P]."""
         return torch.diag(self.scale.flatten())
 

@@ -16,7 +16,15 @@ from backpack.extensions.firstorder.base import FirstOrderBackpropExtension, Fir
 from torch import Tensor, nn
 
 Receiver = Callable[[nn.Module, Tensor, Tensor], None]
-SITE_CLASSES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+SITE_CLASSES = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
 
 
 class _Hand(FirstOrderModuleExtension):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from curvscope.extract.sweep import Form
+from curvscope.extract.collector import Form
 from curvscope.graph.sites import LayerSpec
 
 # Slices of columns and their products, on top of what is kept (curvature.block.PIECE_BYTES, a few at once).
@@ -49,15 +49,12 @@ def plan_layer(
     of inputs with gradients and the columns themselves. None where min(P, N K) is over `limit`.
     """
     d_in = spec.d_in + (spec.bias is not None)
+    if spec.groups > 1:
+        return _plan_grouped(spec, examples * columns, d_in, itemsize, keep_draws, limit)
     P, NK = spec.d_out * d_in, examples * columns
     small = NK if keep_draws else min(P, NK)
     if small > limit:
-        return LayerPlan(
-            None,
-            0,
-            0,
-            f"min(P, N K) = {small} exceeds {limit}: use fewer examples, --fisher probe or --fisher mc",
-        )
+        return LayerPlan(None, 0, 0, _too_large(small, limit))
     square = 8 * small * small
     d_out = spec.d_out
     solve = 10.0 * small**3 + 20.0 * (d_out**3 + d_in**3)
@@ -75,6 +72,24 @@ def plan_layer(
         return LayerPlan("factored", factored * itemsize, 4 * square + 16 * factored, measure_flops=flops)
     flops += 4.0 * NK * P * (d_out + d_in) + LANCZOS_STEPS * 8.0 * NK * P
     return LayerPlan("dense", dense * itemsize, 4 * square, measure_flops=flops)
+
+
+def _plan_grouped(spec: LayerSpec, NK: int, d_in: int, itemsize: int, keep_draws: bool, limit: int) -> LayerPlan:
+    """The same for groups, each with a block of its own: formed where that is the smaller side, else dense columns."""
+    d_out = spec.d_out // spec.groups
+    P = d_out * d_in
+    small = NK if keep_draws else min(P, NK)
+    if small > limit:
+        return LayerPlan(None, 0, 0, _too_large(small, limit))
+    flops = spec.groups * (2.0 * NK * P * small + 10.0 * small**3 + 4.0 * P * P * (d_out + d_in))
+    if NK >= P and not keep_draws:
+        return LayerPlan("formed", 8 * spec.groups * P * P, 8 * spec.groups * P * P, measure_flops=flops)
+    dense = spec.groups * NK * P * itemsize
+    return LayerPlan("dense", dense, 4 * 8 * small * small + dense, measure_flops=flops)
+
+
+def _too_large(small: int, limit: int) -> str:
+    return f"min(P, N K) = {small} exceeds {limit}: use fewer examples, --fisher probe or --fisher mc"
 
 
 def plan_sweeps(layers: Mapping[str, LayerPlan], budget: int) -> Plan:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from curvscope.errors import LossError, UsageError
+from curvscope.extract.categorical import categorical_columns, categorical_root
+from curvscope.extract.output_root import OutputRoot, signs
 from curvscope.graph.layout import Layout
 from curvscope.load.problem import Loss
 
@@ -42,17 +43,6 @@ class Root:
     outputs: int
 
 
-@dataclass(frozen=True)
-class _HessianRoot:
-    """S_n in the three forms that are needed: column by column, times signs, and as one model-drawn gradient."""
-
-    columns: int
-    column: Callable[[int], Tensor]
-    probe: Callable[[torch.Generator], Tensor]
-    draw: Callable[[torch.Generator], Tensor] | None
-    true_gradient: Callable[[Tensor], Tensor] | None
-
-
 def make_root(
     loss: Loss, outputs: Tensor, targets: Any, layout: Layout, *, fisher: str, samples: int, seed: int
 ) -> Root:
@@ -66,12 +56,11 @@ def make_root(
         UsageError: `mc` or `empirical` for a callable loss, whose per-example terms are not known.
     """
     value, gradient = _loss_and_gradient(loss, outputs, targets)
-    makers = {"cross_entropy": _cross_entropy, "mse": _mse, "bce_with_logits": _bce}
+    makers = {"cross_entropy": categorical_root, "causal_lm": categorical_root, "mse": _mse, "bce_with_logits": _bce}
     maker = makers.get(loss.name)
     root = maker(loss, outputs, targets, layout) if maker else _callable(loss, outputs, targets, layout, seed)
     dtype = outputs.dtype
-    generator = torch.Generator(device=outputs.device).manual_seed(seed)
-    count = layout.flat(outputs).shape[1]
+    count = outputs_an_example(outputs, layout)
     if root.columns == 0:
         raise LossError(
             "The loss has no curvature in the outputs: its second derivative is zero for every example.",
@@ -90,18 +79,37 @@ def make_root(
         source = root.probe if fisher == "probe" else root.draw
         if source is None:
             raise _no_terms(fisher)
-        drawn = [source(generator) / samples**0.5 for _ in range(samples)]
-        columns, column = samples, lambda k: drawn[k]
+        draw, seeds = source, _seeds(seed, samples)
+
+        def column(k: int) -> Tensor:
+            # drawn anew at every call: a sweep holds one draw, however many there are
+            generator = torch.Generator(device=outputs.device).manual_seed(seeds[k])
+            return draw(generator) / samples**0.5
+
+        columns = samples
     return Root(fisher, columns, lambda k: column(k).to(dtype), gradient, value, count)
 
 
-def exact_columns(loss: Loss, outputs: Tensor, layout: Layout) -> int:
-    """K of the exact root: (C - 1) a term for cross-entropy, one an output otherwise."""
-    flat = layout.flat(outputs)
-    if loss.name == "cross_entropy":
-        classes = outputs.shape[1]
-        return flat.shape[1] // classes * (classes - 1)
-    return int(flat.shape[1])
+def exact_columns(loss: Loss, outputs: Tensor, layout: Layout, targets: Any = None) -> int:
+    """K of the exact root: (C - 1) a term of cross-entropy that counts, one an output otherwise.
+
+    Without targets it is not known which terms of a cross-entropy count, nor always where its classes are: then K is
+    at most what comes back.
+    """
+    if loss.name in ("cross_entropy", "causal_lm") and targets is not None:
+        return categorical_columns(loss, outputs, targets, layout)
+    return outputs_an_example(outputs, layout)
+
+
+def outputs_an_example(outputs: Tensor, layout: Layout) -> int:
+    """How many outputs one example has."""
+    return outputs.numel() * layout.outer * layout.inner // outputs.shape[layout.axis]
+
+
+def _seeds(seed: int, count: int) -> list[int]:
+    """A seed for every draw, so that each can be made alone."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2**62, (count,), generator=generator).tolist()
 
 
 def _no_terms(fisher: str) -> UsageError:
@@ -139,85 +147,7 @@ def _loss_and_gradient(loss: Loss, outputs: Tensor, targets: Any) -> tuple[float
     return float(value.detach()), gradient.detach()
 
 
-def _cross_entropy(loss: Loss, outputs: Tensor, targets: Tensor, layout: Layout) -> _HessianRoot:
-    """`S = sqrt(c) (diag(sqrt p) - p sqrt(p)^T) Q`, Q the reflection that takes sqrt(p) to the likeliest class.
-
-    That class's column is zero and dropped, C - 1 remain. Column j is
-    `sqrt(c p_j) [(e_j - p) - sqrt(p_m) / (1 + sqrt(p_m)) (e_m - p)]`, m the likeliest class.
-    """
-    classes = outputs.shape[1]
-    places = layout.rows(torch.arange(outputs.numel(), device=outputs.device).view(outputs.shape), 1)  # [N, T, C]
-    flat = outputs.detach().double().flatten()
-    p = torch.softmax(flat[places], dim=-1)
-    weight = _term_weights(loss, outputs, targets)
-    c = weight.unsqueeze(1).expand(outputs.shape).flatten()[places[..., 0]]  # [N, T]
-
-    @cache
-    def reflection() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """The likeliest class m, the others, p_m, 1 - p_m, and sqrt(p_m) / (1 + sqrt(p_m))."""
-        likeliest = p.argmax(dim=-1, keepdim=True)
-        order = torch.arange(classes - 1, device=outputs.device)
-        others = order + (order >= likeliest).long()
-        p_m = p.gather(-1, likeliest)
-        # 1 - p_m as the sum of the other classes: the difference has no digits left when softmax saturates
-        return likeliest, others, p_m, p.gather(-1, others).sum(-1, keepdim=True), p_m.sqrt() / (1 + p_m.sqrt())
-
-    def spread(values: Tensor, term: int | None = None) -> Tensor:
-        where = places if term is None else places[:, term]
-        out = torch.zeros(outputs.numel(), dtype=torch.float64, device=outputs.device)
-        return out.index_put((where.reshape(-1),), values.reshape(-1)).view(outputs.shape)
-
-    def column(k: int) -> Tensor:
-        likeliest, others, p_m, rest, tilt = reflection()
-        term, j = divmod(k, classes - 1)
-        q, m, own = p[:, term], likeliest[:, term], others[:, term, j : j + 1]
-        q_j = q.gather(-1, own)
-        values = -q * (1 - tilt[:, term])
-        values = values.scatter(-1, own, 1 - q_j * (1 - tilt[:, term]))
-        values = values.scatter(-1, m, -p_m[:, term] - tilt[:, term] * rest[:, term])
-        return spread(values * (c[:, term, None] * q_j).sqrt(), term)
-
-    def probe(generator: torch.Generator) -> Tensor:
-        # any root serves a random sign vector: the symmetric one needs no reflection
-        s = p.sqrt() * _signs(p, generator)
-        return spread((s - p * s.sum(-1, keepdim=True)) * c.sqrt().unsqueeze(-1))
-
-    def draw(generator: torch.Generator) -> Tensor:
-        labels = torch.multinomial(p.flatten(0, 1), 1, generator=generator).view(*p.shape[:2], 1)
-        return spread(p.scatter_add(-1, labels, -torch.ones_like(labels, dtype=p.dtype)) * c.sqrt().unsqueeze(-1))
-
-    def true_gradient(gradient: Tensor) -> Tensor:
-        scale = torch.where(c > 0, c, torch.ones_like(c)).sqrt().unsqueeze(-1)
-        return spread(gradient.double().flatten()[places] / scale)
-
-    return _HessianRoot(p.shape[1] * (classes - 1), column, probe, draw, true_gradient)
-
-
-def _term_weights(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
-    """C of every term, shaped like the targets: `[(1-eps) w_y + (eps/C) sum(w)]`, over `sum(w_y)` for the mean."""
-    settings = loss.settings
-    classes = outputs.shape[1]
-    eps = float(settings.get("label_smoothing", 0.0))
-    weight = settings.get("weight")
-    w = torch.ones(classes, dtype=torch.float64, device=outputs.device)
-    if weight is not None:
-        w = torch.as_tensor(weight).to(w)
-    mean = settings.get("reduction", "mean") == "mean"
-    if targets.is_floating_point():
-        q = targets.double() * (1 - eps) + eps / classes
-        c = torch.einsum("nc...,c->n...", q, w)
-        return c / c.numel() if mean else c
-    kept = targets != settings.get("ignore_index", -100)
-    w_y = torch.where(
-        kept,
-        w[torch.where(kept, targets, torch.zeros_like(targets)).long()],
-        torch.zeros((), dtype=w.dtype, device=w.device),
-    )
-    c = (1 - eps) * w_y + torch.where(kept, eps / classes * w.sum(), torch.zeros_like(w_y))
-    return c / w_y.sum() if mean else c
-
-
-def _mse(loss: Loss, outputs: Tensor, targets: Tensor, layout: Layout) -> _HessianRoot:
+def _mse(loss: Loss, outputs: Tensor, targets: Tensor, layout: Layout) -> OutputRoot:
     """`S = sqrt(2 c) I`, c = 1 / (number of outputs) for the mean, 1 for the sum."""
     c = 1.0 / outputs.numel() if loss.settings.get("reduction", "mean") == "mean" else 1.0
     scale = torch.full(outputs.shape, (2 * c) ** 0.5, dtype=torch.float64, device=outputs.device)
@@ -229,7 +159,7 @@ def _mse(loss: Loss, outputs: Tensor, targets: Tensor, layout: Layout) -> _Hessi
     return _elementwise(scale, layout, draw, lambda gradient: gradient.double() / c**0.5)
 
 
-def _bce(loss: Loss, outputs: Tensor, targets: Tensor, layout: Layout) -> _HessianRoot:
+def _bce(loss: Loss, outputs: Tensor, targets: Tensor, layout: Layout) -> OutputRoot:
     """`S = diag(sqrt(c w p (1 - p)))`, w = weight * (pos_weight y + 1 - y)."""
     settings = loss.settings
     c = 1.0 / outputs.numel() if settings.get("reduction", "mean") == "mean" else 1.0
@@ -257,7 +187,7 @@ def _elementwise(
     layout: Layout,
     draw: Callable[[torch.Generator], Tensor],
     true_gradient: Callable[[Tensor], Tensor],
-) -> _HessianRoot:
+) -> OutputRoot:
     """The root of a diagonal Hessian: one column an output of the example."""
     flat = layout.flat(scale)
 
@@ -267,17 +197,12 @@ def _elementwise(
         return layout.unflat(out, scale)
 
     def probe(generator: torch.Generator) -> Tensor:
-        return scale * _signs(scale, generator)
+        return scale * signs(scale, generator)
 
-    return _HessianRoot(flat.shape[1], column, probe, draw, true_gradient)
-
-
-def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
-    drawn = torch.randint(0, 2, like.shape, generator=generator, device=like.device)
-    return (2 * drawn - 1).to(like.dtype)
+    return OutputRoot(flat.shape[1], column, probe, draw, true_gradient)
 
 
-def _callable(loss: Loss, outputs: Tensor, targets: Any, layout: Layout, seed: int) -> _HessianRoot:
+def _callable(loss: Loss, outputs: Tensor, targets: Any, layout: Layout, seed: int) -> OutputRoot:
     """`S_n = U sqrt(Lambda)` from the eigenvectors of each H_n, after checking that L may be treated so.
 
     The D products with a unit output of all examples at once give every H_n, provided that the Hessian blocks
@@ -309,7 +234,7 @@ def _callable(loss: Loss, outputs: Tensor, targets: Any, layout: Layout, seed: i
         )
     tolerance = _loss_eps(loss, outputs, targets) * max(size, 1e-300) * 100
     for _ in range(2):
-        vector = _signs(torch.empty(examples, count, dtype=torch.float64, device=outputs.device), generator)
+        vector = signs(torch.empty(examples, count, dtype=torch.float64, device=outputs.device), generator)
         expected = torch.einsum("nde,ne->nd", hessian, vector)
         got = layout.flat(product(layout.unflat(vector, like)))
         gap = float((got - expected).abs().max())
@@ -340,10 +265,10 @@ def _callable(loss: Loss, outputs: Tensor, targets: Any, layout: Layout, seed: i
         return layout.unflat(root[:, :, k], like)
 
     def probe(generator: torch.Generator) -> Tensor:
-        signs = _signs(root[:, 0], generator)
+        signs = signs(root[:, 0], generator)
         return layout.unflat(torch.einsum("ndk,nk->nd", root, signs), like)
 
-    return _HessianRoot(rank, column, probe, None, None)
+    return OutputRoot(rank, column, probe, None, None)
 
 
 def _loss_eps(loss: Loss, outputs: Tensor, targets: Any) -> float:

@@ -7,13 +7,17 @@ order of `weight.flatten(1)`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from curvscope.graph.layout import Layout
 from curvscope.graph.sites import ConvModule, SiteModule
+
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 @dataclass(frozen=True)
@@ -23,14 +27,14 @@ class SiteRows:
     module: SiteModule
     layout: Layout
 
-    def inputs(self, tensor: Tensor) -> Tensor:
-        """A without the constant 1, [N, R, d_in]; a view for linear sites wherever strides allow."""
+    def inputs(self, tensor: Tensor) -> Float[Tensor, "N R d_in"]:
+        """The inputs a without the constant 1, [N, R, d_in]; a view for linear sites wherever strides allow."""
         if isinstance(self.module, nn.Linear):
             return self.layout.rows(tensor)
         return _merge(patches(self.module, tensor), self.layout)
 
-    def outputs(self, tensor: Tensor) -> Tensor:
-        """g, [N, R, d_out]."""
+    def outputs(self, tensor: Tensor) -> Float[Tensor, "N R d_out"]:
+        """The output gradients g, [N, R, d_out]."""
         if isinstance(self.module, nn.Linear):
             return self.layout.rows(tensor)
         # [B, d_out, *spatial] as [B, L, d_out], a view: rows run along memory
@@ -44,10 +48,15 @@ def _merge(rows: Tensor, layout: Layout) -> Tensor:
     return layout.rows(rows)
 
 
-def patches(module: ConvModule, tensor: Tensor) -> Tensor:
+def patches(module: ConvModule, tensor: Float[Tensor, "B C_in *positions"]) -> Float[Tensor, "B L d_in"]:
     """The input patches of a convolution, [B, L, C_in * prod(kernel)], a view of memory laid out [d_in, B, L]."""
     kernel, stride, dilation = module.kernel_size, module.stride, module.dilation
     dims = len(kernel)
+    transposed = isinstance(module, TRANSPOSED)
+    if transposed:
+        # y = W^T x spread by the stride: the same as a plain convolution of the spread input with the kernel reversed
+        tensor = _spread(tensor, stride)
+        stride = (1,) * dims
     for axis, amount in enumerate(_padding(module)):
         if any(amount):
             before = [0, 0] * (dims - 1 - axis)
@@ -55,6 +64,8 @@ def patches(module: ConvModule, tensor: Tensor) -> Tensor:
     for axis in range(dims):
         reach = dilation[axis] * (kernel[axis] - 1) + 1
         tensor = tensor.unfold(2 + axis, reach, stride[axis])[..., :: dilation[axis]]
+    if transposed:
+        tensor = tensor.flip(list(range(2 + dims, 2 + 2 * dims)))
     # [B, C, *positions, *kernel] -> [C, *kernel, B, *positions]
     order = [1, *range(2 + dims, 2 + 2 * dims), 0, *range(2, 2 + dims)]
     batch = tensor.shape[0]
@@ -62,9 +73,22 @@ def patches(module: ConvModule, tensor: Tensor) -> Tensor:
     return moved.permute(1, 2, 0)
 
 
+def _spread(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """Stride - 1 zeros between neighbours along each spatial axis."""
+    sizes = [(size - 1) * step + 1 for size, step in zip(tensor.shape[2:], stride, strict=True)]
+    wide = tensor.new_zeros(*tensor.shape[:2], *sizes)
+    steps: list[Any] = [slice(None, None, step) for step in stride]
+    wide[(..., *steps)] = tensor
+    return wide
+
+
 def _padding(module: ConvModule) -> list[tuple[int, int]]:
     """Zeros before and after each spatial axis; "same" puts the odd one after, as torch does."""
     padding = module.padding
+    if isinstance(module, TRANSPOSED):
+        reaches = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        rest: Any = zip(module.padding, module.output_padding, strict=True)
+        return [(reach - pad, reach - pad + more) for reach, (pad, more) in zip(reaches, rest, strict=True)]
     if isinstance(padding, str):
         if padding == "valid":
             return [(0, 0)] * len(module.kernel_size)

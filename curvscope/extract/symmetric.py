@@ -6,6 +6,7 @@ With b blocks (1 + 1/b)/2 of the full product's work is done.
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 # Below this size the product is one block: nothing is saved by its symmetry.
@@ -20,20 +21,20 @@ class GramSum:
         self.edges = _edges(size, device)
         self.started = False
 
-    def add(self, piece: Tensor) -> None:
+    def add(self, piece: Float[Tensor, "rows n"]) -> None:
         """Add X^T X of one piece [rows, n]; any strides."""
         for low, high in zip(self.edges[:-1], self.edges[1:], strict=True):
             # beta = 0 starts from uninitialised memory: no pass of zeros over a large matrix
             self.sum[low:high, low:].addmm_(piece[:, low:high].T, piece[:, low:], beta=int(self.started))
         self.started = True
 
-    def add_batched(self, pieces: Tensor) -> None:
+    def add_batched(self, pieces: Float[Tensor, "batch rows n"]) -> None:
         """Add X^T X of pieces [b, rows, n] whose rows run along memory, without the copy that joining them takes."""
         product = torch.bmm(pieces.transpose(1, 2), pieces).sum(0)
         self.sum = self.sum.add_(product) if self.started else self.sum.copy_(product)
         self.started = True
 
-    def result(self) -> Tensor:
+    def result(self) -> Float[Tensor, "n n"]:
         """The whole matrix, symmetric to the bit; zeros if nothing was added."""
         if not self.started:
             return self.sum.zero_()
@@ -45,14 +46,14 @@ class GramSum:
         return self.sum
 
 
-def gram(piece: Tensor) -> Tensor:
+def gram(piece: Float[Tensor, "rows n"]) -> Float[Tensor, "n n"]:
     """X^T X of one piece [rows, n]."""
     total = GramSum(piece.shape[1], dtype=piece.dtype, device=piece.device)
     total.add(piece)
     return total.result()
 
 
-def input_gram(rows: Tensor, count: float, *, bias: bool) -> Tensor:
+def input_gram(rows: Float[Tensor, "rows d_in"], count: float, *, bias: bool) -> Float[Tensor, "d d"]:
     """`(1/count) sum a a^T` over rows [., d_in], with the constant 1 of the bias as last input where there is one."""
     size = rows.shape[1]
     full = rows.new_empty(size + bias, size + bias)

@@ -17,7 +17,11 @@ KINDS: dict[type[nn.Module], str] = {
     nn.Conv1d: "conv1d",
     nn.Conv2d: "conv2d",
     nn.Conv3d: "conv3d",
+    nn.ConvTranspose1d: "conv_transpose1d",
+    nn.ConvTranspose2d: "conv_transpose2d",
+    nn.ConvTranspose3d: "conv_transpose3d",
 }
+OPTIONS = ("stride", "padding", "dilation", "groups", "output_padding")
 
 
 class _Calls(nn.Module):
@@ -65,11 +69,7 @@ def build_eager(
     requires_grad = {name: parameter.requires_grad for name, parameter in twin.named_parameters()}
     by_identity = {id(parameter): name for name, parameter in twin.named_parameters()}
     own = dict(twin.named_parameters())
-    found = {
-        name: module
-        for name, module in twin.named_modules()
-        if type(module) in KINDS and getattr(module, "groups", 1) == 1 and _zero_padded(module)
-    }
+    found = {name: module for name, module in twin.named_modules() if type(module) in KINDS and _coverable(module)}
     counts = _count_calls(twin, flat, tensors, found)
     used = {name: module for name, module in found.items() if counts[name]}
     weights = list(dict.fromkeys(by_identity[id(module.weight)] for module in used.values()))
@@ -88,10 +88,15 @@ def build_eager(
         spec = specs.get(name)
         if spec is None:
             trained = bias if bias is not None and requires_grad[bias] else None
-            d_out, d_in = module.weight.shape[0], int(module.weight[0].numel())
-            spec = specs[name] = LayerSpec(name, kind, weight, trained, d_in, d_out, False)
+            transposed = "transpose" in kind
+            d_out = module.weight.shape[1 if transposed else 0]
+            spec = specs[name] = LayerSpec(
+                name, kind, weight, trained, module.weight.numel() // d_out, d_out, transposed
+            )
+            spec.groups = getattr(module, "groups", 1)
             spec.selected = selected(name, layers, skip)
-        options = {} if kind == "linear" else {key: getattr(module, key) for key in ("stride", "padding", "dilation")}
+        keys = () if kind == "linear" else OPTIONS if "transpose" in kind else OPTIONS[:-1]
+        options = {key: getattr(module, key) for key in keys}
         sites = []
         for _ in range(counts[path]):
             target = f"curvscope_site_{sum(len(s.sites) for s in specs.values())}"
@@ -164,8 +169,10 @@ def build_eager(
     return Graph(run, specs, uses, parameters, requires_grad, f"eager modules, export failed ({reason})", leaves, rest)
 
 
-def _zero_padded(module: Any) -> bool:
-    return getattr(module, "padding_mode", "zeros") == "zeros"
+def _coverable(module: Any) -> bool:
+    """Zero padding only (others pad outside the operation), and no grouped transposed convolution."""
+    grouped = getattr(module, "transposed", False) and module.groups > 1
+    return getattr(module, "padding_mode", "zeros") == "zeros" and not grouped
 
 
 def _count_calls(

@@ -141,16 +141,19 @@ def build(
     for index, operation in enumerate(chosen):
         weight = operation.weight
         value = parameters[weight]
-        value = value.t() if operation.transposed else value
+        if operation.kind == "linear" and operation.transposed:
+            value = value.t()
         bias_tensor = _plain_bias(operation.bias, parameters, requires_grad, biases.get(weight))
         site_bias = bias_tensor if isinstance(bias_tensor, Tensor) else None
         name = names[weight]
         spec = specs.get(name)
         if spec is None:
-            d_in = int(value[0].numel())
+            d_out = value.shape[1 if "transpose" in operation.kind else 0]
+            d_in = value.numel() // d_out
             spec = specs[name] = LayerSpec(
-                name, operation.kind, weight, biases.get(weight), d_in, value.shape[0], operation.transposed
+                name, operation.kind, weight, biases.get(weight), d_in, d_out, operation.transposed
             )
+            spec.groups = operation.options.get("groups", 1)
             spec.selected = selected(name, layers, skip)
         shared = finding.site_module(operation.kind, value, site_bias, operation.options)
         site = Site(f"curvscope_site_{index}", name, operation.kind, shared)

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 aten = torch.ops.aten
 
-ConvModule = nn.Conv1d | nn.Conv2d | nn.Conv3d
+ConvModule = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 SiteModule = nn.Linear | ConvModule
 
 CONVOLUTIONS = {
@@ -26,6 +26,11 @@ CONVOLUTIONS = {
     aten.conv1d.padding: 1,
     aten.conv2d.padding: 2,
     aten.conv3d.padding: 3,
+}
+TRANSPOSED_CONVOLUTIONS = {
+    aten.conv_transpose1d.default: 1,
+    aten.conv_transpose2d.input: 2,
+    aten.conv_transpose3d.input: 3,
 }
 PRODUCTS = (aten.mm.default, aten.matmul.default)
 SAME_VALUES = (
@@ -79,7 +84,7 @@ class LayerSpec:
 
     @property
     def parameters(self) -> int:
-        """How many numbers the layer trains: P."""
+        """How many numbers the layer trains: P. `d_in` counts the inputs of one output, within its group."""
         return self.d_out * (self.d_in + (self.bias is not None))
 
 
@@ -202,13 +207,17 @@ def _product(node: fx.Node, parameters: set[str]) -> _Operation | None:
 
 def _convolution(node: fx.Node, parameters: set[str]) -> _Operation | None:
     target: Any = node.target
-    dims = CONVOLUTIONS.get(target)
+    transposed = target in TRANSPOSED_CONVOLUTIONS
+    dims = (TRANSPOSED_CONVOLUTIONS if transposed else CONVOLUTIONS).get(target)
     if dims is None:
         return None
-    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    names: tuple[str, ...] = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    if transposed:
+        names = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
     given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
     weight = parameter_of(given["weight"], parameters)
-    if weight is None or weight[1] or given.get("groups", 1) != 1:
+    groups = int(given.get("groups", 1))
+    if weight is None or weight[1] or (transposed and groups != 1):
         return None
     if given["input"].meta["val"].ndim != dims + 2:
         return None
@@ -217,9 +226,13 @@ def _convolution(node: fx.Node, parameters: set[str]) -> _Operation | None:
         "stride": _tuple(given.get("stride", 1), dims),
         "padding": padding if isinstance(padding, str) else _tuple(padding, dims),
         "dilation": _tuple(given.get("dilation", 1), dims),
+        "groups": groups,
     }
     kind = f"conv{dims}d"
-    return _Operation(node, kind, weight[0], False, given["input"], False, given.get("bias"), options)
+    if transposed:
+        options["output_padding"] = _tuple(given.get("output_padding", 0), dims)
+        kind = f"conv_transpose{dims}d"
+    return _Operation(node, kind, weight[0], transposed, given["input"], False, given.get("bias"), options)
 
 
 def _tuple(value: Any, dims: int) -> tuple[int, ...]:
@@ -228,15 +241,24 @@ def _tuple(value: Any, dims: int) -> tuple[int, ...]:
 
 
 def site_module(kind: str, weight: Tensor, bias: Tensor | None, options: dict[str, Any]) -> SiteModule:
-    """An nn.Linear or nn.ConvNd around these tensors (weight [d_out, d_in, ...]), which it shares."""
+    """An nn.Linear or nn.ConvNd around these tensors, which it shares; the weight as the module itself stores it."""
+    classes: dict[str, Any] = {
+        "conv1d": nn.Conv1d,
+        "conv2d": nn.Conv2d,
+        "conv3d": nn.Conv3d,
+        "conv_transpose1d": nn.ConvTranspose1d,
+        "conv_transpose2d": nn.ConvTranspose2d,
+        "conv_transpose3d": nn.ConvTranspose3d,
+    }
+    has_bias = bias is not None
     with torch.device("meta"):
         if kind == "linear":
-            module: SiteModule = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+            module: SiteModule = nn.Linear(weight.shape[1], weight.shape[0], bias=has_bias)
         else:
-            classes: dict[str, Any] = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
-            module = classes[kind](
-                weight.shape[1], weight.shape[0], tuple(weight.shape[2:]), bias=bias is not None, **options
-            )
+            channels = weight.shape[1] * options.get("groups", 1), weight.shape[0]
+            if "transpose" in kind:
+                channels = weight.shape[0], weight.shape[1]
+            module = classes[kind](*channels, tuple(weight.shape[2:]), bias=has_bias, **options)
     module.weight = nn.Parameter(weight.detach(), requires_grad=False)
     if bias is not None:
         module.bias = nn.Parameter(bias.detach(), requires_grad=False)
@@ -256,9 +278,14 @@ def added_bias(node: fx.Node, kind: str, d_out: int, parameters: set[str], shape
     if kind == "linear":
         fits = shape[-1:] == [d_out] and math.prod(shape) == d_out
     else:
-        spatial = int(kind[4])
+        spatial = spatial_dims(kind)
         fits = math.prod(shape) == d_out and shape[-1 - spatial :] == [d_out] + [1] * spatial
     return found[0] if fits else None
+
+
+def spatial_dims(kind: str) -> int:
+    """1, 2 or 3 for convolutions of either kind, 0 for linear."""
+    return 0 if kind == "linear" else int(kind[-2])
 
 
 def why_uncovered(users: Sequence[fx.Node]) -> str:
@@ -271,8 +298,7 @@ def why_uncovered(users: Sequence[fx.Node]) -> str:
     if name == "embedding":
         return "embedding: not covered yet"
     if "conv" in name:
-        grouped = len(users[0].args) > 6 and users[0].args[6] != 1
-        return "grouped convolution: not covered yet" if grouped else f"{name}: not covered yet"
+        return f"{name} of a form that is not covered yet (grouped transposed, computed weight)"
     if name in ("add", "mul", "sub", "expand", "cat"):
         return f"free parameter ({name}): no Kronecker form; its exact block is not computed yet"
     if name in ("linear", "addmm", "mm", "matmul", "bmm", "einsum"):

@@ -11,7 +11,7 @@ from torch import Tensor
 from curvscope.errors import LayoutError, ModelError
 from curvscope.graph.functional import Graph
 from curvscope.graph.layout import Layout, candidates, holds
-from curvscope.graph.sites import SiteModule
+from curvscope.graph.sites import SiteModule, spatial_dims
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,7 @@ def verify(graph: Graph, tensors: Sequence[Tensor], axes: Sequence[int | None], 
     tolerance = float(torch.finfo(output.dtype).eps) ** 0.5
     found: dict[str, Layout] = {}
     for site in graph.sites():
-        spatial = 0 if site.kind == "linear" else int(site.kind[4])
-        allowed = 1 if spatial else inputs[site.target].ndim - 1
+        allowed = 1 if spatial_dims(site.kind) else inputs[site.target].ndim - 1
         found[site.target] = _best(
             inputs[site.target],
             inputs_permuted[site.target],
@@ -124,22 +123,22 @@ def _observe(graph: Graph, tensors: Sequence[Tensor]) -> tuple[Tensor, dict[str,
     bad: list[tuple[str, str, str]] = []
     handles = []
 
-    def watcher(target: str, layer: str) -> object:
+    def watcher(target: str, layer: str, kind: str) -> object:
         def watch(module: SiteModule, args: tuple[Tensor, ...], result: Tensor) -> None:
             inputs[target] = args[0].detach()
-            rows[target] = result.numel() // module.weight.shape[0]
+            rows[target] = result.numel() // module.weight.shape["transpose" in kind]
             if not bad:
                 for what, tensor in (("input", args[0]), ("output", result)):
                     if not bool(torch.isfinite(tensor).all()):
-                        kind = "NaN" if bool(torch.isnan(tensor).any()) else "Inf"
-                        bad.append((layer, what, kind))
+                        word = "NaN" if bool(torch.isnan(tensor).any()) else "Inf"
+                        bad.append((layer, what, word))
                         break
 
         return watch
 
     try:
         for site in graph.sites():
-            handles.append(site.module.register_forward_hook(watcher(site.target, site.layer)))  # type: ignore[arg-type]
+            handles.append(site.module.register_forward_hook(watcher(site.target, site.layer, site.kind)))  # type: ignore[arg-type]
         with torch.no_grad():
             output = graph.run(*tensors).detach()
     finally:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from curvscope.errors import LossError
+from curvscope.load.class_axis import CLASS_AXES, class_axis, next_tokens
 from curvscope.load.importing import (
     describe,
     import_object,
@@ -21,12 +22,19 @@ from curvscope.load.importing import (
 from curvscope.load.problem import Loss
 
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "cross_entropy": {"reduction": "mean", "weight": None, "label_smoothing": 0.0, "ignore_index": -100},
+    "cross_entropy": {
+        "reduction": "mean",
+        "weight": None,
+        "label_smoothing": 0.0,
+        "ignore_index": -100,
+        "class_axis": None,
+    },
+    "causal_lm": {"reduction": "mean", "ignore_index": -100},
     "mse": {"reduction": "mean"},
     "bce_with_logits": {"reduction": "mean", "weight": None, "pos_weight": None},
 }
 CHOICES = (
-    "Choose cross_entropy, mse or bce_with_logits (settings after a colon, as in "
+    "Choose cross_entropy, causal_lm, mse or bce_with_logits (settings after a colon, as in "
     "cross_entropy:label_smoothing=0.1,reduction=sum), or name a callable (outputs, targets) -> scalar as "
     "package.module:callable."
 )
@@ -62,8 +70,11 @@ def named_loss(name: str, settings: Mapping[str, Any] | None = None) -> Loss:
     """The named loss with these settings.
 
     cross_entropy: `F.cross_entropy` with reduction (mean, sum), weight [C], label_smoothing, ignore_index;
-    the class axis is 1; targets are class indices or class probabilities. mse: `F.mse_loss`. bce_with_logits:
-    `F.binary_cross_entropy_with_logits` with reduction, weight, pos_weight. Mean and sum are torch's own.
+    targets are class indices or class probabilities; class_axis (second, last) says where the classes are, and without
+    it the shapes of outputs and targets do, see `class_axis`. causal_lm: outputs [N, T, V] against token ids [N, T],
+    each position with the token after it, with reduction and ignore_index (transformers' ForCausalLMLoss). mse:
+    `F.mse_loss`. bce_with_logits: `F.binary_cross_entropy_with_logits` with reduction, weight, pos_weight. Mean and
+    sum are torch's own.
 
     Raises:
         LossError: an unknown name or setting, or a value that the setting can't have.
@@ -147,7 +158,7 @@ def _parse_value(name: str, key: str, value: str) -> Any:
 
 def _from_module(module: nn.Module) -> Loss:
     name = MODULES[type(module)]
-    settings = {key: getattr(module, key) for key in DEFAULTS[name]}
+    settings = {key: getattr(module, key, default) for key, default in DEFAULTS[name].items()}
     return named_loss(name, settings)
 
 
@@ -167,6 +178,13 @@ def _check_settings(name: str, settings: Mapping[str, Any]) -> None:
             f"label_smoothing must lie between 0 and 1; got {smoothing}.",
             where=f"loss {name}",
             remedy="Give the value that training used.",
+        )
+    axis = settings.get("class_axis")
+    if axis is not None and axis not in CLASS_AXES:
+        raise LossError(
+            f"There is no class_axis {axis!r}.",
+            where=f"loss {name}",
+            remedy=f"Choose class_axis={' or class_axis='.join(CLASS_AXES)}, or leave it out where the shapes tell.",
         )
     for key in ("weight", "pos_weight"):
         weight = settings.get(key)
@@ -203,12 +221,31 @@ def _cross_entropy(settings: Mapping[str, Any]) -> Callable[[Tensor, Any], Tenso
     def function(outputs: Tensor, targets: Any) -> Tensor:
         if targets.is_floating_point():
             outputs, targets = _common(outputs, targets)
+        targets = targets.to(outputs.device)
+        if outputs.ndim > 2 and class_axis("cross_entropy", settings, outputs, targets) == outputs.ndim - 1:
+            # the same sum or mean over terms, without a copy that has the classes second
+            classes = outputs.shape[-1]
+            targets = targets.reshape(-1, classes) if targets.is_floating_point() else targets.reshape(-1)
+            outputs = outputs.reshape(-1, classes)
         return functional.cross_entropy(
             outputs,
-            targets.to(outputs.device),
+            targets,
             weight=_like(settings["weight"], outputs),
             reduction=settings["reduction"],
             label_smoothing=settings["label_smoothing"],
+            ignore_index=settings["ignore_index"],
+        )
+
+    return function
+
+
+def _causal_lm(settings: Mapping[str, Any]) -> Callable[[Tensor, Any], Tensor]:
+    def function(outputs: Tensor, targets: Any) -> Tensor:
+        # every position stays, the last one ignored: leaving it out would copy the outputs
+        return functional.cross_entropy(
+            outputs.flatten(0, -2),
+            next_tokens(settings, targets.to(outputs.device)).flatten(),
+            reduction=settings["reduction"],
             ignore_index=settings["ignore_index"],
         )
 
@@ -239,6 +276,7 @@ def _bce_with_logits(settings: Mapping[str, Any]) -> Callable[[Tensor, Any], Ten
 
 _FUNCTIONS: Mapping[str, Callable[[Mapping[str, Any]], Callable[[Tensor, Any], Tensor]]] = {
     "cross_entropy": _cross_entropy,
+    "causal_lm": _causal_lm,
     "mse": _mse,
     "bce_with_logits": _bce_with_logits,
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from curvscope.curvature.block import Block
+from curvscope.curvature.grouped import GroupedApproximation, GroupedBlock
 from curvscope.curvature.kronecker import Approximation
 from curvscope.curvature.lanczos import largest_magnitude
 from curvscope.records import NAN, ErrorRow
@@ -22,8 +23,8 @@ def error_row(
     layer: str,
     name: str,
     fisher: str,
-    block: Block,
-    approximation: Approximation,
+    block: Block | GroupedBlock,
+    approximation: Approximation | GroupedApproximation,
     *,
     inner: float,
     spectral: bool,
@@ -64,7 +65,7 @@ def error_row(
         extreme = largest_magnitude(
             lambda X: block.matvec(X) - approximation.matvec(X),
             (block.d_out, block.d_in),
-            device=block.gram.device,
+            device=block.device,
             start=_start(block, seed),
             tolerance=tolerance,
         )
@@ -86,9 +87,9 @@ def error_row(
     )
 
 
-def _start(block: Block, seed: int) -> torch.Tensor:
+def _start(block: Block | GroupedBlock, seed: int) -> torch.Tensor:
     """A first Lanczos vector with weight on G's leading direction and, as it may not be the difference's, on noise."""
-    device = block.gram.device
+    device = block.device
     generator = torch.Generator(device=device).manual_seed(seed)
     noise = torch.randn(block.d_out, block.d_in, dtype=torch.float64, device=device, generator=generator)
     leading = block.matvec(noise)

@@ -9,13 +9,13 @@ jackknife of the final number; the 95 % interval takes t with K - 1 degrees of f
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from curvscope.curvature.block import Block
-from curvscope.extract.sweep import Extract
+from curvscope.extract.collector import Extract
 from curvscope.records import NAN, ErrorRow
 from curvscope.settings import APPROXIMATIONS
 
@@ -27,39 +27,50 @@ UNASSESSED = {
 }
 
 
-def estimated_rows(layer: str, fisher: str, extract: Extract, block: Block) -> dict[str, ErrorRow]:
-    """tables/errors from draws: kfac_* and diag estimated, the others not assessed, each with its reason."""
-    rows: dict[str, ErrorRow] = {}
-    draws = block.columns.count
+def estimated_rows(layer: str, fisher: str, extract: Extract, blocks: Sequence[Block]) -> dict[str, ErrorRow]:
+    """tables/errors from draws: kfac_* and diag estimated, the others not assessed, each with its reason.
+
+    Inner products of groups' block-diagonal matrices are sums over the groups.
+    """
+    draws = blocks[0].columns.count
+    reason = ""
     if draws < MINIMUM_DRAWS:
         reason = f"{draws} draws give no error bar: take --samples {MINIMUM_DRAWS} or more, or --fisher exact"
-        return {name: ErrorRow(layer, name, fisher, status="not_assessed", reason=reason) for name in APPROXIMATIONS}
-    if block.norm == 0.0:
+    elif sum(block.trace for block in blocks) == 0.0:
         reason = "the block is zero in every draw: no curvature reaches the layer"
-        return {name: ErrorRow(layer, name, fisher, status="not_assessed", reason=reason) for name in APPROXIMATIONS}
-    if block.columns.form == "formed":
+    elif blocks[0].columns.form == "formed":
         reason = "the draws of this layer were summed, not kept"
+    if reason:
         return {name: ErrorRow(layer, name, fisher, status="not_assessed", reason=reason) for name in APPROXIMATIONS}
+    names = ("kfac_expand", "kfac_reduce", "diag")
+    pairs = [_pairs(extract, block, i) for i, block in enumerate(blocks)]
+    totals = {name: [sum(each) for each in zip(*(pair[name] for pair in pairs), strict=True)] for name in names}
+    rows = {name: _row(layer, name, fisher, *totals[name]) for name in names}
+    for name, why in UNASSESSED.items():
+        rows[name] = ErrorRow(layer, name, fisher, status="not_assessed", reason=why)
+    return {name: rows[name] for name in APPROXIMATIONS}
+
+
+def _pairs(extract: Extract, block: Block, group: int) -> dict[str, tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """<G_i, G_j>, <G_i, M_j>, <M_i, M_j> [K, K] and tr G_i, tr M_i [K] of single draws, by approximation."""
     # every draw carries 1/sqrt(K): undo it, so that each alone estimates G
+    draws, examples = block.columns.count, block.columns.examples
     gram = block.gram * draws
-    examples = block.columns.examples
     GG = gram.view(draws, examples, draws, examples).square().sum((1, 3))
     trace_G = gram.diagonal().view(draws, examples).sum(1)
+    diagonals = _per_draw_diagonal(block) * draws
+    DD = diagonals @ diagonals.T
+    pairs = {"diag": (GG, DD, DD, trace_G, trace_G)}
     for flavour in ("expand", "reduce"):
-        name = f"kfac_{flavour}"
-        A = extract.factors[flavour][0].double()
-        B = extract.probe_B[flavour].double() * draws
+        A, B = extract.factors[flavour][0].double(), extract.probe_B[flavour].double() * draws
+        if extract.spec.groups > 1:
+            A, B = A[group], B[:, group]
         W = _per_draw_contraction(block, A) * draws
         GM = torch.einsum("iab,jab->ij", W, B)
         MM = torch.einsum("iab,jab->ij", B, B) * A.square().sum()
         trace_M = B.diagonal(dim1=1, dim2=2).sum(1) * A.trace()
-        rows[name] = _row(layer, name, fisher, GG, GM, MM, trace_G, trace_M)
-    diagonals = _per_draw_diagonal(block) * draws
-    DD = diagonals @ diagonals.T
-    rows["diag"] = _row(layer, "diag", fisher, GG, DD, DD, trace_G, trace_G)
-    for name, reason in UNASSESSED.items():
-        rows[name] = ErrorRow(layer, name, fisher, status="not_assessed", reason=reason)
-    return {name: rows[name] for name in APPROXIMATIONS}
+        pairs[f"kfac_{flavour}"] = (GG, GM, MM, trace_G, trace_M)
+    return pairs
 
 
 def _row(

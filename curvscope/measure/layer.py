@@ -12,25 +12,15 @@ import torch
 from torch import Tensor
 
 from curvscope.curvature.block import Block
-from curvscope.curvature.kronecker import (
-    Approximation,
-    Diagonal,
-    EigenCorrected,
-    Kronecker,
-    nearest_kronecker,
-)
-from curvscope.extract.sweep import Extract
+from curvscope.curvature.grouped import GroupedApproximation, GroupedBlock
+from curvscope.curvature.kronecker import Kronecker
+from curvscope.extract.collector import Extract
 from curvscope.measure.accuracy import error_row
+from curvscope.measure.approximate import FLAVOURS, approximate, side_by_side
 from curvscope.measure.estimate import estimated_rows
 from curvscope.measure.spectrum import STORED, Spectrum, approximation_spectrum, block_spectrum, spectrum_row
 from curvscope.records import ErrorRow, KroneckerFactors, Layer, LayerRow, SpectrumRow
 from curvscope.settings import APPROXIMATIONS
-
-FLAVOURS = ("expand", "reduce")
-# kron_best may always take this many operations; beyond it only as many as the other measures of the layer.
-KRON_BEST_FREE = 2e10
-KRON_BEST_STEPS = 10
-QUICK_ERROR = 0.1
 
 
 @dataclass(frozen=True)
@@ -77,29 +67,26 @@ def measure_layer(extract: Extract, wishes: Wishes, *, why_no_columns: str = "")
     found = _Findings(attributes=_factor_facts(extract))
     eigenvectors: dict[str, Any] = {}
     kept: dict[str, Any] = {}
-    if extract.columns is None:
+    blocks = _blocks(extract)
+    if not blocks:
         _not_assessed(spec.name, wishes.fisher, why_no_columns, found, APPROXIMATIONS)
-        for name, (A, B) in extract.factors.items():
-            kronecker = Kronecker(A, B)
-            found.add_spectrum(
-                spec.name, f"kfac_{name}", approximation_spectrum(kronecker, wishes.dtype), kronecker.trace
-            )
+        _factor_spectra(extract, wishes, found)
     else:
-        block = Block(extract.columns, spec.d_out, spec.d_in + (spec.bias is not None))
+        block: Block | GroupedBlock = blocks[0] if len(blocks) == 1 else GroupedBlock(blocks)
         if wishes.fisher in ("probe", "mc"):
-            _estimated(extract, block, wishes, found)
+            _estimated(extract, blocks, wishes, found)
         else:
-            _exact(extract, block, wishes, found)
-        if "spectra" in wishes.dump and wishes.fisher not in ("probe", "mc"):
-            eigenvectors["ggn"] = _eigenvectors(block)
-        if "columns" in wishes.dump and extract.columns.form != "formed":
+            _exact(extract, blocks, block, wishes, found)
+            if "spectra" in wishes.dump and isinstance(block, Block):
+                eigenvectors["ggn"] = _eigenvectors(block)
+        if "columns" in wishes.dump and blocks[0].columns.form != "formed":
             kept["kept_columns"] = block.stacked().cpu().numpy()
         if "blocks" in wishes.dump:
             kept["block"] = block.dense().cpu().numpy()
     if "spectra" in wishes.dump:
         for name, (A, B) in extract.factors.items():
-            _, U_A, _, U_B = Kronecker(A, B).bases
-            eigenvectors[f"{name}/A"], eigenvectors[f"{name}/B"] = U_A.cpu().numpy(), U_B.cpu().numpy()
+            for which, factor in (("A", A), ("B", B)):
+                eigenvectors[f"{name}/{which}"] = torch.linalg.eigh(factor.double()).eigenvectors.cpu().numpy()
     row = LayerRow(
         name=spec.name,
         kind=spec.kind,
@@ -110,10 +97,10 @@ def measure_layer(extract: Extract, wishes: Wishes, *, why_no_columns: str = "")
         parameters=spec.parameters,
         examples=extract.examples,
         positions=extract.positions,
-        columns=extract.columns.count * extract.examples if extract.columns is not None else 0,
+        columns=blocks[0].total_columns if blocks else 0,
         better_flavour=_better(extract.positions, found.errors),
         padded=extract.padded,
-        status="ok" if extract.columns is not None else "not_assessed",
+        status="ok" if blocks else "not_assessed",
         reason=why_no_columns,
     )
     return Layer(
@@ -144,9 +131,9 @@ def _factor_facts(extract: Extract) -> dict[str, Any]:
     for flavour, pair in extract.factors.items():
         for name, factor in zip("AB", pair, strict=True):
             values = torch.linalg.eigvalsh(factor.double())
-            facts[f"{flavour}/{name}/trace"] = float(factor.double().trace())
-            facts[f"{flavour}/{name}/lambda_max"] = float(values[-1])
-            facts[f"{flavour}/{name}/lambda_min"] = float(values[0])
+            facts[f"{flavour}/{name}/trace"] = float(factor.double().diagonal(dim1=-2, dim2=-1).sum())
+            facts[f"{flavour}/{name}/lambda_max"] = float(values.max())
+            facts[f"{flavour}/{name}/lambda_min"] = float(values.min())
     if extract.gradient is not None:
         facts["gradient_norm"] = float(torch.linalg.norm(extract.gradient.double()))
     return facts
@@ -157,44 +144,58 @@ def _not_assessed(layer: str, fisher: str, reason: str, found: _Findings, names:
         found.errors[name] = ErrorRow(layer, name, fisher, status="not_assessed", reason=reason)
 
 
-def _exact(extract: Extract, block: Block, wishes: Wishes, found: _Findings) -> None:
+def _group_factors(extract: Extract) -> list[dict[str, tuple[Tensor, Tensor]]]:
+    """The factors of every group, one dict a group."""
+    if extract.spec.groups == 1:
+        return [dict(extract.factors)]
+    return [{name: (A[i], B[i]) for name, (A, B) in extract.factors.items()} for i in range(extract.spec.groups)]
+
+
+def _blocks(extract: Extract) -> list[Block]:
+    """The exact block of every group; none where there are no columns."""
+    spec, columns = extract.spec, extract.columns
+    each = [] if columns is None else columns if isinstance(columns, list) else [columns]
+    return [Block(one, spec.d_out // spec.groups, spec.d_in + (spec.bias is not None)) for one in each]
+
+
+def _exact(
+    extract: Extract, blocks: list[Block], block: Block | GroupedBlock, wishes: Wishes, found: _Findings
+) -> None:
     layer = extract.spec.name
     found.add_spectrum(layer, "ggn", block_spectrum(block), block.trace)
     every = "spectral" in wishes.measure
-    approximations: dict[str, tuple[Approximation, str]] = {}
-    inner: dict[str, float] = {}
-    for flavour in FLAVOURS:
-        if flavour == "reduce" and extract.positions == 1:
-            continue
-        kronecker = Kronecker(*extract.factors[flavour])
-        approximations[f"kfac_{flavour}"] = (kronecker, _blindness(flavour, extract))
-        corrected = _eigen_corrected(kronecker, block)
-        approximations[f"ekfac_{flavour}"] = (corrected, _ambiguity(kronecker, wishes.dtype))
-        inner[f"kfac_{flavour}"] = corrected.inner
-    approximations["diag"] = (Diagonal(block), "")
-    expand = approximations["kfac_expand"][0]
-    assert isinstance(expand, Kronecker)
-    refusal = _kron_best_refusal(block, wishes.measure)
+    parts = [
+        approximate(
+            one,
+            factors,
+            positions=extract.positions,
+            dtype=wishes.dtype,
+            seed=wishes.seed,
+            every="kron_best" in wishes.measure,
+        )
+        for one, factors in zip(blocks, _group_factors(extract), strict=True)
+    ]
+    refusal = next((reason for _, reason in parts if reason), "")
+    built = parts[0][0]
+    if len(parts) > 1:
+        built = side_by_side([part for part, _ in parts], [one.d_out for one in blocks])
     if refusal:
+        built.pop("kron_best", None)
         found.errors["kron_best"] = ErrorRow(layer, "kron_best", wishes.fisher, status="skipped", reason=refusal)
-    else:
-        nearest = nearest_kronecker(block, expand, seed=wishes.seed)
-        note = "" if nearest.converged else f"its Lanczos iteration had not converged after {nearest.steps} steps"
-        approximations["kron_best"] = (nearest.approximation, note)
-        inner["kron_best"] = nearest.approximation.inner(block)
-    for name, (approximation, reason) in approximations.items():
+    for name, one in built.items():
         found.errors[name] = error_row(
             layer,
             name,
             wishes.fisher,
             block,
-            approximation,
-            inner=inner.get(name, approximation.norm**2),
+            one.approximation,
+            inner=one.inner,
             spectral=every or name.startswith("kfac"),
             seed=wishes.seed,
-            reason=reason,
+            reason=one.note,
         )
-        found.add_spectrum(layer, name, approximation_spectrum(approximation, wishes.dtype), approximation.trace)
+        spectrum = approximation_spectrum(one.approximation, wishes.dtype)
+        found.add_spectrum(layer, name, spectrum, one.approximation.trace)
     if extract.positions == 1:
         # One position an example: both flavours are the same matrix.
         for kind in ("kfac", "ekfac"):
@@ -205,80 +206,33 @@ def _exact(extract: Extract, block: Block, wishes: Wishes, found: _Findings) -> 
     found.errors = {name: found.errors[name] for name in APPROXIMATIONS}
 
 
-def _eigen_corrected(kronecker: Kronecker, block: Block) -> EigenCorrected:
-    """EKFAC, rotated in the columns' own dtype where both errors are large enough to bear it.
-
-    float32 rotations leave about 1e-6 ||G||^2 in the squared errors: at a relative error of 0.1, its fourth digit.
-    """
-    quick = EigenCorrected(kronecker, block, fast=True)
-    if block.dtype == torch.float64 or block.norm == 0.0:
-        return quick
-    of_ekfac = 1 - (quick.norm / block.norm) ** 2
-    of_kfac = 1 + (kronecker.norm**2 - 2 * quick.inner) / block.norm**2
-    return quick if min(of_ekfac, of_kfac) > QUICK_ERROR**2 else EigenCorrected(kronecker, block)
+def _factor_spectra(extract: Extract, wishes: Wishes, found: _Findings) -> None:
+    """The spectra of both K-FACs, from the factors alone."""
+    groups = _group_factors(extract)
+    for flavour in extract.factors:
+        parts = [Kronecker(*factors[flavour]) for factors in groups]
+        joined = GroupedApproximation(parts, [part.B.shape[0] for part in parts])
+        found.add_spectrum(
+            extract.spec.name, f"kfac_{flavour}", approximation_spectrum(joined, wishes.dtype), joined.trace
+        )
 
 
-def _estimated(extract: Extract, block: Block, wishes: Wishes, found: _Findings) -> None:
+def _estimated(extract: Extract, blocks: list[Block], wishes: Wishes, found: _Findings) -> None:
     layer = extract.spec.name
-    found.errors.update(estimated_rows(layer, wishes.fisher, extract, block))
+    found.errors.update(estimated_rows(layer, wishes.fisher, extract, blocks))
+    _factor_spectra(extract, wishes, found)
     for flavour in FLAVOURS:
-        kronecker = Kronecker(*extract.factors[flavour])
-        spectrum = approximation_spectrum(kronecker, wishes.dtype)
-        found.add_spectrum(layer, f"kfac_{flavour}", spectrum, kronecker.trace)
-        row = found.spectra[f"kfac_{flavour}"]
         found.spectra[f"kfac_{flavour}"] = dataclasses.replace(
-            row, status="estimated", reason="the eigenvalues of a factor estimated from draws are biased"
+            found.spectra[f"kfac_{flavour}"],
+            status="estimated",
+            reason="the eigenvalues of a factor estimated from draws are biased",
         )
     found.spectra["ggn"] = SpectrumRow(
         layer,
         "ggn",
-        trace=block.trace,
+        trace=sum(block.trace for block in blocks),
         status="estimated",
         reason="only the trace: the eigenvalues of a sum of few draws are biased",
-    )
-
-
-def _blindness(flavour: str, extract: Extract) -> str:
-    """Says that B of reduce is zero to rounding: the gradients of an example's positions cancel."""
-    if flavour == "expand":
-        return ""
-    expand, reduce = (float(extract.factors[name][1].double().trace()) for name in FLAVOURS)
-    eps = torch.finfo(extract.factors["reduce"][1].dtype).eps
-    if expand > 0 and reduce <= expand * extract.positions * (100 * eps) ** 2:
-        return "B is zero to rounding: the output gradients of an example's positions sum to zero"
-    return ""
-
-
-def _ambiguity(kronecker: Kronecker, dtype: torch.dtype) -> str:
-    """Says that the eigenbasis is not unique: a factor has more than one numerically zero eigenvalue."""
-    lam_A, _, lam_B, _ = kronecker.bases
-    for name, values in (("A", lam_A), ("B", lam_B)):
-        zero = int((values <= values.max() * values.numel() * torch.finfo(dtype).eps).sum())
-        if zero > 1:
-            return f"not unique: {name} has {zero} zero eigenvalues, whose eigenvectors are arbitrary"
-    return ""
-
-
-def _kron_best_refusal(block: Block, measure: tuple[str, ...]) -> str:
-    """Why kron_best is skipped: its Lanczos iteration would cost more than everything else; empty if it isn't."""
-    if "kron_best" in measure or block.columns.form in ("outer", "formed"):
-        return ""
-    P, NK, d_out, d_in = block.parameters, block.total_columns, block.d_out, block.d_in
-    if block.columns.form == "factored":
-        assert block.columns.inputs is not None
-        positions = block.columns.inputs.shape[1]
-        iteration = 4.0 * NK * positions * d_out * (d_out + positions)
-        turns = 2.0 * NK * positions * (d_out * d_out + P)
-    else:
-        iteration = 4.0 * NK * P * (d_out + d_in)
-        turns = 2.0 * NK * P * (d_out + d_in)
-    cost = KRON_BEST_STEPS * iteration
-    others = 4.0 * NK * NK * P + 4.0 * turns
-    if cost <= max(KRON_BEST_FREE, others):
-        return ""
-    return (
-        f"its iteration would take about {cost / 1e9:.0f} GFLOP, the layer's other measures {others / 1e9:.0f}; "
-        "--measure kron_best computes it all the same"
     )
 
 

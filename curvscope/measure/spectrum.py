@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from curvscope.curvature.block import Block
+from curvscope.curvature.grouped import GroupedApproximation, GroupedBlock
 from curvscope.curvature.kronecker import Approximation, Kronecker
 from curvscope.records import SpectrumRow
 
@@ -24,18 +25,22 @@ class Spectrum:
     raw_min: float
 
 
-def block_spectrum(block: Block) -> Spectrum:
+def block_spectrum(block: Block | GroupedBlock) -> Spectrum:
     """G's nonzero eigenvalues: those above lambda_max * max(P, N K) * eps(float64)."""
     values = block.eigenvalues
     return _nonzero(values, max(block.parameters, block.total_columns) * torch.finfo(torch.float64).eps)
 
 
-def approximation_spectrum(approximation: Approximation, dtype: torch.dtype) -> Spectrum:
+def approximation_spectrum(approximation: Approximation | GroupedApproximation, dtype: torch.dtype) -> Spectrum:
     """M's nonzero eigenvalues.
 
     For a Kronecker product an eigenvalue of a factor counts as zero below lambda_max * n * eps of the dtype the
     factor was accumulated in; for the others the rule is that of `block_spectrum`.
     """
+    if isinstance(approximation, GroupedApproximation):
+        parts = [approximation_spectrum(part, dtype) for part in approximation.parts]
+        values = torch.cat([part.values for part in parts]).sort(descending=True).values
+        return Spectrum(values, max(part.raw_max for part in parts), min(part.raw_min for part in parts))
     if isinstance(approximation, Kronecker):
         lam_A, _, lam_B, _ = approximation.bases
         eps = torch.finfo(dtype).eps

@@ -109,7 +109,7 @@ def test_every_parameter_is_accounted_for() -> None:
         "first.bias": ("kronecker", ""),
         "shift": ("uncovered", "free parameter"),
         "norm.weight": ("uncovered", "normalisation"),
-        "grouped.weight": ("uncovered", "grouped convolution"),
+        "grouped.weight": ("kronecker", ""),
         "table.weight": ("uncovered", "tied in two roles"),
         "frozen.weight": ("frozen", "does not require a gradient"),
         "unused.weight": ("uncovered", "does not reach it"),

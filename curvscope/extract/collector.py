@@ -1,0 +1,234 @@
+"""One layer's sums while the backward passes run: A, B, the gradient, and the columns in the form that was planned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from curvscope.extract.rows import SiteRows
+from curvscope.extract.symmetric import ONE_BLOCK, GramSum, gram, input_gram
+from curvscope.graph.sites import LayerSpec
+from curvscope.graph.verify import Layouts
+
+Form = Literal["outer", "factored", "dense", "formed"]
+BUFFERED_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Columns:
+    """A layer's GGN columns v[n, k] in whichever form is cheapest to keep.
+
+    outer and factored keep `inputs` [N, R, d_in(+1)] and `gradients` [K, N, R, d_out] (outer is R = 1); dense keeps
+    `values` [K, N, d_out, d_in(+1)]; formed keeps `block` = G itself, [P, P] in float64, where P < N K.
+    """
+
+    form: Form
+    examples: int
+    count: int
+    inputs: Tensor | None = None
+    gradients: Tensor | None = None
+    values: Tensor | None = None
+    block: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Extract:
+    """What one sweep found for one layer.
+
+    `factors` maps expand and reduce to (A, B) in the run's dtype; `probe_B` maps them to the B of each draw alone,
+    [K, d_out, d_out] (only for probe and mc). With groups, factors have a leading axis of groups and there are columns
+    for each. `gradient` is dL/dW as [d_out, d_in(+1)]; `positions` the mean
+    number of real positions an example; `padded` the share of rows found to be padding.
+    """
+
+    spec: LayerSpec
+    examples: int
+    positions: float
+    padded: float
+    factors: dict[str, tuple[Tensor, Tensor]]
+    gradient: Tensor | None
+    columns: Columns | list[Columns] | None
+    probe_B: dict[str, Tensor] = field(default_factory=dict)
+
+
+class _Buffered:
+    """The sum of g^T g over passes; small passes are gathered first, so that products stay large."""
+
+    def __init__(self, size: int, like: Tensor) -> None:
+        self.total = GramSum(size, dtype=like.dtype, device=like.device)
+        self.waiting: list[Tensor] = []
+
+    def add(self, rows: Tensor) -> None:
+        """Rows [N, R, d] of one pass."""
+        if rows.shape[1] > 1 and rows.stride(-1) != 1 and rows.shape[-1] < ONE_BLOCK:
+            self.total.add_batched(rows)
+            return
+        self.waiting.append(rows.flatten(0, 1))
+        if sum(piece.shape[0] for piece in self.waiting) >= BUFFERED_ROWS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Add what waits."""
+        if self.waiting:
+            self.total.add(self.waiting[0] if len(self.waiting) == 1 else torch.cat(self.waiting))
+            self.waiting = []
+
+    def result(self) -> Tensor:
+        """The whole sum."""
+        self.flush()
+        return self.total.result()
+
+
+class Collector:
+    """One layer's sums while the passes run."""
+
+    def __init__(self, spec: LayerSpec, layouts: Layouts, form: Form | None, factors: bool, per_draw: bool) -> None:
+        self.spec = spec
+        self.form = form
+        self.count = 0
+        self.factors = factors
+        self.per_draw = per_draw
+        self.examples = layouts.examples
+        self.rows = {site.target: SiteRows(site.module, layouts.sites[site.target]) for site in spec.sites}
+        self.inputs: dict[str, Tensor] = {}
+        self.shapes: dict[str, torch.Size] = {}
+        self.pending: dict[str, Tensor] = {}
+        self.column: int | None = None
+        self.expand: _Buffered | None = None
+        self.reduce: _Buffered | None = None
+        self.draws: dict[str, list[Tensor]] = {"expand": [], "reduce": []}
+        self.gradient: Tensor | None = None
+        self.kept: list[Tensor] = []
+        self.values: Tensor | None = None
+        self.block: GramSum | None = None
+        self._joined: Tensor | None = None
+
+    def start(self, column: int | None) -> None:
+        """The next gradients belong to this column; None: to the loss itself."""
+        self.column = column
+        self.pending = {}
+
+    def receive(self, target: str, gradient: Tensor) -> None:
+        """One site's output gradient of this pass."""
+        self.pending[target] = self.rows[target].outputs(gradient)
+
+    def finish(self) -> None:
+        """All sites of the layer have reported: add the pass up."""
+        a, g = self._a(), self._g()
+        if self.column is None:
+            self._add_gradient(g, a)
+            return
+        single = g.shape[1] == 1
+        total = g[:, 0] if single else g.sum(1)
+        if self.factors:
+            if self.reduce is None:
+                self.reduce = _Buffered(g.shape[-1], g)
+                self.expand = None if single else _Buffered(g.shape[-1], g)
+            self.reduce.add(total.unsqueeze(1))
+            if self.expand is not None:
+                self.expand.add(g)
+            if self.per_draw:
+                self.draws["reduce"].append(gram(total))
+                self.draws["expand"].append(self.draws["reduce"][-1] if single else gram(g.flatten(0, 1)))
+        self._keep(g, total)
+
+    def _g(self) -> Tensor:
+        """The output gradients of all calls, [N, R, d_out]; a call that the pass does not reach has none."""
+        a = self._a()
+        parts = [
+            self.pending[target] if target in self.pending else a.new_zeros(*shape, self.spec.d_out)
+            for target, shape in self.shapes.items()
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def _add_gradient(self, g: Tensor, a: Tensor) -> None:
+        """dL/dW = sum g a^T, with the bias's as last column."""
+        if g.stride(-1) == 1:
+            weight = g.flatten(0, 1).T @ a.flatten(0, 1)
+        else:
+            weight = torch.bmm(g.transpose(1, 2), a).sum(0)
+        self.gradient = torch.cat([weight, g.sum((0, 1)).unsqueeze(1)], dim=1) if self.spec.bias else weight
+
+    def _a(self) -> Tensor:
+        """The layer's rows of all calls, [N, R, d_in]."""
+        if self._joined is None:
+            parts = [rows.inputs(self.inputs.pop(target)) for target, rows in self.rows.items()]
+            self.shapes = {target: part.shape[:2] for target, part in zip(self.rows, parts, strict=True)}
+            self._joined = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return self._joined
+
+    def _keep(self, g: Tensor, total: Tensor) -> None:
+        if self.form is None:
+            return
+        if self.form in ("outer", "factored"):
+            self.kept.append(g)
+            return
+        a = self._a()
+        d_in = a.shape[-1] + (self.spec.bias is not None)
+        if self.form == "dense":
+            if self.values is None:
+                self.values = g.new_empty(self.count, self.examples, g.shape[-1], d_in)
+            assert self.column is not None
+            column = self.values[self.column]
+        else:
+            column = g.new_empty(self.examples, g.shape[-1], d_in)
+        column[..., : a.shape[-1]] = torch.bmm(g.transpose(1, 2), a)
+        if self.spec.bias is not None:
+            column[..., -1] = total
+        if self.form == "formed":
+            flat = column.reshape(self.examples, -1).double()
+            if self.block is None:
+                self.block = GramSum(flat.shape[1], dtype=flat.dtype, device=flat.device)
+            self.block.add(flat)
+
+    def result(self, masks: Mapping[str, Tensor]) -> Extract:
+        """The layer's sums, scaled as records.CONVENTIONS says."""
+        a = self._a()
+        examples, positions = a.shape[:2]
+        real = self._real(masks)
+        counts = torch.full((examples,), float(positions), device=a.device) if real is None else real.sum(1).to(a.dtype)
+        factors = {}
+        if self.factors and self.reduce is not None:
+            B_reduce = self.reduce.result()
+            B_expand = B_reduce if self.expand is None else self.expand.result()
+            bias = self.spec.bias is not None
+            masked = a if real is None else a * real.unsqueeze(-1)
+            A_expand = input_gram(masked.reshape(-1, a.shape[-1]), float(counts.sum()), bias=bias)
+            if positions == 1:
+                A_reduce = A_expand
+            else:
+                means = masked.sum(1) / counts.unsqueeze(1).to(a.dtype)
+                A_reduce = input_gram(means, float(examples), bias=bias)
+            factors = {"expand": (A_expand, B_expand), "reduce": (A_reduce, B_reduce)}
+        padded = 0.0 if real is None else 1.0 - float(counts.sum()) / (examples * positions)
+        draws = {name: torch.stack(each) for name, each in self.draws.items() if each}
+        return Extract(
+            self.spec, examples, float(counts.mean()), padded, factors, self.gradient, self._columns(a), draws
+        )
+
+    def _real(self, masks: Mapping[str, Tensor]) -> Tensor | None:
+        parts = [masks.get(target) for target in self.rows]
+        if all(part is None for part in parts):
+            return None
+        device = next(part.device for part in parts if part is not None)
+        full = [
+            torch.ones(shape, dtype=torch.bool, device=device) if part is None else part
+            for part, shape in zip(parts, self.shapes.values(), strict=True)
+        ]
+        return torch.cat(full, dim=1)
+
+    def _columns(self, a: Tensor) -> Columns | None:
+        if self.form is None:
+            return None
+        if self.form == "dense":
+            return Columns("dense", self.examples, self.count, values=self.values)
+        if self.form == "formed":
+            assert self.block is not None
+            return Columns("formed", self.examples, self.count, block=self.block.result())
+        if self.spec.bias is not None:
+            a = torch.cat([a, a.new_ones(*a.shape[:2], 1)], dim=-1)
+        return Columns(self.form, self.examples, self.count, inputs=a, gradients=torch.stack(self.kept))

@@ -1,0 +1,86 @@
+"""Grouped and depthwise convolutions: every group is a layer of its own, all of them batched.
+
+A group's weight sees only its own input channels, so K-FAC gives each group its factors, and the block is the exact
+one of each group: curvature between groups belongs, like that between layers, to no block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from curvscope.extract.collector import Collector, Columns, Extract
+
+
+class GroupedCollector(Collector):
+    """`Collector` for a layer of several groups: factors [groups, ., .], one `Columns` a group."""
+
+    _sums: dict[str, Tensor]
+    _blocks: Tensor | None = None
+
+    def _split(self, rows: Tensor) -> Tensor:
+        """[N, R, groups * d] -> [groups, N, R, d]."""
+        return rows.unflatten(-1, (self.spec.groups, -1)).permute(2, 0, 1, 3)
+
+    def finish(self) -> None:
+        """All sites of the layer have reported: add the pass up, group by group in one product."""
+        a = self._split(self._a())
+        g = self._split(self._g())
+        total = g.sum(2)
+        if self.column is None:
+            weight = torch.bmm(g.flatten(1, 2).transpose(1, 2), a.flatten(1, 2))
+            if self.spec.bias is not None:
+                weight = torch.cat([weight, total.sum(1).unsqueeze(-1)], dim=-1)
+            self.gradient = weight.flatten(0, 1)
+            return
+        if self.factors:
+            rows = g.flatten(1, 2)
+            expand, reduce = torch.bmm(rows.transpose(1, 2), rows), torch.bmm(total.transpose(1, 2), total)
+            if self.per_draw:
+                self.draws["expand"].append(expand)
+                self.draws["reduce"].append(reduce)
+            if self.column == 0:
+                self._sums = {"expand": expand, "reduce": reduce}
+            else:
+                self._sums["expand"] += expand
+                self._sums["reduce"] += reduce
+        self._keep_groups(a, g, total)
+
+    def _keep_groups(self, a: Tensor, g: Tensor, total: Tensor) -> None:
+        if self.form is None:
+            return
+        groups, examples = g.shape[:2]
+        column = torch.bmm(g.flatten(0, 1).transpose(1, 2), a.flatten(0, 1)).unflatten(0, (groups, examples))
+        if self.spec.bias is not None:
+            column = torch.cat([column, total.unsqueeze(-1)], dim=-1)
+        if self.form == "formed":
+            flat = column.flatten(2).double()
+            product = torch.bmm(flat.transpose(1, 2), flat)
+            self._blocks = product if self._blocks is None else self._blocks.add_(product)
+            return
+        self.kept.append(column)
+
+    def result(self, masks: Mapping[str, Tensor]) -> Extract:
+        """The layer's sums, scaled as records.CONVENTIONS says; positions of a convolution are all real."""
+        a = self._split(self._a())
+        groups, examples, positions = a.shape[:3]
+        if self.spec.bias is not None:
+            a = torch.cat([a, a.new_ones(*a.shape[:3], 1)], dim=-1)
+        factors = {}
+        if self.factors:
+            rows, means = a.flatten(1, 2), a.mean(2)
+            A = {
+                "expand": torch.bmm(rows.transpose(1, 2), rows) / (examples * positions),
+                "reduce": torch.bmm(means.transpose(1, 2), means) / examples,
+            }
+            factors = {name: (A[name], self._sums[name]) for name in A}
+        draws = {name: torch.stack(each) for name, each in self.draws.items() if each}
+        columns: list[Columns] | None = None
+        if self._blocks is not None:
+            columns = [Columns("formed", examples, self.count, block=block) for block in self._blocks]
+        elif self.kept:
+            values = torch.stack(self.kept)  # [K, groups, N, d_out, d_in]
+            columns = [Columns("dense", examples, self.count, values=values[:, i]) for i in range(groups)]
+        return Extract(self.spec, examples, float(positions), 0.0, factors, self.gradient, columns, draws)

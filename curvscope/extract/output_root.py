@@ -1,0 +1,34 @@
+"""What every root of a loss Hessian in the outputs can do, and the random signs that probes take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class OutputRoot:
+    """S_n of `H_n = S_n S_n^T` in the forms that are needed, each shaped like the outputs.
+
+    Attributes:
+        columns: K, the columns of the example that has most; the others' are zero.
+        column: k -> column k of every example.
+        probe: S_n times random signs.
+        draw: the gradients of the terms at a label drawn from the model, times sqrt(c); None where it is not known.
+        true_gradient: dL/df -> the same at the true label.
+    """
+
+    columns: int
+    column: Callable[[int], Tensor]
+    probe: Callable[[torch.Generator], Tensor]
+    draw: Callable[[torch.Generator], Tensor] | None
+    true_gradient: Callable[[Tensor], Tensor] | None
+
+
+def signs(like: Tensor, generator: torch.Generator) -> Tensor:
+    """+1 and -1 with equal odds, as `like` in shape, dtype and device."""
+    drawn = torch.randint(0, 2, like.shape, generator=generator, device=like.device, dtype=torch.int8)
+    return (2 * drawn - 1).to(like.dtype)

@@ -1,0 +1,128 @@
+"""All approximations of one block, each with <G, M> and what a reader has to know of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from curvscope.curvature.block import Block
+from curvscope.curvature.grouped import GroupedApproximation
+from curvscope.curvature.kronecker import Approximation, Diagonal, EigenCorrected, Kronecker, nearest_kronecker
+
+FLAVOURS = ("expand", "reduce")
+# kron_best may always take this many operations; beyond it only as many as the other measures of the layer.
+KRON_BEST_FREE = 2e10
+KRON_BEST_STEPS = 10
+QUICK_ERROR = 0.1
+
+Factors = Mapping[str, tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Built:
+    """An approximation, <G, M>, and in words what is special about it (empty: nothing)."""
+
+    approximation: Approximation | GroupedApproximation
+    inner: float
+    note: str = ""
+
+
+def approximate(
+    block: Block, factors: Factors, *, positions: float, dtype: torch.dtype, seed: int, every: bool
+) -> tuple[dict[str, Built], str]:
+    """The approximations of one block by name, and why kron_best is not among them (empty: it is).
+
+    With one position an example the two flavours are the same matrix, and only expand is built.
+    """
+    built: dict[str, Built] = {}
+    for flavour in FLAVOURS:
+        if flavour == "reduce" and positions == 1:
+            continue
+        kronecker = Kronecker(*factors[flavour])
+        corrected = _eigen_corrected(kronecker, block)
+        built[f"kfac_{flavour}"] = Built(kronecker, corrected.inner, _blindness(flavour, factors, positions))
+        built[f"ekfac_{flavour}"] = Built(corrected, corrected.norm**2, _ambiguity(kronecker, dtype))
+    diagonal = Diagonal(block)
+    built["diag"] = Built(diagonal, diagonal.norm**2)
+    refusal = "" if every else _kron_best_refusal(block)
+    if not refusal:
+        nearest = nearest_kronecker(block, Kronecker(*factors["expand"]), seed=seed)
+        note = "" if nearest.converged else f"its Lanczos iteration had not converged after {nearest.steps} steps"
+        built["kron_best"] = Built(nearest.approximation, nearest.approximation.inner(block), note)
+    return built, refusal
+
+
+def side_by_side(parts: Sequence[dict[str, Built]], outputs: Sequence[int]) -> dict[str, Built]:
+    """The approximations of several groups as those of their block-diagonal matrix."""
+    joined = {}
+    for name in parts[0]:
+        if all(name in part for part in parts):
+            each = [part[name] for part in parts]
+            approximations = [
+                one.approximation for one in each if not isinstance(one.approximation, GroupedApproximation)
+            ]
+            notes = list(dict.fromkeys(one.note for one in each if one.note))
+            joined[name] = Built(
+                GroupedApproximation(approximations, outputs), sum(one.inner for one in each), "; ".join(notes[:1])
+            )
+    return joined
+
+
+def _eigen_corrected(kronecker: Kronecker, block: Block) -> EigenCorrected:
+    """EKFAC, rotated in the columns' own dtype where both errors are large enough to bear it.
+
+    float32 rotations leave about 1e-6 ||G||^2 in the squared errors: at a relative error of 0.1, its fourth digit.
+    """
+    quick = EigenCorrected(kronecker, block, fast=True)
+    if block.dtype == torch.float64 or block.norm == 0.0:
+        return quick
+    of_ekfac = 1 - (quick.norm / block.norm) ** 2
+    of_kfac = 1 + (kronecker.norm**2 - 2 * quick.inner) / block.norm**2
+    return quick if min(of_ekfac, of_kfac) > QUICK_ERROR**2 else EigenCorrected(kronecker, block)
+
+
+def _blindness(flavour: str, factors: Factors, positions: float) -> str:
+    """Says that B of reduce is zero to rounding: the gradients of an example's positions cancel."""
+    if flavour == "expand":
+        return ""
+    expand, reduce = (float(factors[name][1].double().trace()) for name in FLAVOURS)
+    eps = torch.finfo(factors["reduce"][1].dtype).eps
+    if expand > 0 and reduce <= expand * positions * (100 * eps) ** 2:
+        return "B is zero to rounding: the output gradients of an example's positions sum to zero"
+    return ""
+
+
+def _ambiguity(kronecker: Kronecker, dtype: torch.dtype) -> str:
+    """Says that the eigenbasis is not unique: a factor has more than one numerically zero eigenvalue."""
+    lam_A, _, lam_B, _ = kronecker.bases
+    for name, values in (("A", lam_A), ("B", lam_B)):
+        zero = int((values <= values.max() * values.numel() * torch.finfo(dtype).eps).sum())
+        if zero > 1:
+            return f"not unique: {name} has {zero} zero eigenvalues, whose eigenvectors are arbitrary"
+    return ""
+
+
+def _kron_best_refusal(block: Block) -> str:
+    """Why kron_best is skipped: its Lanczos iteration would cost more than everything else; empty if it isn't."""
+    if block.columns.form in ("outer", "formed"):
+        return ""
+    P, NK, d_out, d_in = block.parameters, block.total_columns, block.d_out, block.d_in
+    if block.columns.form == "factored":
+        assert block.columns.inputs is not None
+        positions = block.columns.inputs.shape[1]
+        iteration = 4.0 * NK * positions * d_out * (d_out + positions)
+        turns = 2.0 * NK * positions * (d_out * d_out + P)
+    else:
+        iteration = 4.0 * NK * P * (d_out + d_in)
+        turns = 2.0 * NK * P * (d_out + d_in)
+    cost = KRON_BEST_STEPS * iteration
+    others = 4.0 * NK * NK * P + 4.0 * turns
+    if cost <= max(KRON_BEST_FREE, others):
+        return ""
+    return (
+        f"its iteration would take about {cost / 1e9:.0f} GFLOP, the layer's other measures {others / 1e9:.0f}; "
+        "--measure kron_best computes it all the same"
+    )
