@@ -10,8 +10,11 @@ from collections.abc import Callable
 PARTS = (
     ("factor products", ("extract/symmetric",)),
     ("rows and patches", ("extract/rows", "graph/layout")),
-    ("root of the loss Hessian", ("extract/roots", "load/loss")),
-    ("sums over positions, the gradient's product", ("extract/sweep",)),
+    ("root of the loss Hessian", ("extract/roots", "extract/categorical", "extract/output_root", "load/loss")),
+    (
+        "sums over positions, the gradient's product",
+        ("extract/sweep", "extract/collector", "extract/padding", "extract/grouped"),
+    ),
     ("forward passes", ("eval_with_key", "torch/nn/", "graph/", "torch/fx/")),
 )
 BACKWARD = "backward passes"

@@ -54,7 +54,7 @@ def _peak_of(workload: str, stage: Stage, memory: int, device: str, threads: int
     command = [sys.executable, "-m", "benchmarks.memory", workload, stage]
     command += ["--bytes", str(memory), "--device", device]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
     return int(done.stdout.split()[-1])
 
 

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from benchmarks.peers import Factors
 from benchmarks.workloads import Workload
+from curvscope.extract.collector import Extract
 from curvscope.extract.roots import Root, make_root
-from curvscope.extract.sweep import Extract, sweep
+from curvscope.extract.sweep import sweep
 from curvscope.graph.export import export_model
 from curvscope.graph.functional import build
 from curvscope.graph.verify import verify

@@ -16,9 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from curvscope.errors import BatchError, ModelError, OutputError, UsageError
-from curvscope.graph.export import Exported, ExportFailure, export_model
-from curvscope.load.batch import Batch, load_batch
+from curvscope.graph.export import Exported, ExportFailure, export_model, flatten_inputs
+from curvscope.graph.shadow import shadow
+from curvscope.graph.trial import try_forward
+from curvscope.load.batch import Batch, load_batch, named_axes
 from curvscope.load.bundle import FORMAT, VERSION
+from curvscope.load.eval_mode import eval_mode
 from curvscope.load.importing import describe, random_state_kept
 from curvscope.load.loss import load_loss
 from curvscope.load.optimizer import as_optimizer_state
@@ -35,7 +38,7 @@ def capture(
     *,
     optimizer: torch.optim.Optimizer | None = None,
     step: int | None = None,
-    example_axes: Mapping[str, int] | None = None,
+    example_axes: Mapping[str, int] | Mapping[int, int] | None = None,
 ) -> None:
     """Write a bundle that `curvscope analyze path` reads anywhere, without the model's code.
 
@@ -61,7 +64,8 @@ def capture(
     chosen = load_loss(loss)
     loaded = load_batch(batch)
     with random_state_kept():
-        exported = _export(model, loaded.inputs, example_axes or {})
+        _try(model, loaded.inputs)
+        exported = _export(model, loaded.inputs, named_axes(example_axes))
         outputs = _outputs(exported, loaded.inputs)
         check_targets(chosen, outputs, loaded.targets)
         loss_graph = _loss_graph(chosen, outputs, loaded.targets) if chosen.name == "callable" else None
@@ -81,10 +85,17 @@ def capture(
         "loss_graph": None if loss_graph is None else _as_tensor(loss_graph),
         "optimizer": None if state is None else _optimizer_content(state),
         "step": step,
+        "mode": eval_mode(model),
         "model": type(model).__name__,
         "torch": str(torch.__version__),
     }
     _write(Path(path), content)
+
+
+def _try(model: nn.Module, inputs: Inputs) -> None:
+    """Refuse a batch on which the model, as it is, raises."""
+    flat = flatten_inputs(inputs)
+    try_forward(shadow(model), flat, flat.tensors)
 
 
 def _export(model: nn.Module, inputs: Inputs, example_axes: Mapping[str, int]) -> Exported:
@@ -114,7 +125,7 @@ def _archive(program: torch.export.ExportedProgram) -> bytes:
         warnings.simplefilter("ignore")  # torch warns about weights that are views
         torch.export.save(program, buffer)
     try:
-        return vetted_archive(buffer.getvalue())
+        return vetted_archive(buffer.getvalue(), surplus=True)
     except (RefusedArchiveError, UnreadableArchiveError) as cause:
         raise ModelError(
             f"The model's graph can't be put in a bundle: {cause}.",

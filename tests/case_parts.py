@@ -14,8 +14,25 @@ from tests import models, reference
 from tests.reference import LossFunction
 from tests.rows import Inputs, ToRows, call, examples_first
 
+
+class ClassesLast(nn.CrossEntropyLoss):
+    """Cross-entropy of outputs [N, T, C]."""
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return super().forward(outputs.mT, targets.mT if targets.is_floating_point() else targets)
+
+
+class CausalLM(ClassesLast):
+    """Outputs [N, T, V] against the token after each, from token ids [N, T]."""
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return super().forward(outputs[:, :-1], targets[:, 1:])
+
+
 LOSS_MODULES: dict[str, type[nn.Module]] = {
     "cross_entropy": nn.CrossEntropyLoss,
+    "classes_last": ClassesLast,
+    "causal_lm": CausalLM,
     "mse": nn.MSELoss,
     "bce_with_logits": nn.BCEWithLogitsLoss,
 }
@@ -47,6 +64,9 @@ class Case:
         layers: every linear layer in forward order, by the name curvscope gives it.
         hessian: the loss Hessian [N, D, D] in closed form, where autograd's would lose digits.
         example_axes: example axis of an input by position, where it is not 0.
+        given: the loss as curvscope is given it, where that is not `loss_fn`: a text, or name and settings.
+        rearrange: `(model, targets) -> targets` sets the model to lay out its outputs otherwise for curvscope; the
+            oracle needs them as [N, ...].
     """
 
     make: Callable[[], tuple[nn.Module, Inputs, Any]]
@@ -54,6 +74,8 @@ class Case:
     layers: Mapping[str, Layer]
     hessian: Callable[[Tensor, Any], Tensor] | None = None
     example_axes: Mapping[str, int] = field(default_factory=dict)
+    given: Any = None
+    rearrange: Callable[[nn.Module, Any], Any] | None = None
 
     def build(self) -> tuple[nn.Module, Inputs, Any]:
         """Model in float64 and eval mode, inputs and targets: the same ones at every call."""
@@ -95,6 +117,36 @@ def f64(*shape: int) -> Tensor:
 
 def labels(classes: int, *shape: int) -> Tensor:
     return torch.randint(classes, shape)
+
+
+def laid_out(layout: str) -> Callable[[nn.Module, Tensor], Tensor]:
+    """`Case.rearrange` of a models.TokenModel with targets [N, T]."""
+
+    def rearrange(model: nn.Module, targets: Tensor) -> Tensor:
+        assert isinstance(model, models.TokenModel)
+        model.layout = layout
+        targets = targets.transpose(0, 1) if layout in ("second", "flat_tn") else targets
+        return targets.flatten() if layout.startswith("flat") else targets
+
+    return rearrange
+
+
+def token_case(
+    loss: tuple[str, Mapping[str, Any]] | LossFunction,
+    targets: Callable[[], Any],
+    given: Any,
+    classes: int = 4,
+    shape: tuple[int, int] = (4, 3),
+    **fields: Any,
+) -> Case:
+    """Attention that mixes the tokens, and a class for each of them: outputs [N, T, C]."""
+    return Case(
+        make=lambda: (models.TokenModel(classes=classes), f64(*shape, 3), targets()),
+        loss=loss,
+        layers=linears("q", "k", "v", "head"),
+        given=given,
+        **fields,
+    )
 
 
 def linear(path: str, bias: bool = True, to_rows: ToRows = examples_first) -> Layer:

@@ -17,6 +17,7 @@ from tests.case_parts import (
     grouped,
     interleaved,
     labels,
+    laid_out,
     layer_case,
     linear,
     linears,
@@ -24,6 +25,7 @@ from tests.case_parts import (
     model_case,
     oracle,
     second,
+    token_case,
 )
 from tests.rows import Inputs
 
@@ -88,11 +90,33 @@ def padding_mask(inputs: Inputs) -> Tensor:
 
 
 def ignored_tokens() -> tuple[nn.Module, Inputs, Any]:
-    targets = labels(3, 4, 3)
+    targets = labels(3, 4, 4)
     targets[0, 1] = targets[2, 0] = targets[2, 2] = -100
-    return models.TokenClassifier(), f64(4, 3, 3), targets
+    return models.TokenClassifier(), f64(4, 4, 3), targets
 
 
+def some_ignored() -> Tensor:
+    """Examples with 2, 0, 3 and 1 terms."""
+    return torch.tensor([[3, -100, 1], [-100, -100, -100], [0, 2, 2], [-100, 1, -100]])
+
+
+def padded_sequences() -> tuple[nn.Module, Inputs, Any]:
+    mask = torch.arange(4) < torch.tensor([4, 2, 3, 1])[:, None]
+    return models.TokenModel(classes=3), (f64(4, 4, 3), mask), labels(3, 4, 4).where(mask, -100)
+
+
+def past_only() -> tuple[nn.Module, Inputs, Any]:
+    """A causal model: nothing depends on the last token, nor on what comes after the last target that counts."""
+    targets = labels(4, 4, 4)
+    targets[0, 2] = targets[1, 3] = targets[2, 2] = targets[2, 3] = -100
+    return models.TokenModel(causal=True), f64(4, 4, 3), targets
+
+
+def past_that_counts(_: Inputs) -> Tensor:
+    return torch.arange(4) < torch.tensor([3, 2, 1, 3])[:, None]
+
+
+FOUR_WEIGHTS = torch.tensor([0.5, 2.0, 1.3, 0.9], dtype=torch.float64)
 CLASS_WEIGHTS = torch.tensor([0.5, 2.0, 1.3], dtype=torch.float64)
 TOKENS = linears("mix.q", "mix.k", "mix.v", "head")
 
@@ -248,13 +272,72 @@ CASES: dict[str, Case] = {
         linears("0.q", "0.k", "0.v", "1"),
     ),
     "token_outputs": Case(
-        lambda: (models.TokenClassifier(), f64(4, 3, 3), labels(3, 4, 3)), ("cross_entropy", {}), TOKENS
+        lambda: (models.TokenClassifier(), f64(4, 3, 3), labels(3, 4, 3)),
+        ("cross_entropy", {}),
+        TOKENS,
+        given="cross_entropy:class_axis=second",
     ),
     "token_outputs_ignored": Case(ignored_tokens, ("cross_entropy", {"weight": CLASS_WEIGHTS}), TOKENS),
     "token_outputs_unmixed": Case(
-        lambda: (models.TokenClassifier(mixing=False), f64(4, 3, 3), labels(3, 4, 3)),
+        lambda: (models.TokenClassifier(mixing=False), f64(4, 4, 3), labels(3, 4, 4)),
         ("cross_entropy", {"reduction": "sum"}),
         linears("mix.0", "mix.2", "head"),
+    ),
+    # Sequence losses, on models that mix the tokens
+    "classes_last": token_case(("classes_last", {}), lambda: labels(4, 4, 3), "cross_entropy"),
+    "classes_last_square": token_case(
+        ("classes_last", {}), lambda: labels(3, 4, 3), "cross_entropy:class_axis=last", classes=3
+    ),
+    "classes_last_settings": token_case(
+        ("classes_last", {"weight": FOUR_WEIGHTS, "label_smoothing": 0.1}),
+        some_ignored,
+        ("cross_entropy", {"weight": FOUR_WEIGHTS, "label_smoothing": 0.1}),
+    ),
+    "classes_last_sum": token_case(
+        ("classes_last", {"reduction": "sum", "ignore_index": 2}),
+        lambda: labels(4, 4, 3),
+        "cross_entropy:reduction=sum,ignore_index=2",
+    ),
+    "classes_last_soft": token_case(
+        ("classes_last", {"weight": FOUR_WEIGHTS, "label_smoothing": 0.1}),
+        lambda: torch.softmax(f64(4, 3, 4), -1),
+        ("cross_entropy", {"weight": FOUR_WEIGHTS, "label_smoothing": 0.1}),
+    ),
+    "classes_second_soft": Case(
+        lambda: (models.TokenClassifier(), f64(4, 3, 3), torch.softmax(f64(4, 3, 3), 1)), ("cross_entropy", {}), TOKENS
+    ),
+    "flat_outputs": token_case(
+        ("classes_last", {"weight": FOUR_WEIGHTS}),
+        some_ignored,
+        ("cross_entropy", {"weight": FOUR_WEIGHTS}),
+        rearrange=laid_out("flat_nt"),
+    ),
+    "flat_outputs_minor": token_case(
+        ("classes_last", {}), some_ignored, "cross_entropy", rearrange=laid_out("flat_tn")
+    ),
+    "second_outputs": token_case(
+        ("classes_last", {}), lambda: labels(4, 5, 3), "cross_entropy", shape=(5, 3), rearrange=laid_out("second")
+    ),
+    "padded_sequences": Case(
+        padded_sequences,
+        ("classes_last", {}),
+        {name: Layer(f"{name}.weight", f"{name}.bias", row_mask=padding_mask) for name in ("q", "k", "v", "head")},
+        given="cross_entropy",
+    ),
+    "causal_lm": token_case(("causal_lm", {}), some_ignored, "causal_lm"),
+    "causal_lm_sum": token_case(
+        ("causal_lm", {"reduction": "sum", "ignore_index": 3}),
+        lambda: labels(4, 4, 3),
+        "causal_lm:reduction=sum,ignore_index=3",
+    ),
+    "causal_lm_past": Case(
+        past_only,
+        ("causal_lm", {}),
+        {name: Layer(f"{name}.weight", f"{name}.bias", row_mask=past_that_counts) for name in ("q", "k", "v", "head")},
+        given="causal_lm",
+    ),
+    "token_bce": token_case(
+        ("bce_with_logits", {"pos_weight": FOUR_WEIGHTS}), lambda: labels(2, 4, 3, 4).double(), None
     ),
     # Weights that are not an nn.Linear's
     "matmul_operator": layer_case(

@@ -292,3 +292,28 @@ class EncoderLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.block(x).mean(1))
+
+
+class TokenModel(nn.Module):
+    """Attention under a mask (real tokens, or the past) and an output for every token, laid out as `layout` says.
+
+    `layout`: first [N, T, C], second [T, N, C], flat_nt [N*T, C], flat_tn [T*N, C].
+    """
+
+    def __init__(self, width: int = 3, classes: int = 4, causal: bool = False) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(width, width) for _ in range(3))
+        self.head = nn.Linear(width, classes)
+        self.causal = causal
+        self.layout = "first"
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        scores = self.q(x) @ self.k(x).mT
+        if self.causal:
+            scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), float("-inf"))
+        if mask is not None:
+            scores = scores.masked_fill(~mask.unsqueeze(1), float("-inf"))
+        outputs = self.head(torch.softmax(scores, dim=-1) @ self.v(x))
+        if self.layout in ("second", "flat_tn"):
+            outputs = outputs.transpose(0, 1)
+        return outputs.flatten(0, 1) if self.layout.startswith("flat") else outputs

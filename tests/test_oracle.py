@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import curvscope
+from curvscope.load.loss import named_loss
 from curvscope.run import Run
 from tests import reference
 from tests.cases import CASE_LAYERS, CASES, DEGENERATE, Case, expected
@@ -20,10 +21,12 @@ TOLERANCE = 1e-9
 
 def analyze(case: Case, **options: Any) -> Run:
     model, inputs, targets = case.build()
+    if case.rearrange is not None:
+        targets = case.rearrange(model, targets)
     return curvscope.analyze(
         model,
         (inputs, targets),
-        loss=case.loss_fn,
+        loss=named_loss(*case.given) if isinstance(case.given, tuple) else case.given or case.loss_fn,
         dtype="float64",
         example_axes=dict(case.example_axes),
         **options,
@@ -75,7 +78,8 @@ def close(got: Any, want: Any, scale: float | None = None, tolerance: float = TO
 
 @pytest.mark.parametrize("name", CASES)
 def test_layers_are_found_in_forward_order(name: str) -> None:
-    assert list(run_of(name).layers) == list(CASES[name].layers)
+    found = [layer.name for layer in run_of(name).layers.values() if layer.factors]
+    assert found == list(CASES[name].layers)
 
 
 @pytest.mark.parametrize(("name", "layer"), CASE_LAYERS)

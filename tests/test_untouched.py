@@ -129,5 +129,5 @@ def test_eval_mode_and_frozen_parameters_are_told() -> None:
     treatment = {row.parameter: row.treatment for row in run.tables["coverage"]}
     assert treatment["first.bias"] == "frozen"
     assert treatment["first.weight"] == "kronecker"
-    assert treatment["norm.weight"] == "uncovered"
+    assert treatment["norm.weight"] == "exact_only"
     assert not run.layers["first"].row.bias

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -106,6 +106,11 @@ class Collector:
         self.values: Tensor | None = None
         self.block: GramSum | None = None
         self._joined: Tensor | None = None
+
+    def begin(self, stored: Mapping[str, Any], columns: int) -> None:
+        """Take what the forward pass left at the sites."""
+        self.count = columns
+        self.inputs = {target: stored[target].input0.detach() for target in self.rows}
 
     def start(self, column: int | None) -> None:
         """The next gradients belong to this column; None: to the loss itself."""

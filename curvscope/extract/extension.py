@@ -15,6 +15,8 @@ from backpack.context import CTX
 from backpack.extensions.firstorder.base import FirstOrderBackpropExtension, FirstOrderModuleExtension
 from torch import Tensor, nn
 
+from curvscope.graph.taps import Tap
+
 Receiver = Callable[[nn.Module, Tensor, Tensor], None]
 SITE_CLASSES = (
     nn.Linear,
@@ -24,6 +26,7 @@ SITE_CLASSES = (
     nn.ConvTranspose1d,
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
+    Tap,
 )
 
 
@@ -62,7 +65,9 @@ def extended(sites: Sequence[nn.Module]) -> Iterator[None]:
             handle.remove()
         del CTX.hook_handles[before:]
         for site in sites:
-            for name in ("output", "input0", "_backpack_extend"):
+            for name in [key for key in vars(site) if key.startswith("input") and key[5:].isdigit()]:
+                delattr(site, name)
+            for name in ("output", "_backpack_extend"):
                 if hasattr(site, name):
                     delattr(site, name)
 

@@ -1,7 +1,11 @@
-"""Padded positions: found by their gradients, left out of the counts."""
+"""Padded positions: found by their gradients, confirmed by perturbing them, left out of the counts."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from curvscope.extract.rows import SiteRows
@@ -10,20 +14,22 @@ from curvscope.graph.verify import Layouts
 
 
 class Padding:
-    """Finds padded positions: rows whose gradient is exactly zero in every column at every linear layer of their kind.
+    """Finds positions that no output of their example depends on, as attention masks and masked means leave them.
 
-    Layers are grouped by the number of positions an example has; a position is padding only where all of a group's
-    layers agree, since a single layer's row may vanish for other reasons (dead units, a pooled first token). An
-    example whose rows all vanish has a saturated loss, not only padding: it is left alone.
+    A candidate has an output gradient of exactly zero in every column, at every linear layer with as many positions.
+    Dead units and max pooling leave such rows, too, so candidates are confirmed: whatever the layers put there, the
+    model's output must stay the same. Positions that are idle in all examples alike are a selection (a pooled first
+    token), not padding, and so is an example without any gradient (a saturated loss): both are left alone.
     """
 
     def __init__(self, graph: Graph, layouts: Layouts) -> None:
+        self.graph = graph
         self.layouts = layouts
-        self.linear = {}
+        self.linear: dict[str, tuple[SiteRows, int]] = {}
         for site in graph.sites():
             # a convolution's positions are all real: its rows vanish where units are dead
             positions = layouts.positions[site.target] if site.kind == "linear" else 1
-            if positions > 1:
+            if positions > 1 and layouts.examples > 1:
                 self.linear[site.target] = (SiteRows(site.module, layouts.sites[site.target]), positions)
         self.alive: dict[int, Tensor | None] = {}
         self.done: set[int] = set()
@@ -36,7 +42,7 @@ class Padding:
         rows, positions = self.linear[target]
         if positions in self.done:
             return
-        # One product with ones would miss cancelling entries: the largest absolute entry can't.
+        # A product with ones would miss entries that cancel: the largest absolute entry can't.
         alive = rows.outputs(gradient).abs().amax(-1) > 0
         known = self.alive.get(positions)
         alive = alive if known is None else alive | known
@@ -44,14 +50,45 @@ class Padding:
         if bool(alive.all()):
             self.done.add(positions)
 
-    def masks(self) -> dict[str, Tensor]:
+    def masks(self, tensors: Sequence[Tensor], output: Tensor) -> dict[str, Tensor]:
         """Site -> which of its rows [N, R] are real, for groups in which some are not."""
-        found = {}
-        for target, (_, positions) in self.linear.items():
-            alive = self.alive.get(positions)
+        found: dict[str, Tensor] = {}
+        for positions, alive in self.alive.items():
             if positions in self.done or alive is None:
                 continue
             real = alive | ~alive.any(1, keepdim=True)
-            if not bool(real.all()):
-                found[target] = real
+            if bool((real == real[:1]).all()):
+                continue
+            targets = [target for target, (_, count) in self.linear.items() if count == positions]
+            if self._idle(targets, ~real, tensors, output):
+                found |= dict.fromkeys(targets, real)
         return found
+
+    def _idle(self, targets: Sequence[str], candidates: Tensor, tensors: Sequence[Tensor], output: Tensor) -> bool:
+        """Whether large noise in the candidates' rows, at all these sites at once, leaves the output as it is."""
+        modules = {site.target: site.module for site in self.graph.sites()}
+        generator = torch.Generator().manual_seed(2)
+        handles = []
+
+        def disturber(target: str) -> Any:
+            layout = self.linear[target][0].layout
+
+            def disturb(module: Any, args: Any, result: Tensor) -> Tensor:
+                places = layout.rows(torch.arange(result.numel(), device=result.device).view(result.shape))
+                chosen = places[candidates].flatten()
+                noise = torch.randn(chosen.numel(), generator=generator).to(result)
+                scale = 10 * result.abs().max()
+                return result.flatten().index_add(0, chosen, noise * scale).view(result.shape)
+
+            return disturb
+
+        try:
+            for target in targets:
+                handles.append(modules[target].register_forward_hook(disturber(target)))
+            with torch.no_grad():
+                disturbed = self.graph.run(*tensors)
+        finally:
+            for handle in handles:
+                handle.remove()
+        tolerance = 100 * torch.finfo(output.dtype).eps * float(output.detach().abs().max())
+        return float((disturbed - output.detach()).abs().max()) <= tolerance

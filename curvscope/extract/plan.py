@@ -49,6 +49,8 @@ def plan_layer(
     of inputs with gradients and the columns themselves. None where min(P, N K) is over `limit`.
     """
     d_in = spec.d_in + (spec.bias is not None)
+    if spec.exact_only:
+        return _plan_exact_only(spec.d_in, examples * columns, itemsize, keep_draws, limit)
     if spec.groups > 1:
         return _plan_grouped(spec, examples * columns, d_in, itemsize, keep_draws, limit)
     P, NK = spec.d_out * d_in, examples * columns
@@ -86,6 +88,17 @@ def _plan_grouped(spec: LayerSpec, NK: int, d_in: int, itemsize: int, keep_draws
         return LayerPlan("formed", 8 * spec.groups * P * P, 8 * spec.groups * P * P, measure_flops=flops)
     dense = spec.groups * NK * P * itemsize
     return LayerPlan("dense", dense, 4 * 8 * small * small + dense, measure_flops=flops)
+
+
+def _plan_exact_only(P: int, NK: int, itemsize: int, keep_draws: bool, limit: int) -> LayerPlan:
+    """The same for a parameter without a Kronecker form: G itself where P <= N K, else its columns."""
+    small = NK if keep_draws else min(P, NK)
+    if small > limit:
+        return LayerPlan(None, 0, 0, _too_large(small, limit))
+    flops = 2.0 * NK * P * small + 10.0 * small**3
+    if NK >= P and not keep_draws:
+        return LayerPlan("formed", 8 * P * P, 32 * P * P, measure_flops=flops)
+    return LayerPlan("dense", NK * P * itemsize, 32 * small * small, measure_flops=flops)
 
 
 def _too_large(small: int, limit: int) -> str:

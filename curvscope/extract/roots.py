@@ -55,10 +55,12 @@ def make_root(
         LossError: a callable loss that is no sum over examples, not convex, or too large for its Hessian.
         UsageError: `mc` or `empirical` for a callable loss, whose per-example terms are not known.
     """
-    value, gradient = _loss_and_gradient(loss, outputs, targets)
     makers = {"cross_entropy": categorical_root, "causal_lm": categorical_root, "mse": _mse, "bce_with_logits": _bce}
     maker = makers.get(loss.name)
-    root = maker(loss, outputs, targets, layout) if maker else _callable(loss, outputs, targets, layout, seed)
+    # a named loss without any term is refused in words before its value is found to be NaN
+    root = maker(loss, outputs, targets, layout) if maker else None
+    value, gradient = _loss_and_gradient(loss, outputs, targets)
+    root = root or _callable(loss, outputs, targets, layout, seed)
     dtype = outputs.dtype
     count = outputs_an_example(outputs, layout)
     if root.columns == 0:
@@ -93,12 +95,18 @@ def make_root(
 def exact_columns(loss: Loss, outputs: Tensor, layout: Layout, targets: Any = None) -> int:
     """K of the exact root: (C - 1) a term of cross-entropy that counts, one an output otherwise.
 
-    Without targets it is not known which terms of a cross-entropy count, nor always where its classes are: then K is
-    at most what comes back.
+    Without targets it is not known which terms of a cross-entropy count, nor always where its classes are: then what
+    comes back is the most that K can be.
     """
-    if loss.name in ("cross_entropy", "causal_lm") and targets is not None:
+    count = outputs_an_example(outputs, layout)
+    if loss.name not in ("cross_entropy", "causal_lm"):
+        return count
+    if targets is not None:
         return categorical_columns(loss, outputs, targets, layout)
-    return outputs_an_example(outputs, layout)
+    second = loss.name == "cross_entropy" and loss.settings["class_axis"] != "last"
+    last = loss.name == "causal_lm" or loss.settings["class_axis"] != "second"
+    axes = [1] * second + [-1] * last
+    return max(count - count // outputs.shape[axis] for axis in axes)
 
 
 def outputs_an_example(outputs: Tensor, layout: Layout) -> int:
@@ -156,7 +164,7 @@ def _mse(loss: Loss, outputs: Tensor, targets: Tensor, layout: Layout) -> Output
         noise = torch.randn(outputs.shape, dtype=torch.float64, device=outputs.device, generator=generator)
         return scale * noise
 
-    return _elementwise(scale, layout, draw, lambda gradient: gradient.double() / c**0.5)
+    return _elementwise(scale, outputs.dtype, layout, draw, lambda gradient: gradient.double() / c**0.5)
 
 
 def _bce(loss: Loss, outputs: Tensor, targets: Tensor, layout: Layout) -> OutputRoot:
@@ -179,11 +187,12 @@ def _bce(loss: Loss, outputs: Tensor, targets: Tensor, layout: Layout) -> Output
     def true_gradient(gradient: Tensor) -> Tensor:
         return gradient.double() / torch.where(coefficient > 0, coefficient, torch.ones_like(coefficient)).sqrt()
 
-    return _elementwise((coefficient * p * q).sqrt(), layout, draw, true_gradient)
+    return _elementwise((coefficient * p * q).sqrt(), outputs.dtype, layout, draw, true_gradient)
 
 
 def _elementwise(
     scale: Tensor,
+    dtype: torch.dtype,
     layout: Layout,
     draw: Callable[[torch.Generator], Tensor],
     true_gradient: Callable[[Tensor], Tensor],
@@ -192,8 +201,8 @@ def _elementwise(
     flat = layout.flat(scale)
 
     def column(k: int) -> Tensor:
-        out = torch.zeros_like(flat)
-        out[:, k] = flat[:, k]
+        out = torch.zeros_like(flat, dtype=dtype)
+        out[:, k] = flat[:, k].to(dtype)
         return layout.unflat(out, scale)
 
     def probe(generator: torch.Generator) -> Tensor:
@@ -265,8 +274,8 @@ def _callable(loss: Loss, outputs: Tensor, targets: Any, layout: Layout, seed: i
         return layout.unflat(root[:, :, k], like)
 
     def probe(generator: torch.Generator) -> Tensor:
-        signs = signs(root[:, 0], generator)
-        return layout.unflat(torch.einsum("ndk,nk->nd", root, signs), like)
+        drawn = signs(root[:, 0], generator)
+        return layout.unflat(torch.einsum("ndk,nk->nd", root, drawn), like)
 
     return OutputRoot(rank, column, probe, None, None)
 

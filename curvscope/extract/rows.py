@@ -78,7 +78,8 @@ def _spread(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
     sizes = [(size - 1) * step + 1 for size, step in zip(tensor.shape[2:], stride, strict=True)]
     wide = tensor.new_zeros(*tensor.shape[:2], *sizes)
     steps: list[Any] = [slice(None, None, step) for step in stride]
-    wide[(..., *steps)] = tensor
+    where: tuple[Any, ...] = (Ellipsis, *steps)
+    wide[where] = tensor
     return wide
 
 

@@ -17,6 +17,7 @@ from curvscope.extract.extension import SiteExtension, active, extended
 from curvscope.extract.grouped import GroupedCollector
 from curvscope.extract.padding import Padding
 from curvscope.extract.roots import Root
+from curvscope.extract.taps import TapCollector
 from curvscope.graph.functional import Graph
 from curvscope.graph.verify import Layouts
 
@@ -53,9 +54,10 @@ def sweep(
         progress: called after every backward pass.
     """
     wanted: dict[str, Form | None] = {**forms, **dict.fromkeys(gradient_only)}
-    collectors = {}
+    collectors: dict[str, Collector | TapCollector] = {}
     for name, form in wanted.items():
-        kind = Collector if graph.layers[name].groups == 1 else GroupedCollector
+        spec = graph.layers[name]
+        kind = TapCollector if spec.exact_only else Collector if spec.groups == 1 else GroupedCollector
         listed = name in forms
         collectors[name] = kind(graph.layers[name], layouts, form, factors and listed, per_draw and listed)
     padding = Padding(graph, layouts) if factors else None
@@ -77,8 +79,7 @@ def sweep(
         leaves = graph.leaves()
         taken: Root = root if isinstance(root, Root) else root(output.detach())
         for collector in collectors.values():
-            collector.count = taken.columns
-            collector.inputs = {target: modules[target].input0.detach() for target in collector.rows}
+            collector.begin(modules, taken.columns)
         with active(extension):
             passes = ([taken.gradient] if factors else []) + [None] * taken.columns
             for index, given in enumerate(passes):
@@ -102,5 +103,5 @@ def sweep(
                     if given is not None or name in forms:
                         collector.finish()
                 progress("backward passes", f"column {index + 1} of {len(passes)}", index + 1, len(passes))
-        masks = padding.masks() if padding is not None else {}
+        masks = padding.masks(tensors, output) if padding is not None else {}
         return {name: collector.result(masks) for name, collector in collectors.items()}

@@ -33,6 +33,15 @@ class _Calls(nn.Module):
         self.leaves = [Leaf() for _ in sites]
         self.calls = 0
         self.cut = True
+        self.read = False
+
+    def __getattr__(self, name: str) -> Any:
+        """Attributes of the module that stood here; reading its weight is a use that no site sees."""
+        if name == "sites":
+            return super().__getattr__(name)
+        if name in ("weight", "bias"):
+            self.read = True
+        return getattr(self.sites[0], name)
 
     def forward(self, tensor: Tensor) -> Tensor:
         index = self.calls
@@ -79,6 +88,16 @@ def build_eager(
 
     specs: dict[str, LayerSpec] = {}
     standing: list[_Calls] = []
+    weight_of: list[str] = []
+    stood: dict[str, nn.Module] = {}
+    # a weight that another kind of module holds as well is used in two roles
+    tied = {
+        by_identity[id(parameter)]
+        for path, module in twin.named_modules()
+        if path not in used
+        for parameter in module.parameters(recurse=False)
+        if by_identity[id(parameter)] in names
+    }
     for path, module in used.items():
         weight = by_identity[id(module.weight)]
         if not requires_grad[weight]:
@@ -108,9 +127,10 @@ def build_eager(
             sites.append(shared)
         calls = _Calls(sites)
         standing.append(calls)
-        parent, _, last = path.rpartition(".")
+        weight_of.append(weight)
+        stood[path] = module
         if path:
-            setattr(twin.get_submodule(parent), last, calls)
+            _put(twin, path, calls)
         else:
             twin = calls
     for parameter in twin.parameters():
@@ -130,6 +150,15 @@ def build_eager(
                     ends[next(s.target for spec in specs.values() for s in spec.sites if s.module is site)] = leaf.value
         return ends
 
+    with torch.no_grad():
+        run(*tensors)
+    lost = {weight for weight, calls in zip(weight_of, standing, strict=True) if calls.read} | tied
+    for (path, module), weight in zip(list(stood.items()), weight_of, strict=True):
+        if weight in lost:
+            _put(twin, path, module)
+            specs.pop(names[weight], None)
+    standing[:] = [calls for weight, calls in zip(weight_of, standing, strict=True) if weight not in lost]
+    require_layers(list(specs), layers, skip)
     owned = {spec.weight for spec in specs.values()} | {spec.bias for spec in specs.values()}
     wanted = {name: p for name, p in own.items() if requires_grad[name] and name not in owned}
 
@@ -165,8 +194,16 @@ def build_eager(
             uses.append(ParameterUse(name, "", count, "frozen", "it does not require a gradient"))
         else:
             why = "no plain nn.Linear or nn.ConvNd of a model that could not be exported"
+            if name in lost:
+                why = "its weight is also read outside its own forward pass: not covered without export"
             uses.append(ParameterUse(name, "", count, "uncovered", why))
     return Graph(run, specs, uses, parameters, requires_grad, f"eager modules, export failed ({reason})", leaves, rest)
+
+
+def _put(twin: nn.Module, path: str, module: nn.Module) -> None:
+    """Set the module at a dotted path."""
+    parent, _, last = path.rpartition(".")
+    setattr(twin.get_submodule(parent), last, module)
 
 
 def _coverable(module: Any) -> bool:

@@ -13,8 +13,9 @@ from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
-from curvscope.errors import ModelError, UsageError
+from curvscope.errors import ModelError
 from curvscope.graph import sites as finding
+from curvscope.graph import taps
 from curvscope.graph.sites import LayerSpec, Leaf, ParameterUse, Site
 
 aten = torch.ops.aten
@@ -76,12 +77,12 @@ def require_layers(found: Sequence[str], keep: Sequence[str], skip: Sequence[str
     """Refuse a selection that leaves nothing.
 
     Raises:
-        UsageError: the globs match none of the layers found.
+        ModelError: the globs match none of the layers found.
     """
     if found and not any(selected(name, keep, skip) for name in found):
         shown = ", ".join(found[:8]) + (f", ... ({len(found)} in all)" if len(found) > 8 else "")
-        raise UsageError(
-            "No layer is left to analyze.",
+        raise ModelError(
+            "No layer is left to analyze: the patterns match none.",
             where=f"--layers {' '.join(keep) or '*'}" + (f" --skip {' '.join(skip)}" if skip else ""),
             remedy=f"The model's linear layers are: {shown}.",
         )
@@ -100,7 +101,7 @@ def build(
 
     Raises:
         ModelError: it has no linear layer with a parameter, or all of them are frozen.
-        UsageError: `layers` and `skip` leave nothing.
+        ModelError: `layers` and `skip` leave nothing.
     """
     module, parameters, requires_grad = _unlift(program, device, dtype)
     graph = module.graph
@@ -111,9 +112,6 @@ def build(
     names = layer_names(weights)
     readers = _readers(graph, set(parameters))
     require_trainable(weights, requires_grad)
-    trainable = [names[weight] for weight in weights if requires_grad[weight]]
-    require_layers(trainable, layers, skip)
-
     specs: dict[str, LayerSpec] = {}
     reasons: dict[str, tuple[str, str, str]] = {}  # parameter -> (layer, treatment, reason)
     blocked = _mixed_roles(operations, readers)
@@ -176,6 +174,16 @@ def build(
         graph.erase_node(operation.node)
         replaced[called] = site
 
+    owned = {spec.weight for spec in specs.values()} | {spec.bias for spec in specs.values()}
+    free = [name for name in parameters if requires_grad[name] and name not in owned and name not in reasons]
+    for plan in list(taps.find_taps(graph, module, free)):
+        tapped = _insert_tap(module, plan, specs, shapes)
+        if tapped is not None:
+            node, site = tapped
+            replaced[node] = site
+            specs[site.layer].selected = selected(site.layer, layers, skip)
+    require_layers(list(specs), layers, skip)
+
     for node in list(graph.nodes):
         before = any(parent in tainted for parent in node.all_input_nodes)
         if node in replaced:
@@ -195,13 +203,15 @@ def build(
     graph.eliminate_dead_code()
     graph.lint()
     module.recompile()
+    forward = list(dict.fromkeys(replaced[node].layer for node in graph.nodes if node in replaced))
+    specs = {name: specs[name] for name in forward}
 
     uses = _account(parameters, requires_grad, specs, reasons, readers)
 
     def leaves() -> dict[str, Tensor]:
         return {target: leaf.value for target, leaf in roots if leaf.value is not None}
 
-    owned = {spec.weight for spec in specs.values()} | {spec.bias for spec in specs.values()}
+    owned |= {name for spec in specs.values() for name in spec.members}
     wanted = [name for name, trained in requires_grad.items() if trained and name not in owned and readers[name]]
 
     def rest(tensors: Sequence[Tensor], cotangent: Tensor) -> dict[str, Tensor]:
@@ -221,6 +231,39 @@ def build(
 
     origin = "exported" if dynamic else "exported with a fixed batch size"
     return Graph(module, specs, uses, parameters, requires_grad, origin, leaves, rest)
+
+
+def _insert_tap(
+    module: fx.GraphModule, plan: taps.TapPlan, specs: dict[str, LayerSpec], shapes: dict[str, torch.Size]
+) -> tuple[fx.Node, Site] | None:
+    """The tap's node and site, its layer made or extended; None where its parameters belong to different layers."""
+    owners = {member.parameter.rpartition(".")[0] for member in plan.members}
+    if len(owners) > 1:
+        return None
+    owner = owners.pop()
+    name = owner if plan.kind not in ("scale", "shift") and owner else plan.members[0].parameter
+    known = specs.get(name)
+    if known is not None and not known.exact_only:
+        return None
+    members = {member.parameter: shapes[member.parameter].numel() for member in plan.members}
+    if known is None:
+        first = plan.members[0].parameter
+        known = specs[name] = LayerSpec(name, plan.kind, first, None, 0, 1, False, exact_only=True)
+    known.members |= members
+    known.d_in = sum(known.members.values())
+    tap = taps.Tap(plan.members, {member.parameter: shapes[member.parameter] for member in plan.members})
+    site = Site(f"curvscope_tap_{plan.node.name}", name, plan.kind, tap)
+    known.sites.append(site)
+    module.add_submodule(site.target, tap)
+    extra = [plan.other] if plan.other is not None else []
+    extra += [member.index for member in plan.members if member.index is not None]
+    graph = module.graph
+    order = {node: position for position, node in enumerate(graph.nodes)}
+    with graph.inserting_after(max([plan.node, *extra], key=lambda node: order[node])):
+        node = graph.call_module(site.target, (plan.node, *extra))
+    node.meta = dict(plan.node.meta)
+    plan.node.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node)
+    return node, site
 
 
 class _Computed:
@@ -457,13 +500,15 @@ def _account(
 ) -> list[ParameterUse]:
     """One `ParameterUse` for every parameter."""
     owner = {spec.weight: spec.name for spec in specs.values()}
+    owner |= {name: spec.name for spec in specs.values() for name in spec.members}
     owner |= {spec.bias: spec.name for spec in specs.values() if spec.bias is not None}
     uses = []
     for name, tensor in parameters.items():
         if name in owner and not specs[owner[name]].selected:
             uses.append(ParameterUse(name, owner[name], tensor.numel(), "uncovered", "left out by --layers / --skip"))
         elif name in owner:
-            uses.append(ParameterUse(name, owner[name], tensor.numel(), "kronecker"))
+            treatment = "exact_only" if specs[owner[name]].exact_only else "kronecker"
+            uses.append(ParameterUse(name, owner[name], tensor.numel(), treatment))
         elif name in reasons:
             layer, treatment, reason = reasons[name]
             uses.append(ParameterUse(name, layer, tensor.numel(), treatment, reason))

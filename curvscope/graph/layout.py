@@ -21,14 +21,14 @@ class Layout:
 
     def flat(self, tensor: Tensor) -> Tensor:
         """The tensor as [N, everything else], a view where that is possible."""
-        return self._examples_first(tensor).flatten(1)
+        return self.split(tensor).flatten(1)
 
     def rows(self, tensor: Tensor, feature_axis: int = -1) -> Tensor:
         """The tensor as [N, R, features], the features taken from `feature_axis`."""
         feature_axis %= tensor.ndim
         tensor = tensor.movedim(feature_axis, -1)
         axis = self.axis - (feature_axis < self.axis)
-        return Layout(axis, self.outer, self.inner)._examples_first(tensor).flatten(1, -2)
+        return Layout(axis, self.outer, self.inner).split(tensor).flatten(1, -2)
 
     def unflat(self, flat: Tensor, like: Tensor) -> Tensor:
         """The inverse of `flat`: [N, everything else] back to the shape of `like`."""
@@ -37,12 +37,12 @@ class Layout:
         tensor = flat.reshape([flat.shape[0], *before, self.outer, self.inner, *after])
         return tensor.movedim(0, self.axis + 1).reshape(shape)
 
-    def _examples_first(self, tensor: Tensor) -> Tensor:
+    def split(self, tensor: Tensor) -> Tensor:
+        """The tensor as [N, *axes before, outer, inner, *axes after]."""
         shape = list(tensor.shape)
         count = shape[self.axis] // (self.outer * self.inner)
         split = tensor.reshape([*shape[: self.axis], self.outer, count, self.inner, *shape[self.axis + 1 :]])
-        examples = split.movedim(self.axis + 1, 0)
-        return examples if examples.ndim > 1 else examples.unsqueeze(1)
+        return split.movedim(self.axis + 1, 0)
 
 
 def candidates(factors: dict[int, int]) -> list[Layout]:

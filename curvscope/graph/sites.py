@@ -51,15 +51,15 @@ class Site:
     Attributes:
         target: the site's name as a submodule of the graph.
         layer: the name of the layer, that is the weight, it belongs to.
-        kind: linear, conv1d, conv2d or conv3d.
-        module: the nn.Linear or nn.ConvNd that shares the parameter.
+        kind: linear, conv1d, ..., conv_transpose3d; for a tap the operation it stands behind.
+        module: the nn.Linear or nn.ConvNd that shares the parameter, or a `Tap`.
         root: nothing before it is a site, so its output is where the backward pass ends.
     """
 
     target: str
     layer: str
     kind: str
-    module: SiteModule
+    module: Any
     root: bool = False
 
 
@@ -69,6 +69,8 @@ class LayerSpec:
 
     `transposed` says that the parameter is stored [d_in, d_out]; `bias` is None where the linear has none, where
     it is frozen, or where it is shared with something else. `selected` is whether --layers and --skip keep it.
+    A layer that is `exact_only` has no Kronecker form: its weight is a row of all its `members` (name to size), and
+    d_out is 1.
     """
 
     name: str
@@ -81,6 +83,8 @@ class LayerSpec:
     sites: list[Site] = field(default_factory=list)
     groups: int = 1
     selected: bool = True
+    exact_only: bool = False
+    members: dict[str, int] = field(default_factory=dict)
 
     @property
     def parameters(self) -> int:

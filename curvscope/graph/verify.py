@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from curvscope.errors import LayoutError, ModelError
 from curvscope.graph.functional import Graph
 from curvscope.graph.layout import Layout, candidates, holds
 from curvscope.graph.sites import SiteModule, spatial_dims
+from curvscope.graph.taps import Tap
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ def verify(graph: Graph, tensors: Sequence[Tensor], axes: Sequence[int | None], 
     """Layouts of the output and of all sites' rows.
 
     Candidates are the axes whose size N divides. One holds if permuting the examples permutes the rows
-    accordingly, up to rounding; of several that hold the closest match is taken, the plainest where they are equal.
+    accordingly, up to rounding, and if no example's output depends on another example's rows; of several that hold the
+    closest match is taken, the plainest where they are equal.
 
     Raises:
         LayoutError: no candidate holds for some layer, or for the output.
@@ -62,10 +65,13 @@ def verify(graph: Graph, tensors: Sequence[Tensor], axes: Sequence[int | None], 
     ]
     output_permuted, inputs_permuted, _ = _observe(graph, permuted)
     tolerance = float(torch.finfo(output.dtype).eps) ** 0.5
-    found: dict[str, Layout] = {}
+    passing: dict[str, list[Layout]] = {}
     for site in graph.sites():
-        allowed = 1 if spatial_dims(site.kind) else inputs[site.target].ndim - 1
-        found[site.target] = _best(
+        if isinstance(site.module, Tap):
+            allowed = inputs[site.target].ndim
+        else:
+            allowed = 1 if spatial_dims(site.kind) else inputs[site.target].ndim - 1
+        passing[site.target] = _holding(
             inputs[site.target],
             inputs_permuted[site.target],
             order,
@@ -74,8 +80,67 @@ def verify(graph: Graph, tensors: Sequence[Tensor], axes: Sequence[int | None], 
             tolerance,
             f"layer {site.layer}",
         )
-    layout = _best(output, output_permuted, order, examples, output.ndim, tolerance, "the model's output")
+    layout = _holding(output, output_permuted, order, examples, output.ndim, tolerance, "the model's output")[0]
+    found = _settled(graph, tensors, layout, passing, tolerance / 100)
     return Layouts(examples, layout, found, output, _positions(rows, examples))
+
+
+def _settled(
+    graph: Graph, tensors: Sequence[Tensor], output_layout: Layout, passing: dict[str, list[Layout]], tolerance: float
+) -> dict[str, Layout]:
+    """Of every site's candidates the first under which no example's output depends on another example's rows.
+
+    Permutations can't tell this: batch statistics or attention over the batch commute with them. Gradients can: those
+    of every other example's outputs must vanish on the rows of the examples between.
+
+    Raises:
+        LayoutError: some site has no such candidate, so the model mixes examples behind it.
+    """
+    kept: dict[str, Tensor] = {}
+    handles = []
+
+    def keeper(target: str) -> Any:
+        def keep(module: Any, args: Any, result: Tensor) -> None:
+            kept[target] = result
+
+        return keep
+
+    try:
+        for site in graph.sites():
+            handles.append(site.module.register_forward_hook(keeper(site.target)))
+        with torch.enable_grad():
+            output = graph.run(*tensors)
+            kept |= graph.leaves()
+            generator = torch.Generator().manual_seed(1)
+            cotangent = torch.randn(output.shape, generator=generator).to(output)
+            examples = output_layout.flat(cotangent).clone()
+            examples[1::2] = 0
+            cotangent = output_layout.unflat(examples, cotangent)
+            watched = {target: tensor for target, tensor in kept.items() if tensor.requires_grad}
+            grads = torch.autograd.grad(output, list(watched.values()), cotangent, allow_unused=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    gradients = dict(zip(watched, grads, strict=True))
+    found = {}
+    for site in graph.sites():
+        gradient = gradients.get(site.target)
+        size = 0.0 if gradient is None else float(gradient.abs().max())
+        choices = passing[site.target]
+        if gradient is not None and size > 0:
+            choices = [
+                layout for layout in choices if float(layout.split(gradient)[1::2].abs().max()) <= tolerance * size
+            ]
+        if not choices:
+            raise LayoutError(
+                "The model mixes examples: the outputs of some depend on the rows of others, so its loss has no "
+                "curvature for each example alone.",
+                where=f"behind layer {site.layer}",
+                remedy="Look for batch statistics (BatchNorm without running statistics), attention or means over the "
+                "batch axis; if an input's examples are on another axis, name it with --example-axis NAME=AXIS.",
+            )
+        found[site.target] = choices[0]
+    return found
 
 
 def _positions(rows: dict[str, int], examples: int) -> dict[str, int]:
@@ -87,7 +152,7 @@ def _whole(tensor: Tensor) -> Layout:
     return Layout(0, 1, tensor.shape[0] if tensor.ndim else 1)
 
 
-def _best(
+def _holding(
     original: Tensor,
     permuted: Tensor,
     order: Tensor,
@@ -95,7 +160,8 @@ def _best(
     allowed_axes: int,
     tolerance: float,
     where: str,
-) -> Layout:
+) -> list[Layout]:
+    """The candidates that hold, the closest first, the plainest of equally close ones first."""
     factors = {
         axis: original.shape[axis] // examples
         for axis in range(allowed_axes)
@@ -105,7 +171,7 @@ def _best(
     # Equal to rounding counts as equal: the plainest candidate then wins.
     passing = [(gap if gap > tolerance**2 else 0.0, i, layout) for gap, i, layout in tried if gap <= tolerance]
     if passing:
-        return min(passing)[2]
+        return [layout for _, _, layout in sorted(passing)]
     closest = f"; the closest candidate is off by {min(tried)[0]:.2g}" if tried else ""
     raise LayoutError(
         f"Its rows can't be assigned to examples: shape {list(original.shape)}, {examples} examples, and no axis "
@@ -126,7 +192,7 @@ def _observe(graph: Graph, tensors: Sequence[Tensor]) -> tuple[Tensor, dict[str,
     def watcher(target: str, layer: str, kind: str) -> object:
         def watch(module: SiteModule, args: tuple[Tensor, ...], result: Tensor) -> None:
             inputs[target] = args[0].detach()
-            rows[target] = result.numel() // module.weight.shape["transpose" in kind]
+            rows[target] = 0 if isinstance(module, Tap) else result.numel() // module.weight.shape["transpose" in kind]
             if not bad:
                 for what, tensor in (("input", args[0]), ("output", result)):
                     if not bool(torch.isfinite(tensor).all()):
@@ -138,7 +204,7 @@ def _observe(graph: Graph, tensors: Sequence[Tensor]) -> tuple[Tensor, dict[str,
 
     try:
         for site in graph.sites():
-            handles.append(site.module.register_forward_hook(watcher(site.target, site.layer, site.kind)))  # type: ignore[arg-type]
+            handles.append(site.module.register_forward_hook(watcher(site.target, site.layer, site.kind)))
         with torch.no_grad():
             output = graph.run(*tensors).detach()
     finally:

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from curvscope.errors import CheckpointError
-from curvscope.load.batch import load_batch
+from curvscope.load.batch import load_batch, named_axes
 from curvscope.load.bundle import bundle_batch
 from curvscope.load.checkpoint import Checkpoint, load_checkpoint
+from curvscope.load.eval_mode import eval_mode, hidden_by_eval
 from curvscope.load.loss import load_loss
 from curvscope.load.optimizer import as_optimizer_state
 from curvscope.load.problem import Problem
@@ -32,7 +33,7 @@ def load_problem(
     optimizer: Any = None,
     factory: Factory | None = None,
     trust: bool = False,
-    example_axes: Mapping[str, int] | None = None,
+    example_axes: Mapping[str, int] | Mapping[int, int] | None = None,
     step: int | None = None,
 ) -> Problem:
     """Everything an analysis needs, from what the user gave.
@@ -61,7 +62,7 @@ def load_problem(
     own_loss = found.bundle.loss() if loss is None and found.bundle is not None else None
     chosen = load_loss(own_loss if loss is None else loss)
     module = found.model if isinstance(found.model, nn.Module) else None
-    inputs, axes = loaded.inputs, dict(example_axes or {})
+    inputs, axes = loaded.inputs, named_axes(example_axes)
     if found.bundle is not None:
         names = list(found.bundle.axes)
         stored = {name: axis for name, axis in found.bundle.axes.items() if axis not in (None, 0)}
@@ -81,7 +82,16 @@ def load_problem(
         example_axes=axes,
         step=found.step if step is None else step,
         notes=found.notes,
+        hidden_by_eval=_hidden(found),
     )
+
+
+def _hidden(found: Checkpoint) -> tuple[str, ...]:
+    """What eval mode hides: from the model itself, or as the bundle remembers it."""
+    remembered = None if found.bundle is None else found.bundle.mode
+    if isinstance(found.model, nn.Module) or remembered is None:
+        return hidden_by_eval(eval_mode(found.model))
+    return hidden_by_eval(remembered)
 
 
 def _checkpoint(model: Any, factory: Factory | None, trust: bool) -> tuple[Checkpoint, str]:

@@ -65,8 +65,13 @@ def load_batch(batch: Any) -> Batch:
     return found
 
 
+def named_axes(axes: Mapping[str, int] | Mapping[int, int] | None) -> dict[str, int]:
+    """Example axes by name: a position may be given as a number, too."""
+    return {str(name): axis for name, axis in (axes or {}).items()}
+
+
 def check_batch(batch: Batch) -> None:
-    """Refuse what no analysis can use: no tensor, no example, NaN or Inf.
+    """Refuse what no analysis can use: no tensor, a sparse one, no example, NaN or Inf.
 
     Raises:
         BatchError: naming the entry, and the first index where a number is not finite.
@@ -79,6 +84,14 @@ def check_batch(batch: Batch) -> None:
             remedy="Give the model's arguments as a tensor, a tuple of tensors or a dict of keyword tensors.",
         )
     for name, tensor in tensors.items():
+        if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
+            kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+            kind = "quantized" if tensor.is_quantized else kind
+            raise BatchError(
+                f"{name} is a {kind} tensor; curvscope reads ordinary (dense) tensors.",
+                where=f"{batch.source}, {name}",
+                remedy="Convert it with .to_dense(), .to_padded_tensor(0.0) or .dequantize().",
+            )
         if tensor.numel() == 0:
             raise BatchError(
                 f"The batch is empty: {name} has shape {list(tensor.shape)}.",

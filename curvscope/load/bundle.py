@@ -11,6 +11,7 @@ A bundle is `torch.save` of tensors and plain containers, so reading it runs not
     optimizer         {"class", "param_names", "state_dict"}, or None
     step              int or None
     model, torch      the model's class name and the torch that wrote the graph, for reports and messages
+    mode              {"batch_norm", "batch_statistics", "dropout"}: what eval mode hides, as the graph no longer tells
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ class Bundle:
     model_name: str
     torch_version: str
     where: str
+    mode: Mapping[str, bool] | None = None
 
     def program(self) -> torch.export.ExportedProgram:
         """The model's graph, vetted before torch reads it.
@@ -101,6 +103,12 @@ class Bundle:
         except LossError as cause:
             raise CheckpointError(
                 f"The bundle's loss is unknown here: {cause.what}", where=f"{self.where}, loss", remedy=AGAIN
+            ) from cause
+        except (TypeError, ValueError, RuntimeError) as cause:
+            raise CheckpointError(
+                f"The bundle's loss has settings of the wrong kind: {describe(cause)}.",
+                where=f"{self.where}, loss settings {', '.join(map(str, self.loss_settings))}",
+                remedy=AGAIN,
             ) from cause
 
     def graph_inputs(self, inputs: Inputs | None = None) -> Inputs:
@@ -173,6 +181,7 @@ def parse_bundle(content: Mapping[str, Any], where: str) -> Bundle:
         model_name=str(content.get("model", "model")),
         torch_version=str(content.get("torch", "unknown")),
         where=where,
+        mode=_mode(content.get("mode"), where),
     )
 
 
@@ -239,6 +248,14 @@ def _part(owner: Mapping[str, Any], key: str, kind: type | tuple[type, ...], tit
         raise CheckpointError(f"The bundle's {title} has no {key!r}.", where=where, remedy=AGAIN)
     _require(owner[key], kind, f"{title} {key}", where)
     return owner[key]
+
+
+def _mode(value: Any, where: str) -> Mapping[str, bool] | None:
+    """What eval mode hides; None where the bundle does not tell."""
+    if value is None:
+        return None
+    _require(value, Mapping, "mode", where)
+    return {str(key): bool(item) for key, item in value.items() if isinstance(item, bool)}
 
 
 def _require(value: Any, kind: type | tuple[type, ...], title: str, where: str) -> None:

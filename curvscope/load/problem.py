@@ -68,6 +68,7 @@ class Problem:
         example_axes: example axis by input name, where it is not 0.
         step: the training step, where known.
         notes: what was done on the way (prefixes stripped, ...), one sentence each.
+        hidden_by_eval: what the model does otherwise in training mode, a clause each.
     """
 
     model: nn.Module | torch.export.ExportedProgram
@@ -80,3 +81,4 @@ class Problem:
     example_axes: Mapping[str, int] = field(default_factory=dict)
     step: int | None = None
     notes: tuple[str, ...] = ()
+    hidden_by_eval: tuple[str, ...] = ()

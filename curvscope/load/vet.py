@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 import zipfile
 from collections.abc import Mapping
@@ -63,6 +64,8 @@ FORBIDDEN_KEYS = {
 NAME_KEYS = {"as_name", "user_input_name"}
 WEIGHT_KEYS = {"parameter_name", "buffer_name", "tensor_constant_name"}
 
+# how large a tensor of stride 0 may be that is stored as a few numbers
+EXPANDED_BYTES = 64 * 2**20
 # torch._export.serde.schema.ScalarType: numbers written to files, so they never change their meaning
 SCALAR_TYPES = {
     1: torch.uint8, 2: torch.int8, 3: torch.int16, 4: torch.int32, 5: torch.int64, 6: torch.float16, 7:
@@ -96,15 +99,16 @@ class Archive:
             return json.loads(self.members[name])
         except KeyError as cause:
             raise UnreadableArchiveError(f"it has no {name}") from cause
-        except ValueError as cause:
-            raise UnreadableArchiveError(f"{name} is no JSON") from cause
+        except (ValueError, RecursionError) as cause:
+            raise UnreadableArchiveError(f"{name} is no JSON, or nested too deeply") from cause
 
 
 def read_archive(data: bytes) -> Archive:
     """The members of a torch.export archive.
 
     Raises:
-        UnreadableArchiveError: it is no complete zip file, has two roots, or names a member twice.
+        UnreadableArchiveError: it is no complete zip file, has two roots, names a member twice, or would take more
+            memory than it has bytes.
     """
     members: dict[str, bytes] = {}
     try:
@@ -113,6 +117,11 @@ def read_archive(data: bytes) -> Archive:
             roots = {name.partition("/")[0] for name in names}
             if len(roots) != 1 or len(set(names)) != len(names):
                 raise UnreadableArchiveError("its members are not under one root, each once")
+            # torch compresses nothing; what is compressed, or stored once and named often, may unfold to any size
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise UnreadableArchiveError("a member is compressed, which torch.export never writes")
+            if sum(entry.file_size for entry in archive.infolist()) > len(data):
+                raise UnreadableArchiveError("its members claim more bytes than it has")
             for name in names:
                 members[name.partition("/")[2]] = archive.read(name)
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as cause:
@@ -120,24 +129,36 @@ def read_archive(data: bytes) -> Archive:
     return Archive(members)
 
 
-def vetted_archive(data: bytes) -> bytes:
+def vetted_archive(data: bytes, *, surplus: bool = False) -> bytes:
     """A copy of the archive that holds nothing but its graph, its weights and its constants, each checked.
+
+    Args:
+        data: the archive.
+        surplus: cut off bytes that belong to no weight (the rest of a storage that a weight is a view of).
 
     Raises:
         RefusedArchiveError: a pickled payload, an operator outside torch.ops.aten and plain arithmetic, an
             expression that is more than arithmetic on symbols, a tree spec of other than plain containers, or
             a name that is none.
-        UnreadableArchiveError: the archive is damaged or of an unknown form.
+        UnreadableArchiveError: the archive is damaged or of an unknown form, or has surplus bytes.
     """
+    try:
+        return _vetted(data, surplus)
+    except RecursionError as cause:
+        raise UnreadableArchiveError("it is nested too deeply") from cause
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as cause:
+        raise UnreadableArchiveError(f"it has an unknown form ({type(cause).__name__}: {cause})") from cause
+
+
+def _vetted(data: bytes, surplus: bool) -> bytes:
     archive = read_archive(data)
     weights, constants = _payloads(archive, WEIGHTS, "weight_"), _payloads(archive, CONSTANTS, "tensor_")
     kept = dict(PLAIN_MEMBERS)
     for folder, config in (("data/weights/", weights), ("data/constants/", constants)):
-        for entry in config["config"].values():
-            path = folder + entry["path_name"]
-            if path not in archive.members:
-                raise UnreadableArchiveError(f"it has no {path}")
-            kept[path] = archive.members[path]
+        for path, size in _sizes(archive, folder, config).items():
+            kept[path] = archive.members[path][: size if surplus else None]
+            if len(kept[path]) > size:
+                raise UnreadableArchiveError(f"{path} has {len(kept[path])} bytes, where its tensors take {size}")
     _refuse_other_members(archive, kept)
     kept[MODEL] = _dump(_vetted_program(archive.json(MODEL)))
     kept[WEIGHTS], kept[CONSTANTS] = _dump(weights), _dump(constants)
@@ -163,21 +184,71 @@ def raw_weights(data: bytes) -> dict[str, Tensor]:
     """
     archive = read_archive(data)
     found: dict[str, Tensor] = {}
-    for name, entry in _payloads(archive, WEIGHTS, "weight_")["config"].items():
+    try:
+        config = _payloads(archive, WEIGHTS, "weight_")
+        taken = _sizes(archive, "data/weights/", config)
+    except RecursionError as cause:
+        raise UnreadableArchiveError("it is nested too deeply") from cause
+    for name, entry in config["config"].items():
+        path = "data/weights/" + entry["path_name"]
+        extent = _extent(name, entry)
         try:
-            meta = entry["tensor_meta"]
-            dtype = SCALAR_TYPES[meta["dtype"]]
-            sizes = [size["as_int"] for size in meta["sizes"]]
-            strides = [stride["as_int"] for stride in meta["strides"]]
-            raw = archive.members["data/weights/" + entry["path_name"]]
-            if not raw:
-                found[name] = torch.zeros(sizes, dtype=dtype)
+            if taken[path] == 0:
+                found[name] = torch.zeros(extent.sizes, dtype=extent.dtype)
                 continue
-            flat = torch.frombuffer(bytearray(raw), dtype=dtype)
-            found[name] = flat.as_strided(sizes, strides, meta["storage_offset"]["as_int"]).clone()
+            flat = torch.frombuffer(bytearray(archive.members[path]), dtype=extent.dtype)
+            found[name] = flat.as_strided(extent.sizes, extent.strides, extent.offset).clone()
         except (KeyError, TypeError, ValueError, RuntimeError) as cause:
             raise UnreadableArchiveError(f"the weight {name} can't be read ({cause})") from cause
     return found
+
+
+@dataclass(frozen=True)
+class _Extent:
+    """Where in its storage a tensor lies."""
+
+    dtype: torch.dtype
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the storage up to the tensor's last element; 0 for a tensor without any."""
+        if 0 in self.sizes:
+            return 0
+        last = sum((size - 1) * stride for size, stride in zip(self.sizes, self.strides, strict=True))
+        return (self.offset + last + 1) * self.dtype.itemsize
+
+
+def _extent(name: str, entry: Mapping[str, Any]) -> _Extent:
+    try:
+        meta = entry["tensor_meta"]
+        sizes, strides = (tuple(item["as_int"] for item in meta[key]) for key in ("sizes", "strides"))
+        extent = _Extent(SCALAR_TYPES[meta["dtype"]], sizes, strides, meta["storage_offset"]["as_int"])
+    except (KeyError, TypeError) as cause:
+        raise UnreadableArchiveError(f"the weight {name} has no known size or dtype ({cause})") from cause
+    numbers = (*sizes, *strides, extent.offset)
+    if len(sizes) != len(strides) or not all(type(number) is int and number >= 0 for number in numbers):
+        raise UnreadableArchiveError(f"the weight {name} has sizes {list(sizes)} and strides {list(strides)}")
+    if math.prod(sizes) * extent.dtype.itemsize > max(extent.bytes, EXPANDED_BYTES):
+        raise UnreadableArchiveError(f"the weight {name} of sizes {list(sizes)} repeats a few numbers without end")
+    return extent
+
+
+def _sizes(archive: Archive, folder: str, config: Mapping[str, Any]) -> dict[str, int]:
+    """Member to the bytes that its tensors take; several may share one."""
+    sizes: dict[str, int] = {}
+    for name, entry in config["config"].items():
+        path = folder + entry["path_name"]
+        if path not in archive.members:
+            raise UnreadableArchiveError(f"it has no {path}")
+        sizes[path] = max(sizes.get(path, 0), _extent(name, entry).bytes)
+        if sizes[path] > len(archive.members[path]):
+            raise UnreadableArchiveError(
+                f"the weight {name} takes {sizes[path]} bytes, and {path} has {len(archive.members[path])}"
+            )
+    return sizes
 
 
 def _dump(value: Any) -> bytes:

@@ -42,11 +42,12 @@ def estimated_rows(layer: str, fisher: str, extract: Extract, blocks: Sequence[B
         reason = "the draws of this layer were summed, not kept"
     if reason:
         return {name: ErrorRow(layer, name, fisher, status="not_assessed", reason=reason) for name in APPROXIMATIONS}
-    names = ("kfac_expand", "kfac_reduce", "diag")
+    names = [*(f"kfac_{flavour}" for flavour in extract.factors), "diag"]
     pairs = [_pairs(extract, block, i) for i, block in enumerate(blocks)]
     totals = {name: [sum(each) for each in zip(*(pair[name] for pair in pairs), strict=True)] for name in names}
     rows = {name: _row(layer, name, fisher, *totals[name]) for name in names}
-    for name, why in UNASSESSED.items():
+    absent = UNASSESSED if extract.factors else dict.fromkeys(APPROXIMATIONS[:-1], "no Kronecker form")
+    for name, why in absent.items():
         rows[name] = ErrorRow(layer, name, fisher, status="not_assessed", reason=why)
     return {name: rows[name] for name in APPROXIMATIONS}
 
@@ -61,7 +62,7 @@ def _pairs(extract: Extract, block: Block, group: int) -> dict[str, tuple[Tensor
     diagonals = _per_draw_diagonal(block) * draws
     DD = diagonals @ diagonals.T
     pairs = {"diag": (GG, DD, DD, trace_G, trace_G)}
-    for flavour in ("expand", "reduce"):
+    for flavour in extract.factors:
         A, B = extract.factors[flavour][0].double(), extract.probe_B[flavour].double() * draws
         if extract.spec.groups > 1:
             A, B = A[group], B[:, group]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from curvscope.curvature.block import Block
 from curvscope.curvature.grouped import GroupedApproximation, GroupedBlock
-from curvscope.curvature.kronecker import Kronecker
+from curvscope.curvature.kronecker import Diagonal, Kronecker
 from curvscope.extract.collector import Extract
 from curvscope.measure.accuracy import error_row
 from curvscope.measure.approximate import FLAVOURS, approximate, side_by_side
@@ -21,6 +21,8 @@ from curvscope.measure.estimate import estimated_rows
 from curvscope.measure.spectrum import STORED, Spectrum, approximation_spectrum, block_spectrum, spectrum_row
 from curvscope.records import ErrorRow, KroneckerFactors, Layer, LayerRow, SpectrumRow
 from curvscope.settings import APPROXIMATIONS
+
+NO_KRONECKER = "no Kronecker form: the parameter is added or multiplied element by element"
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,15 @@ def _exact(
     layer = extract.spec.name
     found.add_spectrum(layer, "ggn", block_spectrum(block), block.trace)
     every = "spectral" in wishes.measure
+    if extract.spec.exact_only:
+        assert isinstance(block, Block)
+        _not_assessed(layer, wishes.fisher, NO_KRONECKER, found, APPROXIMATIONS)
+        diagonal = Diagonal(block)
+        found.errors["diag"] = error_row(
+            layer, "diag", wishes.fisher, block, diagonal, inner=diagonal.norm**2, spectral=every, seed=wishes.seed
+        )
+        found.add_spectrum(layer, "diag", approximation_spectrum(diagonal, wishes.dtype), diagonal.trace)
+        return
     parts = [
         approximate(
             one,
@@ -221,7 +232,7 @@ def _estimated(extract: Extract, blocks: list[Block], wishes: Wishes, found: _Fi
     layer = extract.spec.name
     found.errors.update(estimated_rows(layer, wishes.fisher, extract, blocks))
     _factor_spectra(extract, wishes, found)
-    for flavour in FLAVOURS:
+    for flavour in extract.factors:
         found.spectra[f"kfac_{flavour}"] = dataclasses.replace(
             found.spectra[f"kfac_{flavour}"],
             status="estimated",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import curvscope
-from curvscope.errors import LayoutError, ModelError, UsageError
+from curvscope.errors import LayoutError, ModelError
 from curvscope.graph.export import export_model
 from curvscope.graph.functional import build
 from curvscope.graph.layout import Layout, candidates
 from curvscope.load.problem import Inputs
-from tests import models
+from tests import models, reference
 
 
 class Branching(nn.Module):
@@ -107,8 +108,8 @@ def test_every_parameter_is_accounted_for() -> None:
     want = {
         "first.weight": ("kronecker", ""),
         "first.bias": ("kronecker", ""),
-        "shift": ("uncovered", "free parameter"),
-        "norm.weight": ("uncovered", "normalisation"),
+        "shift": ("exact_only", ""),
+        "norm.weight": ("exact_only", ""),
         "grouped.weight": ("kronecker", ""),
         "table.weight": ("uncovered", "tied in two roles"),
         "frozen.weight": ("frozen", "does not require a gradient"),
@@ -193,7 +194,7 @@ def test_selection_changes_nothing_but_the_choice() -> None:
 
 
 def test_a_selection_of_nothing_lists_the_layers() -> None:
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises(ModelError) as caught:
         curvscope.analyze(
             models.mlp(4, 5, 3), (torch.randn(6, 4), torch.randint(3, (6,))), loss="cross_entropy", layers="conv*"
         )
@@ -234,3 +235,109 @@ def test_layout_round_trip(name: str) -> None:
     assert torch.equal(layout.unflat(flat, tensor), tensor)
     assert torch.equal(layout.rows(tensor).flatten(1).sort(1).values, flat.sort(1).values)
     assert layout in candidates({layout.axis: shape[layout.axis] // 5})
+
+
+class BatchStatistics(nn.Module):
+    """Each of these commutes with permutations of the examples and still mixes them."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.first, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.norm = nn.BatchNorm1d(6, track_running_stats=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        if self.kind == "batch_norm":
+            h = self.norm(h)
+        elif self.kind == "centred":
+            h = h - h.mean(0)
+        elif self.kind == "scaled":
+            h = h * h.abs().mean()
+        else:
+            h = torch.softmax(h @ h.T, -1) @ h
+        return self.head(torch.tanh(h))
+
+
+@pytest.mark.parametrize("kind", ["batch_norm", "centred", "scaled", "attention"])
+def test_models_that_mix_examples_are_refused(kind: str) -> None:
+    torch.manual_seed(0)
+    with pytest.raises(LayoutError, match="mixes examples") as caught:
+        curvscope.analyze(BatchStatistics(kind), (torch.randn(6, 4), torch.randint(3, (6,))), loss="cross_entropy")
+    assert "layer first" in caught.value.where
+
+
+class ZeroAdapter(nn.Module):
+    """Sequence first, as many tokens as examples, and an adapter whose input is zero: its values tell no layout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.down, self.up, self.head = nn.Linear(3, 5), nn.Linear(5, 4), nn.Linear(4, 5), nn.Linear(5, 3)
+        nn.init.zeros_(self.down.weight)
+        nn.init.zeros_(self.down.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.embed(x.transpose(0, 1)))  # [T, N, 5]
+        weights = torch.arange(1, h.shape[0] + 1, dtype=h.dtype)[:, None, None]
+        return self.head((weights * torch.tanh(h + self.up(self.down(h)))).mean(0))
+
+
+def test_layout_of_rows_that_are_all_zero() -> None:
+    torch.manual_seed(0)
+    model, inputs, targets = ZeroAdapter().double(), torch.randn(6, 6, 3).double(), torch.randint(3, (6,))
+    run = curvscope.analyze(model, (inputs, targets), loss="cross_entropy", dtype="float64", dump=("blocks",))
+    G = reference.parameter_block(model, inputs, targets, nn.functional.cross_entropy, "up.weight", "up.bias")
+    np.testing.assert_allclose(run.layers["up"].block, G.numpy(), rtol=1e-9, atol=1e-14)
+
+
+class ReadsAWeight(nn.Module):
+    """The second use of a weight is no call of its module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.table, self.tied = nn.Embedding(4, 4), nn.Linear(4, 4, bias=False)
+        self.tied.weight = self.table.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x)) @ self.second.weight.T
+        h = h + self.table(torch.zeros(x.shape[0], dtype=torch.long))
+        return self.head(self.tied(torch.tanh(self.second(h))))
+
+
+def test_eager_fallback_refuses_weights_that_are_read_elsewhere() -> None:
+    torch.manual_seed(0)
+    batch = (torch.randn(6, 4), torch.randint(3, (6,)))
+    run = curvscope.analyze(Branching(ReadsAWeight()), batch, loss="cross_entropy")
+    assert list(run.layers) == ["inner.first", "inner.head"]
+    rows = {row.parameter: row for row in run.tables["coverage"]}
+    assert "read outside" in rows["inner.second.weight"].reason
+    assert "read outside" in rows["inner.table.weight"].reason
+
+
+POOLS: dict[str, Callable[[Tensor], Tensor]] = {
+    "max_pooling": lambda h: h.amax(1),
+    "dead_units": lambda h: torch.relu(h).mean(1),
+    "selection": lambda h: h[:, 0],
+}
+
+
+class Pooling(nn.Module):
+    def __init__(self, pool: str) -> None:
+        super().__init__()
+        self.pool = POOLS[pool]
+        self.inner, self.head = nn.Linear(5, 2), nn.Linear(2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.pool(self.inner(x)))
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_idle_rows_are_no_padding(pool: str) -> None:
+    """Rows without a gradient count, unless nothing that is put there could change the output."""
+    torch.manual_seed(0)
+    run = curvscope.analyze(
+        Pooling(pool), (torch.randn(6, 7, 5), torch.randint(3, (6,))), loss="cross_entropy", dtype="float64"
+    )
+    assert run.layers["inner"].row.padded == 0.0
+    assert run.layers["inner"].row.positions == 7

@@ -10,10 +10,12 @@ from torch.nn import functional
 from curvscope.errors import EXIT_BAD_INPUT, BatchError, LossError
 from curvscope.load.loss import load_loss
 from curvscope.load.targets import check_targets
+from tests.torchvision_schemas import torchvision_models
 
 generator = torch.Generator().manual_seed(0)
 LOGITS = torch.randn(5, 3, generator=generator)
 SEQUENCE = torch.randn(5, 3, 7, generator=generator)
+SQUARE = SEQUENCE[..., :3]
 CLASSES = torch.tensor([0, 1, 2, 1, 0])
 SOFT = torch.softmax(torch.randn(5, 3, generator=generator), 1)
 WEIGHT = torch.tensor([0.5, 1.0, 2.0])
@@ -55,6 +57,86 @@ def test_settings_and_label() -> None:
     assert loss.label == "cross_entropy(reduction=sum, label_smoothing=0.1)"
     assert loss.settings["ignore_index"] == -100
     assert load_loss("mse").label == "mse"
+
+
+TOKENS = torch.tensor([[0, 6, -100], [3, 3, 2], [-100] * 3, [1, 5, 0], [4, -100, 4]])
+SEQUENCE_WEIGHT = torch.tensor([0.5, 1, 2, 0, 1, 1, 3])
+
+# given, outputs, targets, label once settled, the same loss by torch on [terms, C]
+SEQUENCES: dict[str, tuple[str, torch.Tensor, torch.Tensor, str, Any]] = {
+    "last": ("cross_entropy", SEQUENCE, TOKENS, "cross_entropy(class_axis=last)", {}),
+    "last, said": ("cross_entropy:class_axis=last", SEQUENCE, TOKENS, "cross_entropy(class_axis=last)", {}),
+    "last, settings": (
+        "cross_entropy:weight=0.5:1:2:0:1:1:3,label_smoothing=0.2",
+        SEQUENCE,
+        TOKENS,
+        "cross_entropy(weight=[7 values], label_smoothing=0.2, class_axis=last)",
+        {"weight": SEQUENCE_WEIGHT, "label_smoothing": 0.2},
+    ),
+    "last, sum": (
+        "cross_entropy:reduction=sum,ignore_index=3",
+        SEQUENCE,
+        TOKENS.clamp(min=0),
+        "cross_entropy(reduction=sum, ignore_index=3, class_axis=last)",
+        {"reduction": "sum", "ignore_index": 3},
+    ),
+    "last, probabilities": (
+        "cross_entropy:label_smoothing=0.1",
+        SEQUENCE,
+        torch.softmax(SEQUENCE.flip(0), -1),
+        "cross_entropy(label_smoothing=0.1, class_axis=last)",
+        {"label_smoothing": 0.1},
+    ),
+    "square": (
+        "cross_entropy:class_axis=last",
+        SQUARE,
+        TOKENS.clamp(max=2),
+        "cross_entropy(class_axis=last)",
+        {},
+    ),
+    "four axes": (
+        "cross_entropy",
+        torch.stack([SEQUENCE, SEQUENCE.flip(0)], 1),
+        torch.stack([TOKENS, TOKENS.flip(0)], 1),
+        "cross_entropy(class_axis=last)",
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_classes_on_the_last_axis(name: str) -> None:
+    given, outputs, targets, label, settings = SEQUENCES[name]
+    loss = load_loss(given)
+    settled = check_targets(loss, outputs, targets)
+    terms = targets.flatten(0, -2) if targets.is_floating_point() else targets.flatten()
+    want = nn.CrossEntropyLoss(**settings)(outputs.flatten(0, -2), terms)
+    assert settled.label == label
+    for each in (loss, settled, check_targets(settled, outputs, targets)):
+        assert torch.equal(each(outputs, targets), want)
+
+
+def test_the_label_says_the_axis_only_where_there_are_several() -> None:
+    assert check_targets(load_loss("cross_entropy"), LOGITS, CLASSES).label == "cross_entropy"
+    targets = torch.zeros(5, 7, dtype=torch.long)
+    for given in ("cross_entropy", nn.CrossEntropyLoss(), "cross_entropy:class_axis=second"):
+        assert check_targets(load_loss(given), SEQUENCE, targets).label == "cross_entropy(class_axis=second)"
+
+
+@pytest.mark.parametrize("given", ["causal_lm", "causal_lm:ignore_index=3", "causal_lm:reduction=sum"])
+def test_causal_lm_is_transformers_own(given: str) -> None:
+    torchvision_models()  # transformers' losses import torchvision
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    loss = load_loss(given)
+    ignored = loss.settings["ignore_index"]
+    labels = TOKENS if ignored == -100 else TOKENS.clamp(min=0)
+    one = torch.tensor(1) if loss.settings["reduction"] == "sum" else None
+    want = ForCausalLMLoss(SEQUENCE, labels, vocab_size=7, num_items_in_batch=one, ignore_index=ignored)
+    settled = check_targets(loss, SEQUENCE, labels)
+    assert torch.equal(settled(SEQUENCE, labels), want)
+    assert settled.label == given.replace(":", "(") + ")" * (":" in given)
+    assert torch.equal(loss(SEQUENCE, labels.clamp(0).byte()), loss(SEQUENCE, labels.clamp(0)))
 
 
 def squares(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -102,6 +184,8 @@ BAD_LOSSES = {
     "negative weight": ("cross_entropy:weight=1:-1:1", ("weight", "convex")),
     "reduction none": ("cross_entropy:reduction=none", ("reduction", "mean")),
     "module, none": (nn.MSELoss(reduction="none"), ("reduction", "mean")),
+    "unknown class axis": ("cross_entropy:class_axis=1", ("'1'", "second", "last")),
+    "class axis of a causal_lm": ("causal_lm:class_axis=last", ("class_axis", "ignore_index")),
     "unknown reduction": ("mse:reduction=max", ("'max'",)),
     "no module": ("no_such_module_here:loss", ("can't be imported",)),
     "a number": (3, ("int",)),
@@ -151,13 +235,99 @@ BAD_TARGETS: dict[str, tuple[Any, torch.Tensor, Any, type, tuple[str, ...]]] = {
     "int32": ("cross_entropy", LOGITS, CLASSES.int(), BatchError, ("int64", "int32")),
     "short": ("cross_entropy", LOGITS, CLASSES[:4], BatchError, ("[5]", "[4]")),
     "float classes": ("cross_entropy", LOGITS, CLASSES.float(), BatchError, ("float32", "[5, 3]")),
-    "class axis last": (
+    "no class axis": (
         "cross_entropy",
+        SEQUENCE,
+        torch.zeros(5, 4, dtype=torch.long),
+        BatchError,
+        ("[5, 7] (classes on axis 1)", "[5, 3] (classes on axis 2)", "[5, 4]"),
+    ),
+    "the other class axis": (
+        "cross_entropy:class_axis=second",
         SEQUENCE,
         torch.zeros(5, 3, dtype=torch.long),
         BatchError,
-        ("axis 1", "[5, 7]", "[5, 3]"),
+        ("class_axis=second", "[5, 7]", "[5, 3]", "fit the other axis", "class_axis=last"),
     ),
+    "two class axes": (
+        "cross_entropy",
+        SQUARE,
+        torch.zeros(5, 3, dtype=torch.long),
+        LossError,
+        ("fit both", "class_axis=last", "class_axis=second"),
+    ),
+    "two class axes, module": (
+        nn.CrossEntropyLoss(),
+        SQUARE,
+        torch.zeros(5, 3, dtype=torch.long),
+        LossError,
+        ("fit both", "class_axis=last"),
+    ),
+    "probabilities of both axes": (
+        "cross_entropy",
+        SQUARE,
+        torch.full((5, 3, 3), 1 / 3),
+        LossError,
+        ("fit both", "class_axis=last"),
+    ),
+    "probabilities of no axis": (
+        "cross_entropy",
+        SEQUENCE,
+        torch.zeros(5, 3, 7),
+        LossError,
+        ("neither over axis 1", "class_axis=last"),
+    ),
+    "probabilities of the other axis": (
+        "cross_entropy:class_axis=second",
+        SEQUENCE,
+        torch.softmax(SEQUENCE, -1),
+        LossError,
+        ("sum to 1 over axis 2, not over axis 1", "class_axis=last"),
+    ),
+    "weight of the other axis": (
+        "cross_entropy:weight=1:2:3",
+        SEQUENCE,
+        torch.zeros(5, 3, dtype=torch.long),
+        LossError,
+        ("[7]", "[3]"),
+    ),
+    "weightless": (
+        "cross_entropy:weight=0:0:1,ignore_index=2",
+        LOGITS,
+        CLASSES,
+        LossError,
+        ("class weight 0", "reduction=sum"),
+    ),
+    "causal_lm, two axes": ("causal_lm", LOGITS, CLASSES, LossError, ("[N, T, V]", "[5, 3]", "cross_entropy")),
+    "causal_lm, shifted": (
+        "causal_lm",
+        SEQUENCE,
+        torch.zeros(5, 2, dtype=torch.long),
+        BatchError,
+        ("[5, 3]", "[5, 2]", "unshifted"),
+    ),
+    "causal_lm, one token": (
+        "causal_lm",
+        SEQUENCE[:, :1],
+        torch.zeros(5, 1, dtype=torch.long),
+        BatchError,
+        ("two tokens",),
+    ),
+    "causal_lm, range": (
+        "causal_lm",
+        SEQUENCE,
+        torch.tensor([[9, 0, 1], [0, 7, 1], [0, 0, 1], [0, 0, 1], [0, 0, 1]]),
+        BatchError,
+        ("0 and 6", "7 at index [1, 1]", "1 of 10", "causal_lm:ignore_index"),
+    ),
+    "causal_lm, all ignored": (
+        "causal_lm:ignore_index=3",
+        SEQUENCE,
+        torch.tensor([[1, 3, 3]] * 5),
+        BatchError,
+        ("ignore_index (3)",),
+    ),
+    "causal_lm, probabilities": ("causal_lm", SEQUENCE, torch.zeros(5, 3), BatchError, ("int64", "float32")),
     "negative probability": ("cross_entropy", LOGITS, SOFT - 1, BatchError, ("negative",)),
     "one output": ("cross_entropy", LOGITS[:, 0], CLASSES, LossError, ("[N, C, ...]", "[5]")),
     "weight": ("cross_entropy:weight=1:2", LOGITS, CLASSES, LossError, ("[3]", "[2]")),

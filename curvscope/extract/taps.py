@@ -1,0 +1,122 @@
+"""Exact columns of parameters without a Kronecker form, from the gradients that their taps see."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvscope.extract.collector import Columns, Extract, Form
+from curvscope.extract.symmetric import GramSum
+from curvscope.graph.layout import Layout
+from curvscope.graph.sites import LayerSpec
+from curvscope.graph.taps import Tap
+from curvscope.graph.verify import Layouts
+
+
+class TapCollector:
+    """`Collector` for a layer of taps: its column is the gradient of all members together, [N, P]."""
+
+    def __init__(self, spec: LayerSpec, layouts: Layouts, form: Form | None, factors: bool, per_draw: bool) -> None:
+        self.spec = spec
+        self.form = form
+        self.count = 0
+        self.examples = layouts.examples
+        self.like = layouts.outputs
+        self.layouts = {site.target: layouts.sites[site.target] for site in spec.sites}
+        self.taps = {site.target: site.module for site in spec.sites}
+        self.extra: dict[str, list[Tensor]] = {}
+        self.sum: Tensor | None = None
+        self.column: int | None = None
+        self.gradient: Tensor | None = None
+        self.kept: list[Tensor] = []
+        self.block: GramSum | None = None
+
+    def begin(self, stored: Mapping[str, Any], columns: int) -> None:
+        """Take what the forward pass left at the taps."""
+        self.count = columns
+        for target in self.taps:
+            module: Any = stored[target]
+            self.like = module.output
+            self.extra[target] = []
+            while hasattr(module, f"input{len(self.extra[target]) + 1}"):
+                self.extra[target].append(getattr(module, f"input{len(self.extra[target]) + 1}").detach())
+
+    def start(self, column: int | None) -> None:
+        """The next gradients belong to this column; None: to the loss itself."""
+        self.column = column
+        self.sum = None
+
+    def receive(self, target: str, gradient: Tensor) -> None:
+        """One tap's output gradient of this pass."""
+        tap = self.taps[target]
+        assert isinstance(tap, Tap)
+        found = tap_gradients(tap, gradient, self.extra[target], self.layouts[target])
+        pieces = [found.get(name, gradient.new_zeros(self.examples, size)) for name, size in self.spec.members.items()]
+        column = torch.cat(pieces, dim=1)
+        self.sum = column if self.sum is None else self.sum + column
+
+    def finish(self) -> None:
+        """All taps of the layer have reported: keep the pass."""
+        if self.sum is None:
+            self.sum = torch.zeros(self.examples, self.spec.parameters, dtype=self.like.dtype, device=self.like.device)
+        if self.column is None:
+            self.gradient = self.sum.sum(0, keepdim=True)
+        elif self.form == "formed":
+            if self.block is None:
+                self.block = GramSum(self.sum.shape[1], dtype=torch.float64, device=self.sum.device)
+            self.block.add(self.sum.double())
+        elif self.form is not None:
+            self.kept.append(self.sum)
+
+    def result(self, masks: Mapping[str, Tensor]) -> Extract:
+        """The exact columns; there are no factors."""
+        columns = None
+        if self.block is not None:
+            columns = Columns("formed", self.examples, self.count, block=self.block.result())
+        elif self.kept:
+            columns = Columns("dense", self.examples, self.count, values=torch.stack(self.kept).unsqueeze(2))
+        return Extract(self.spec, self.examples, 1.0, 0.0, {}, self.gradient, columns)
+
+
+def tap_gradients(tap: Tap, gradient: Tensor, extra: list[Tensor], layout: Layout) -> dict[str, Tensor]:
+    """The gradient of every parameter of a tap for each example, [N, size].
+
+    `g`, `g * other` or `-g`, summed over everything but the example and the entries that were read, and added up at the
+    places these have in the parameter.
+    """
+    rest = list(extra)
+    other = rest.pop(0) if any(member.role == "scale" for member in tap.members) else None
+    found: dict[str, Tensor] = {}
+    for member in tap.members:
+        product = -gradient if member.role == "minus" else gradient
+        if member.role == "scale":
+            assert other is not None
+            product = gradient * other
+        shape = tap.shapes[member.parameter]
+        if member.index is not None:
+            places = rest.pop(0).long()
+        else:
+            places = torch.arange(shape.numel(), device=gradient.device).view(shape)
+        if member.channels_first:
+            places = places.view(-1, *[1] * (product.ndim - 2))
+        places = places.view([1] * (product.ndim - places.ndim) + list(places.shape))
+        value = _summed(product, places.shape, layout)
+        if places.shape[layout.axis] == 1:
+            place = places.reshape(1, -1).expand_as(value)
+        else:
+            place = layout.split(places).flatten(1)
+        total = value.new_zeros(value.shape[0], shape.numel()).scatter_add_(1, place, value)
+        name = member.parameter
+        found[name] = found[name] + total if name in found else total
+    return found
+
+
+def _summed(product: Tensor, shape: torch.Size, layout: Layout) -> Tensor:
+    """The product summed over what the parameter is broadcast over, for each example: [N, entries read]."""
+    examples = layout.split(product)  # [N, *before, outer, inner, *after]
+    axis = layout.axis
+    own = [1, 1] if shape[axis] == 1 else list(examples.shape[axis + 1 : axis + 3])
+    return examples.sum_to_size([examples.shape[0], *shape[:axis], *own, *shape[axis + 1 :]]).flatten(1)

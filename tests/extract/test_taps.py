@@ -1,0 +1,233 @@
+"""Parameters without a Kronecker form: their exact block against Jacobians of the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import curvscope
+from curvscope.run import Run
+from tests import reference
+
+EXAMPLES, CLASSES = 5, 3
+
+
+class Tokens(nn.Module):
+    """A body on [N, 4, 6] tokens between two linear layers; the tokens are pooled."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.embed, self.body, self.head = nn.Linear(3, 6), body, nn.Linear(6, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.body(self.embed(x))).mean(1))
+
+
+class Bare(nn.Module):
+    """One parameter and what is done with it."""
+
+    def __init__(self, *shape: int, use: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.p = nn.Parameter(torch.randn(*shape))
+        self.use = use
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.use(x, self.p)
+
+
+class PositionTable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(7, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.table(torch.arange(x.shape[1]).unsqueeze(0))
+
+
+class RelativeBias(nn.Module):
+    """Scores of every token with every other, shifted by a table of distances: entries are read several times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(7, 2))
+        self.register_buffer("distance", torch.arange(4)[:, None] - torch.arange(4)[None] + 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = x.unflatten(-1, (2, 3)).transpose(1, 2)  # [N, 2, 4, 3]
+        scores = heads @ heads.transpose(-1, -2)
+        scores = scores + self.bias[self.distance.view(-1)].view(4, 4, 2).permute(2, 0, 1).unsqueeze(0)
+        return (scores.softmax(-1) @ heads).transpose(1, 2).flatten(2)
+
+
+class CalledTwice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.mid = nn.LayerNorm(6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(torch.tanh(self.mid(self.norm(x))))
+
+
+class Windows(nn.Module):
+    """The same parameter added in every window: rows of one example side by side on axis 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.p = nn.Parameter(torch.randn(2, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        windows = x.reshape(-1, 2, 6) + self.p
+        return windows.reshape(x.shape)
+
+
+class Images(nn.Module):
+    """A norm over channels between two convolutions."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.body, self.head = nn.Conv2d(2, 4, 2), norm, nn.Linear(36, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.body(self.conv(x))).flatten(1))
+
+
+class ClassToken(nn.Module):
+    """A token of its own before every example's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(1, 1, 6))
+        self.mid = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1)
+        return torch.tanh(self.mid(x)).cumsum(1)
+
+
+def batch_norm() -> nn.Module:
+    norm = nn.BatchNorm2d(4)
+    with torch.no_grad():
+        norm.weight.normal_()
+        norm.bias.normal_()
+        assert norm.running_mean is not None
+        norm.running_mean.normal_()
+    return norm
+
+
+# name: (body, layer name, members in the order of the block)
+BODIES: dict[str, tuple[Callable[[], nn.Module], str, tuple[str, ...]]] = {
+    "layer_norm": (lambda: nn.LayerNorm(6), "body", ("body.weight", "body.bias")),
+    "layer_norm_two_axes": (lambda: nn.LayerNorm((4, 6)), "body", ("body.weight", "body.bias")),
+    "layer_norm_no_bias": (lambda: nn.LayerNorm(6, bias=False), "body", ("body.weight",)),
+    "rms_norm": (lambda: nn.RMSNorm(6), "body", ("body.weight",)),
+    "called_twice": (CalledTwice, "body.norm", ("body.norm.weight", "body.norm.bias")),
+    "added": (lambda: Bare(1, 4, 6, use=lambda x, p: x + p), "body.p", ("body.p",)),
+    "added_first": (lambda: Bare(6, use=lambda x, p: p + x), "body.p", ("body.p",)),
+    "subtracted": (lambda: Bare(4, 1, use=lambda x, p: x - p), "body.p", ("body.p",)),
+    "subtracted_from": (lambda: Bare(4, 6, use=lambda x, p: p - x), "body.p", ("body.p",)),
+    "scaled": (lambda: Bare(6, use=lambda x, p: p * x), "body.p", ("body.p",)),
+    "scaled_view": (lambda: Bare(4, use=lambda x, p: x * p.view(1, -1, 1)), "body.p", ("body.p",)),
+    "sliced": (lambda: Bare(1, 9, 6, use=lambda x, p: x + p[:, 2:6]), "body.p", ("body.p",)),
+    "single_number": (lambda: Bare(1, use=lambda x, p: x * p), "body.p", ("body.p",)),
+    "position_table": (PositionTable, "body.table.weight", ("body.table.weight",)),
+    "relative_bias": (RelativeBias, "body.bias", ("body.bias",)),
+    "windows": (Windows, "body.p", ("body.p",)),
+    "class_token": (ClassToken, "body.token", ("body.token",)),
+    "batch_norm": (batch_norm, "body", ("body.weight", "body.bias")),
+    "group_norm": (lambda: nn.GroupNorm(2, 4), "body", ("body.weight", "body.bias")),
+    "instance_norm": (lambda: nn.InstanceNorm2d(4, affine=True), "body", ("body.weight", "body.bias")),
+    "layer_scale": (lambda: Bare(4, 1, 1, use=lambda x, p: x * p), "body.p", ("body.p",)),
+}
+IMAGES = ("batch_norm", "group_norm", "instance_norm", "layer_scale")
+
+
+@cache
+def problem(name: str) -> tuple[nn.Module, Tensor, Tensor]:
+    torch.manual_seed(13)
+    body = BODIES[name][0]()
+    with torch.no_grad():
+        for parameter in body.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    model = Images(body) if name in IMAGES else Tokens(body)
+    inputs = torch.randn(EXAMPLES, 2, 4, 4) if name in IMAGES else torch.randn(EXAMPLES, 4, 3)
+    return model.double().eval(), inputs.double(), torch.randint(CLASSES, (EXAMPLES,))
+
+
+@cache
+def run_of(name: str, dump: tuple[str, ...] = ("blocks",)) -> Run:
+    model, inputs, targets = problem(name)
+    return curvscope.analyze(model, (inputs, targets), loss="cross_entropy", dtype="float64", fisher="exact", dump=dump)
+
+
+@cache
+def dense_block(name: str) -> Tensor:
+    model, inputs, targets = problem(name)
+    members = BODIES[name][2]
+    given = {key: value.detach() for key, value in model.named_parameters()}
+
+    def outputs(*values: Tensor) -> Tensor:
+        return torch.func.functional_call(model, {**given, **dict(zip(members, values, strict=True))}, (inputs,))
+
+    jacobians = torch.func.jacrev(outputs, argnums=tuple(range(len(members))))(*(given[key] for key in members))
+    J = torch.cat([each.reshape(EXAMPLES, CLASSES, -1) for each in jacobians], -1)
+    H = reference.output_hessian(nn.functional.cross_entropy, model(inputs).detach(), targets)
+    return torch.einsum("ncp,ncd,ndq->pq", J, H, J).detach()
+
+
+@pytest.mark.parametrize("dump", [("blocks",), ("blocks", "columns")], ids=["formed", "dense"])
+@pytest.mark.parametrize("name", BODIES)
+def test_exact_block(name: str, dump: tuple[str, ...]) -> None:
+    layer = run_of(name, dump).layers[BODIES[name][1]]
+    G = dense_block(name)
+    np.testing.assert_allclose(layer.block, G.numpy(), rtol=1e-9, atol=1e-12 * float(G.abs().max()))
+    diagonal = float((G - torch.diag(G.diagonal())).norm() / G.norm())
+    assert layer.errors["diag"].rel_frobenius == pytest.approx(diagonal, rel=1e-9, abs=1e-12)
+    assert layer.spectra["ggn"].lambda_max == pytest.approx(float(torch.linalg.eigvalsh(G)[-1]), rel=1e-9)
+    assert layer.errors["kfac_expand"].status == "not_assessed"
+    assert "no Kronecker form" in layer.errors["kfac_expand"].reason
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_coverage_and_gradient(name: str) -> None:
+    run = run_of(name)
+    model, inputs, targets = problem(name)
+    treatment = {row.parameter: row.treatment for row in run.tables["coverage"]}
+    assert {treatment[member] for member in BODIES[name][2]} == {"exact_only"}
+    loss = nn.functional.cross_entropy(model(inputs), targets)
+    grads = dict(zip(dict(model.named_parameters()), torch.autograd.grad(loss, list(model.parameters())), strict=True))
+    own = sum(float(grads[member].square().sum()) for member in BODIES[name][2]) ** 0.5
+    assert run.layers[BODIES[name][1]].attributes["gradient_norm"] == pytest.approx(own, rel=1e-10)
+    whole = sum(float(grad.square().sum()) for grad in grads.values()) ** 0.5
+    assert run.model.gradient_norm == pytest.approx(whole, rel=1e-10)
+
+
+def test_what_has_no_tap_says_why() -> None:
+    """A parameter that is multiplied with another one is not split between the two."""
+
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.randn(6)), nn.Parameter(torch.randn(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.a * self.b
+
+    torch.manual_seed(0)
+    run = curvscope.analyze(Tokens(Product()), (torch.randn(5, 4, 3), torch.randint(3, (5,))), loss="cross_entropy")
+    rows: dict[str, Any] = {row.parameter: row for row in run.tables["coverage"]}
+    assert rows["body.a"].treatment == rows["body.b"].treatment == "uncovered"
+    assert rows["body.a"].reason
+
+
+def test_estimates() -> None:
+    model, inputs, targets = problem("layer_norm")
+    run = curvscope.analyze(model, (inputs, targets), loss="cross_entropy", dtype="float64", fisher="probe", samples=64)
+    got, want = run.layers["body"].errors["diag"], run_of("layer_norm").layers["body"].errors["diag"]
+    assert got.status == "estimated"
+    assert abs(got.rel_frobenius - want.rel_frobenius) <= 5 * got.rel_frobenius_stderr
