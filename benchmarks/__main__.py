@@ -33,7 +33,7 @@ def main() -> None:
         if name in options.workloads
         for bound in options.memory
     ]
-    document = {"about": report.about(options.device), "results": results, "memory": peaks}
+    document = {"about": report.about(options.device, options.note), "results": results, "memory": peaks}
     text = report.markdown(document)
     print(text)
     if failed:
@@ -64,6 +64,7 @@ def _options() -> argparse.Namespace:
         "--memory", type=int, nargs="*", default=[512, 2048], metavar="MiB", help="bounds of the memory part"
     )
     parser.add_argument("--no-analysis", action="store_true", help="leave out the whole default analysis")
+    parser.add_argument("--note", default="", help="a remark for the head of the page, e.g. what else was running")
     parser.add_argument("--dry-run", action="store_true", help="print, write nothing")
     options = parser.parse_args()
     unknown = sorted(set(options.workloads) - set(WORKLOADS))

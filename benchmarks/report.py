@@ -19,13 +19,14 @@ TIMES = ("forward", "passes", "products", "floor", "floor+gradient", "ours", "cu
 Document = dict[str, Any]
 
 
-def about(device: str) -> dict[str, Any]:
-    """Date, device and versions; no names of machines."""
+def about(device: str, note: str = "") -> dict[str, Any]:
+    """Date, device, versions and a remark; no names of machines."""
     return {
         "date": datetime.date.today().isoformat(),
         "device": _device(device),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in DISTRIBUTIONS},
+        "note": note,
     }
 
 
@@ -69,6 +70,7 @@ def markdown(document: Document) -> str:
         f"# Benchmarks, {facts['date']}, {facts['device']}",
         f"Python {facts['python']}, {versions}. Medians over the rounds, smallest and largest in brackets; ratios are "
         "taken round by round within one process. What the columns mean: [the benchmarks' README](../README.md).",
+        *([facts["note"]] if facts["note"] else []),
         "## Ratios",
         _ratios(results),
         "## Milliseconds",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import time
 from typing import Any
 
@@ -31,6 +32,7 @@ def run(name: str, repeats: int, device: str, analysis: bool) -> dict[str, Any]:
     found: dict[str, Any] = {
         "workload": name,
         "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "columns": workload.columns,
         "cost": floor.cost.as_dict(),
         "strategy": floor.strategy,

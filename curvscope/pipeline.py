@@ -140,7 +140,7 @@ def analyze(
     with _timed(seconds, "layout"):
         layouts = _verified(graph, flat, tensors, axes, examples)
         check_targets(problem.loss, layouts.outputs, targets)
-    chosen, reason = _choose(problem, graph, layouts, settings, seconds["layout"] / 2)
+    chosen, reason = _choose(problem, graph, layouts, targets, settings, seconds["layout"] / 3)
     samples_taken = settings.samples or (PROBES if chosen == "probe" else 1)
     root = make_root(
         problem.loss,
@@ -401,12 +401,12 @@ def _verified(
 
 
 def _choose(
-    problem: Problem, graph: Graph, layouts: Layouts, settings: Settings, forward_seconds: float
+    problem: Problem, graph: Graph, layouts: Layouts, targets: Any, settings: Settings, forward_seconds: float
 ) -> tuple[str, str]:
     """Exact or probe for `auto`, and in words why; any other choice as it is."""
     if settings.fisher != "auto":
         return settings.fisher, ""
-    columns = exact_columns(problem.loss, layouts.outputs, layouts.output)
+    columns = exact_columns(problem.loss, layouts.outputs, layouts.output, targets)
     plans = _layer_plans(graph, layouts, columns, settings, keep_draws=False)
     for name, layer in plans.items():
         if layer.form is None:

@@ -42,7 +42,9 @@ class Extract:
     `factors` maps expand and reduce to (A, B) in the run's dtype; `probe_B` maps them to the B of each draw alone,
     [K, d_out, d_out] (only for probe and mc). With groups, factors have a leading axis of groups and there are columns
     for each. `gradient` is dL/dW as [d_out, d_in(+1)]; `positions` the mean
-    number of real positions an example; `padded` the share of rows found to be padding.
+    number of real positions an example; `padded` the share of rows found to be padding. Columns, B and `probe_B` are in
+    multiples of `unit` (`Root.unit`); the gradient is not. With groups, factors have a leading axis of groups and there
+    are columns for each.
     """
 
     spec: LayerSpec
@@ -53,6 +55,7 @@ class Extract:
     gradient: Tensor | None
     columns: Columns | list[Columns] | None
     probe_B: dict[str, Tensor] = field(default_factory=dict)
+    unit: float = 1.0
 
 
 class _Buffered:

@@ -6,6 +6,7 @@ backpropagated for all examples in one pass: its cotangent holds `S_n[:, k]` for
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,7 @@ class Root:
         gradient: dL/df, shaped like the outputs.
         loss: L itself.
         outputs: how many outputs one example has.
+        unit: what the columns are multiplied with, a power of two; everything quadratic in them carries its square.
     """
 
     fisher: str
@@ -41,6 +43,7 @@ class Root:
     gradient: Tensor
     loss: float
     outputs: int
+    unit: float = 1.0
 
 
 def make_root(
@@ -89,7 +92,18 @@ def make_root(
             return draw(generator) / samples**0.5
 
         columns = samples
-    return Root(fisher, columns, lambda k: column(k).to(dtype), gradient, value, count)
+    unit = _unit(root.probe(torch.Generator(device=outputs.device).manual_seed(seed)))
+    return Root(fisher, columns, lambda k: (column(k) * unit).to(dtype), gradient, value, count, unit)
+
+
+def _unit(columns: Tensor) -> float:
+    """A power of two that brings columns near 1 where their squares would leave float32's range; 1 elsewhere.
+
+    A saturated softmax makes columns of 1e-20 and less: their products would vanish in float32, and a curvature that is
+    tiny would be taken for none.
+    """
+    size = float(columns.abs().max())
+    return 1.0 if size == 0.0 or 2.0**-20 <= size <= 2.0**20 else 2.0 ** -round(math.log2(size))
 
 
 def exact_columns(loss: Loss, outputs: Tensor, layout: Layout, targets: Any = None) -> int:

@@ -6,6 +6,7 @@ Passes are looped over columns on one retained graph, so memory holds one pass's
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -104,4 +105,7 @@ def sweep(
                         collector.finish()
                 progress("backward passes", f"column {index + 1} of {len(passes)}", index + 1, len(passes))
         masks = padding.masks(tensors, output) if padding is not None else {}
-        return {name: collector.result(masks) for name, collector in collectors.items()}
+        return {
+            name: dataclasses.replace(collector.result(masks), unit=taken.unit)
+            for name, collector in collectors.items()
+        }

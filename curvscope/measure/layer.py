@@ -44,8 +44,17 @@ class _Findings:
     spectra: dict[str, SpectrumRow] = dataclasses.field(default_factory=dict)
     values: dict[str, Any] = dataclasses.field(default_factory=dict)
     attributes: dict[str, Any] = dataclasses.field(default_factory=dict)
+    scale: float = 1.0
 
     def add_spectrum(self, layer: str, name: str, spectrum: Spectrum, trace: float) -> None:
+        """One matrix's spectrum, brought from the columns' unit to the loss's."""
+        spectrum = dataclasses.replace(
+            spectrum,
+            values=spectrum.values * self.scale,
+            raw_max=spectrum.raw_max * self.scale,
+            raw_min=spectrum.raw_min * self.scale,
+        )
+        trace = trace * self.scale
         self.spectra[name] = spectrum_row(layer, name, spectrum, trace)
         limit = spectrum.values.numel() if name == "ggn" else STORED
         self.values[name] = spectrum.values[:limit].cpu().numpy()
@@ -63,10 +72,11 @@ def measure_layer(extract: Extract, wishes: Wishes, *, why_no_columns: str = "")
     the reason given.
     """
     spec = extract.spec
+    scale = extract.unit**-2
     factors = {
-        name: KroneckerFactors(name, A.cpu().numpy(), B.cpu().numpy()) for name, (A, B) in extract.factors.items()
+        name: KroneckerFactors(name, A.cpu().numpy(), _scaled(B, scale)) for name, (A, B) in extract.factors.items()
     }
-    found = _Findings(attributes=_factor_facts(extract))
+    found = _Findings(attributes=_factor_facts(extract, scale), scale=scale)
     eigenvectors: dict[str, Any] = {}
     kept: dict[str, Any] = {}
     blocks = _blocks(extract)
@@ -82,9 +92,9 @@ def measure_layer(extract: Extract, wishes: Wishes, *, why_no_columns: str = "")
             if "spectra" in wishes.dump and isinstance(block, Block):
                 eigenvectors["ggn"] = _eigenvectors(block)
         if "columns" in wishes.dump and blocks[0].columns.form != "formed":
-            kept["kept_columns"] = block.stacked().cpu().numpy()
+            kept["kept_columns"] = _scaled(block.stacked(), 1 / extract.unit)
         if "blocks" in wishes.dump:
-            kept["block"] = block.dense().cpu().numpy()
+            kept["block"] = _scaled(block.dense(), scale)
     if "spectra" in wishes.dump:
         for name, (A, B) in extract.factors.items():
             for which, factor in (("A", A), ("B", B)):
@@ -127,13 +137,24 @@ def _better(positions: float, errors: dict[str, ErrorRow]) -> str:
     return "expand" if expand <= reduce else "reduce"
 
 
-def _factor_facts(extract: Extract) -> dict[str, Any]:
+def _scaled(tensor: Tensor, scale: float) -> Any:
+    """The tensor in the loss's own unit; in float64 where its own dtype could not hold it."""
+    if scale == 1.0:
+        return tensor.cpu().numpy()
+    exact = tensor.double() * scale
+    size = float(exact.abs().max()) if exact.numel() else 0.0
+    fits = torch.finfo(tensor.dtype).tiny * 1e8 <= size <= torch.finfo(tensor.dtype).max / 1e8
+    return (exact.to(tensor.dtype) if fits else exact).cpu().numpy()
+
+
+def _factor_facts(extract: Extract, scale: float) -> dict[str, Any]:
     """Trace and raw extreme eigenvalues of every factor, for the file's attributes."""
     facts: dict[str, Any] = {}
     for flavour, pair in extract.factors.items():
         for name, factor in zip("AB", pair, strict=True):
-            values = torch.linalg.eigvalsh(factor.double())
-            facts[f"{flavour}/{name}/trace"] = float(factor.double().diagonal(dim1=-2, dim2=-1).sum())
+            exact = factor.double() * (scale if name == "B" else 1.0)
+            values = torch.linalg.eigvalsh(exact)
+            facts[f"{flavour}/{name}/trace"] = float(exact.diagonal(dim1=-2, dim2=-1).sum())
             facts[f"{flavour}/{name}/lambda_max"] = float(values.max())
             facts[f"{flavour}/{name}/lambda_min"] = float(values.min())
     if extract.gradient is not None:
@@ -241,7 +262,7 @@ def _estimated(extract: Extract, blocks: list[Block], wishes: Wishes, found: _Fi
     found.spectra["ggn"] = SpectrumRow(
         layer,
         "ggn",
-        trace=sum(block.trace for block in blocks),
+        trace=sum(block.trace for block in blocks) * found.scale,
         status="estimated",
         reason="only the trace: the eigenvalues of a sum of few draws are biased",
     )

@@ -324,7 +324,9 @@ def test_the_package_itself_loads_nothing() -> None:
 
 
 WORKING = """
-import sys, time, types
+import signal, sys, time, types
+# under nohup the interrupt would be ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from tests.synthetic import make_run
 pipeline = types.ModuleType("curvscope.pipeline")
 def analyze(progress, **arguments):

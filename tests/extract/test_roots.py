@@ -41,6 +41,7 @@ ROOTS: dict[str, tuple[Any, Tensor, Tensor, Layout, int]] = {
         12,
     ),
     "examples second": ("cross_entropy", OUTPUTS.transpose(0, 1), LABELS.T, Layout(1), 12),
+    "examples after the classes": ("cross_entropy", OUTPUTS.permute(1, 2, 0), LABELS.T, Layout(2), 12),
     "images": ("cross_entropy", OUTPUTS.mT.unsqueeze(3).contiguous(), LABELS.unsqueeze(2), PLAIN, 12),
     # a class of weight 0 has no columns either
     "weights": (("cross_entropy", {"weight": WEIGHT}), OUTPUTS, LABELS, PLAIN, 8),

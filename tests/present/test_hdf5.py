@@ -13,10 +13,12 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 import curvscope
+from curvscope.cli.app import app
 from curvscope.errors import OutputError, UsageError
-from curvscope.present.hdf5 import read, write, writer
+from curvscope.present.hdf5 import read, schema, write, writer
 from curvscope.present.hdf5.sink import Sink
 from curvscope.present.meanings import meaning
 from curvscope.records import TABLES, FindingRow, KroneckerFactors
@@ -213,6 +215,10 @@ def _without(name: str) -> Callable[[Path], None]:
         pytest.param(_set("complete", False), "unfinished", id="unfinished"),
         pytest.param(_without("config"), "damaged", id="no config"),
         pytest.param(_without("layers"), "damaged", id="no layers"),
+        *(pytest.param(_without(f"tables/{name}"), "damaged", id=f"no table of {name}") for name in TABLES),
+        pytest.param(_without("tables"), "damaged", id="no tables"),
+        pytest.param(_without("model"), "damaged", id="no model"),
+        pytest.param(_set("device", "abacus"), "checksum of the attributes", id="another device"),
     ],
 )
 def test_unreadable_files_are_refused_in_words(tmp_path: Path, damage: Callable[[Path], object], words: str) -> None:
@@ -238,6 +244,30 @@ def test_a_flipped_bit_is_noticed(saved: tuple[Run, Path]) -> None:
         _ = layer.block
 
 
+def test_overwritten_bytes_are_told_or_do_not_matter(tmp_path: Path) -> None:
+    """Whatever is overwritten, `show` says so with exit code 3, or shows what was written."""
+    path = make_run(layers=2).save(tmp_path / "run.h5")
+    content = path.read_bytes()
+
+    def shown(layer: list[str]) -> tuple[int, str]:
+        done = CliRunner().invoke(app, ["show", str(path), *layer])
+        assert done.exit_code in (0, 3), (done.exit_code, done.output)
+        assert done.exit_code == 0 or (done.stdout == "" and done.stderr.startswith("error: ")), done.output
+        return done.exit_code, done.stdout
+
+    pages: list[list[str]] = [[], ["stem.conv"]]
+    sound = [shown(layer) for layer in pages]
+    told = 0
+    for offset in range(0, len(content) - 64, len(content) // 60):
+        for filling in (b"\xff", b"\0"):
+            path.write_bytes(content[:offset] + filling * 64 + content[offset + 64 :])
+            for layer, whole in zip(pages, sound, strict=True):
+                code, text = shown(layer)
+                told += code == 3
+                assert code == 3 or text == whole[1], (offset, filling)
+    assert told > 20
+
+
 def test_a_later_minor_version_is_read(tmp_path: Path) -> None:
     path = make_run(layers=1).save(tmp_path / "run.h5")
     with h5py.File(path, "r+") as file:
@@ -248,6 +278,7 @@ def test_a_later_minor_version_is_read(tmp_path: Path) -> None:
         kept = [(name, h5py.string_dtype()) for name in ("code", "severity", "layer", "evidence", "remedy")]
         rows = [("CS1", "info", "", "a", "b", 0.5)]
         file["tables/findings"] = np.array(rows, dtype=[*kept, ("novel", "<f8")])
+        file["tables/findings"].attrs["values_crc32"] = schema.checksum(file["tables/findings"][()])
     run = curvscope.open(path)
     assert run.findings == [FindingRow("CS1", "info", "", "a", "b", confidence=1.0)]
 
@@ -262,7 +293,9 @@ def test_what_was_opened_outlives_its_replacement(saved: tuple[Run, Path]) -> No
 
 
 CHILD = """
-import os, sys, time
+import os, signal, sys, time
+# under nohup the interrupt would be ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from curvscope.present.hdf5 import writer
 from tests.synthetic import make_run
 def stop(temporary, run):

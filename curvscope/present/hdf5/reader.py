@@ -43,20 +43,35 @@ def read(path: str | os.PathLike[str]) -> Run:
             schema has another major version.
     """
     file = _open(Path(path))
-    _check_format(file, Path(path))
+    # h5py tells of damage by whatever exception its reading runs into
     try:
+        _check_format(file, Path(path))
+        schema.check_seal(file.attrs, "the file")
+        schema.check_seal(file["model"].attrs, "model")
         tables = {name: _read_table(file, name) for name in TABLES}
         return Run(
             info=_from_attributes(RunInfo, file.attrs),
             model=_from_attributes(ModelInfo, file["model"].attrs),
-            config=json.loads(file["config"].asstr()[()]),
+            config=json.loads(schema.plain(_values(file["config"]))),
             layers={row.name: _layer(file, row, tables) for row in tables["layers"]},
             tables=tables,
-            notes=[str(note) for note in file[schema.NOTES].asstr()[()]] if schema.NOTES in file else [],
+            notes=[schema.plain(note) for note in _values(file[schema.NOTES])],
             seconds=_read_timing(file),
         )
-    except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
+    except OutputError:
+        file.close()
+        raise
+    except Exception as error:
+        file.close()
         raise _damaged(Path(path), error) from error
+
+
+def _values(dataset: h5py.Dataset) -> Any:
+    """A dataset's values, compared with the checksum they were written with."""
+    values = dataset[()]
+    if schema.checksum(values) != dataset.attrs[schema.VALUES]:
+        raise schema.ChecksumError(f"the checksum of {dataset.name} does not match")
+    return values
 
 
 def _open(path: Path) -> h5py.File:
@@ -122,11 +137,10 @@ def _from_attributes(record: type[T], attributes: h5py.AttributeManager) -> T:
 
 def _read_table(file: h5py.File, name: str) -> list[Any]:
     """A table's rows; a column that a later minor version added is left alone."""
-    dataset = file["tables"].get(name)
-    if dataset is None:
-        return []
+    dataset = file["tables"][name]
     columns = [column for column in schema.field_types(TABLES[name]) if column in dataset.dtype.names]
-    cells = [dataset[()][column].tolist() for column in columns]
+    values = _values(dataset)
+    cells = [values[column].tolist() for column in columns]
     return [
         TABLES[name](**{column: schema.plain(cell) for column, cell in zip(columns, row, strict=True)})
         for row in zip(*cells, strict=True)
@@ -134,13 +148,12 @@ def _read_table(file: h5py.File, name: str) -> list[Any]:
 
 
 def _read_timing(file: h5py.File) -> dict[str, float]:
-    if schema.TIMING not in file:
-        return {}
-    return {schema.plain(stage): float(seconds) for stage, seconds in file[schema.TIMING][()].tolist()}
+    return {schema.plain(stage): float(seconds) for stage, seconds in _values(file[schema.TIMING]).tolist()}
 
 
 def _layer(file: h5py.File, row: LayerRow, tables: dict[str, list[Any]]) -> Layer:
     group = file["layers"][encode(row.name)]
+    schema.check_seal(group.attrs, f"layer {row.name}")
     return StoredLayer(
         group,
         row,
@@ -162,12 +175,16 @@ class StoredLayer(Layer):
         self._group = group
         super().__init__(
             row,
-            factors=LazyMapping(lambda: _factor_keys(group), lambda key: _factors(group, key)),
-            spectrum=LazyMapping(lambda: _datasets(group, "spectrum"), lambda key: _array(group, f"spectrum/{key}")),
-            eigenvectors=LazyMapping(
-                lambda: _datasets(group, "eigenvectors"), lambda key: _array(group, f"eigenvectors/{key}")
+            factors=LazyMapping(lambda: list(_reading(group, _factor_paths)), lambda key: _factors(group, key)),
+            spectrum=LazyMapping(
+                lambda: _reading(group, _datasets, "spectrum"), lambda key: _array(group, f"spectrum/{key}")
             ),
-            attributes=LazyMapping(lambda: list(_attributes(group)), lambda key: _attributes(group)[key]),
+            eigenvectors=LazyMapping(
+                lambda: _reading(group, _datasets, "eigenvectors"), lambda key: _array(group, f"eigenvectors/{key}")
+            ),
+            attributes=LazyMapping(
+                lambda: list(_reading(group, _attributes)), lambda key: _reading(group, _attributes)[key]
+            ),
             errors=errors,
             spectra=spectra,
         )
@@ -176,7 +193,7 @@ class StoredLayer(Layer):
     @property
     def kept_columns(self) -> Array | None:
         """The stored columns, or None."""
-        return _array(self._group, "columns") if "columns" in self._group else None
+        return _kept(self._group, "columns")
 
     @kept_columns.setter
     def kept_columns(self, value: Array | None) -> None:
@@ -186,7 +203,7 @@ class StoredLayer(Layer):
     @property
     def block(self) -> Array | None:
         """The stored block, or None."""
-        return _array(self._group, "block") if "block" in self._group else None
+        return _kept(self._group, "block")
 
     @block.setter
     def block(self, value: Array | None) -> None:
@@ -227,11 +244,28 @@ def _array(group: h5py.Group, name: str) -> Array:
     """One dataset's values.
 
     Raises:
-        OutputError: its checksum does not match.
+        OutputError: it can't be read, or its checksum does not match.
     """
+    return _reading(group, _checked_array, name)
+
+
+def _checked_array(group: h5py.Group, name: str) -> Array:
+    dataset = group[name]
+    # a dataset in chunks has HDF5's own checksums
+    return np.asarray(dataset[()] if dataset.chunks else _values(dataset))
+
+
+def _kept(group: h5py.Group, name: str) -> Array | None:
+    return _array(group, name) if _reading(group, h5py.Group.__contains__, name) else None
+
+
+def _reading(group: h5py.Group, read_part: Callable[..., T], *arguments: Any) -> T:
+    """`read_part(group, *arguments)`, with whatever goes wrong told as damage."""
     try:
-        return np.asarray(group[name][()])
-    except OSError as error:
+        return read_part(group, *arguments)
+    except OutputError:
+        raise
+    except Exception as error:
         raise _damaged(Path(group.file.filename), error) from error
 
 
@@ -250,12 +284,8 @@ def _factor_paths(group: h5py.Group) -> dict[str, str]:
     return {"/".join(decode(part) for part in path.split("/")): f"factors/{path}" for path in sorted(paths)}
 
 
-def _factor_keys(group: h5py.Group) -> list[str]:
-    return list(_factor_paths(group))
-
-
 def _factors(group: h5py.Group, key: str) -> KroneckerFactors:
-    path = _factor_paths(group)[key]
+    path = _reading(group, _factor_paths)[key]
     flavour, _, role = key.partition("/")
     return KroneckerFactors(flavour, A=_array(group, f"{path}/A"), B=_array(group, f"{path}/B"), role=role)
 
@@ -263,10 +293,13 @@ def _factors(group: h5py.Group, key: str) -> KroneckerFactors:
 def _attributes(group: h5py.Group) -> dict[str, Any]:
     """Layer.attributes: what the group holds beside its row, and the facts beside the factors."""
     row = schema.field_types(LayerRow)
-    found = {name: schema.plain(value) for name, value in group.attrs.items() if name not in row}
+    known = {*row, *schema.UNCHECKED}
+    found = {name: schema.plain(value) for name, value in group.attrs.items() if name not in known}
     for key, path in _factor_paths(group).items():
         for side in ("A", "B"):
-            for name, value in group[f"{path}/{side}"].attrs.items():
+            attributes = group[f"{path}/{side}"].attrs
+            schema.check_seal(attributes, f"{group.name}/{path}/{side}")
+            for name, value in attributes.items():
                 if name not in schema.FACTOR_ATTRIBUTES:
                     found[f"{key}/{side}/{name}"] = schema.plain(value)
     return found

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import typing
+import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import h5py
@@ -14,9 +17,23 @@ from curvscope.records import Row
 FORMAT = "curvscope-run"
 TIMING = "timing"
 NOTES = "notes"
+# HDF5 keeps checksums of its own metadata and of compressed data, but neither of strings nor of small arrays.
+CHECKSUM = "crc32"
+CHECKED = "crc32_of"
+VALUES = "values_crc32"
+# What tells whether and how the rest can be read stands outside the checksum of the file's own attributes.
+UNCHECKED = frozenset({"format", "schema_version", "complete", CHECKSUM, CHECKED})
 
 # Attributes that the writer puts beside a factor on its own account; all others come from Layer.attributes.
-FACTOR_ATTRIBUTES = frozenset({"trace", "convention", "dimensions", "units", "flavour", "role", "source_dtype"})
+FACTOR_ATTRIBUTES = frozenset({"trace", "convention", "dimensions", "units", "flavour", "role", "source_dtype"}) | {
+    CHECKSUM,
+    CHECKED,
+    VALUES,
+}
+
+
+class ChecksumError(ValueError):
+    """Something in the file is not what was written."""
 
 
 def text(value: str) -> str:
@@ -34,6 +51,36 @@ def field_types(row: type[Any]) -> dict[str, type]:
     """Name to type (str, float, int or bool) of a dataclass' fields, in order."""
     hints = typing.get_type_hints(row)
     return {field.name: hints[field.name] for field in dataclasses.fields(row)}
+
+
+def checksum(value: Any) -> int:
+    """CRC-32 of an array's bytes in C order, or of plain values written as JSON."""
+    if isinstance(value, np.ndarray) and value.dtype.kind not in "OV":
+        return zlib.crc32(np.ascontiguousarray(value).tobytes())
+    return zlib.crc32(json.dumps(_plain_all(value)).encode())
+
+
+def seal(attributes: h5py.AttributeManager) -> None:
+    """Store a checksum over the attributes that are there now, and their names."""
+    names = sorted(name for name in attributes if name not in UNCHECKED)
+    attributes[CHECKED] = json.dumps(names)
+    attributes[CHECKSUM] = checksum([attributes[name] for name in names])
+
+
+def check_seal(attributes: h5py.AttributeManager, where: str) -> None:
+    """Raise ChecksumError where sealed attributes are missing or changed; later ones are left alone."""
+    names: Sequence[str] = json.loads(attributes[CHECKED])
+    if checksum([attributes[name] for name in names]) != attributes[CHECKSUM]:
+        raise ChecksumError(f"the checksum of the attributes of {where} does not match")
+
+
+def _plain_all(value: Any) -> Any:
+    """Nested lists of plain values; the void rows of a table become lists."""
+    if isinstance(value, np.ndarray):
+        return _plain_all(value.tolist())
+    if isinstance(value, (list, tuple)):
+        return [_plain_all(item) for item in value]
+    return plain(value)
 
 
 def plain(value: Any) -> Any:

@@ -34,7 +34,8 @@ def write(run: Run, path: str | os.PathLike[str], *, force: bool = False) -> Pat
     with replacing(path, force) as temporary:
         sink = Sink(temporary)
         try:
-            with h5py.File(sink, "w") as file:
+            # the older layout has no checksums of its own metadata
+            with h5py.File(sink, "w", libver=("v110", "v110")) as file:
                 _write_run(file, run, sink)
                 file.flush()
                 file.attrs["complete"] = True
@@ -49,16 +50,20 @@ def _write_run(file: h5py.File, run: Run, sink: Sink) -> None:
     for name, value in vars(run.info).items():
         if name != "complete":
             file.attrs[name] = _attribute(value)
+    schema.seal(file.attrs)
     file.create_dataset("config", data=schema.text(json.dumps(run.config)), dtype=h5py.string_dtype())
+    _seal_values(file["config"])
     model = file.create_group("model")
     for name, value in vars(run.model).items():
         model.attrs[name] = _attribute(value)
+    schema.seal(model.attrs)
     file.create_dataset(schema.NOTES, data=[schema.text(note) for note in run.notes], dtype=h5py.string_dtype())
+    _seal_values(file[schema.NOTES])
     stages = np.array(
         [(schema.text(stage), seconds) for stage, seconds in run.seconds.items()],
         dtype=[("stage", h5py.string_dtype()), ("seconds", "<f8")],
     )
-    file.create_dataset(schema.TIMING, data=stages)
+    _seal_values(file.create_dataset(schema.TIMING, data=stages))
     tables = file.create_group("tables")
     for name in TABLES:
         _write_table(tables, name, run.tables.get(name, []))
@@ -80,6 +85,7 @@ def _write_table(group: h5py.Group, name: str, rows: list[Any]) -> None:
     dataset = group.create_dataset(name, data=np.array(cells, dtype=schema.row_dtype(TABLES[name])))
     for column in types:
         dataset.attrs[f"meaning_{column}"] = meaning(name, column)
+    _seal_values(dataset)
 
 
 def _write_layer(group: h5py.Group, layer: Layer) -> None:
@@ -108,6 +114,12 @@ def _write_layer(group: h5py.Group, layer: Layer) -> None:
         dataset.attrs["dimensions"] = "[P, P], P = d_out * d_in(+1)"
         dataset.attrs["convention"] = CONVENTIONS["vec"]
         dataset.attrs["units"] = "loss / parameter^2"
+    schema.seal(group.attrs)
+
+
+def _seal_values(dataset: h5py.Dataset) -> None:
+    """Store the checksum of what the dataset holds, as a reader sees it."""
+    dataset.attrs[schema.VALUES] = schema.checksum(dataset[()])
 
 
 def _write_factors(group: h5py.Group, layer: Layer, factors: KroneckerFactors) -> set[str]:
@@ -131,6 +143,7 @@ def _write_factors(group: h5py.Group, layer: Layer, factors: KroneckerFactors) -
             if name.startswith(f"{key}/{side}/"):
                 owned.add(name)
                 dataset.attrs[name.removeprefix(f"{key}/{side}/")] = _attribute(value)
+        schema.seal(dataset.attrs)
     return owned
 
 
@@ -149,6 +162,7 @@ def _write_array(group: h5py.Group, name: str, values: Array) -> h5py.Dataset:
         array = array.astype(np.float32)
     if array.nbytes < CONTIGUOUS_BYTES:
         dataset = group.create_dataset(name, data=array)
+        dataset.attrs[schema.VALUES] = schema.checksum(array)
     else:
         row_bytes = array.nbytes // len(array)
         chunks: Any = True

@@ -28,12 +28,19 @@ def render(run: Run, console: Console, layer: str | None = None, path: str | os.
 
     Raises:
         UsageError: there is no layer of that name.
+        OutputError: the run's file is damaged; nothing is printed then.
     """
     page = Page(console, None if path is None else os.fspath(path))
+    # a stored run reads what a page shows before any of it is printed
     if layer is None:
+        for layer in run.layers.values():
+            layer.spectrum.get("ggn")
         overview(page, run)
     else:
-        layer_page(page, run, run.layers[find_layer(run, layer)])
+        chosen = run.layers[find_layer(run, layer)]
+        for part in (chosen.spectrum, chosen.factors, chosen.attributes):
+            _ = list(part.values())
+        layer_page(page, run, chosen)
 
 
 def show(
