@@ -49,7 +49,9 @@ class Block:
             if values is not None:
                 piece = values[:, :, low:high].double().flatten(0, 1).flatten(1)
             else:
-                piece = self._outer(self._gradients[..., low:high], self._inputs)
+                # formed in the columns' own dtype, whose rounding they carry anyway; summed in float64
+                assert self.columns.inputs is not None and self.columns.gradients is not None
+                piece = self._outer(self.columns.gradients[..., low:high], self.columns.inputs).double()
             yield low, high, piece
 
     @cached_property
@@ -60,13 +62,11 @@ class Block:
     @staticmethod
     def _outer(gradients: Tensor, inputs: Tensor) -> Tensor:
         """sum_r g a^T for every k and n: [K, N, R, o] and [N, R, i] -> [K N, o i]."""
-        count, examples, positions, outputs = gradients.shape
-        if positions == 1:
+        if gradients.shape[2] == 1:
             product = gradients.squeeze(2).unsqueeze(-1) * inputs.squeeze(1).unsqueeze(0).unsqueeze(2)
         else:
-            stacked = gradients.permute(1, 0, 3, 2).reshape(examples, count * outputs, positions)
-            product = torch.bmm(stacked, inputs).view(examples, count, outputs, -1).transpose(0, 1)
-        return product.reshape(count * examples, -1)
+            product = torch.matmul(gradients.transpose(2, 3), inputs)
+        return product.flatten(0, 1).flatten(1)
 
     def _ranges(self) -> list[tuple[int, int]]:
         per_output = self.total_columns * self.d_in * 8
@@ -94,7 +94,7 @@ class Block:
         diagonal = []
         for low, high, piece in self.slices():
             total.add(piece.T)
-            diagonal.append(torch.einsum("ci,ci->i", piece, piece).view(high - low, self.d_in))
+            diagonal.append(_squares(piece).view(high - low, self.d_in))
         return total.result(), torch.cat(diagonal)
 
     @property
@@ -153,7 +153,7 @@ class Block:
             parts = []
             for low, high in self._ranges():
                 piece = self._outer(g @ U_B[:, low:high], turned)
-                parts.append(torch.einsum("ci,ci->i", piece, piece).double().view(high - low, self.d_in))
+                parts.append(_squares(piece).view(high - low, self.d_in))
             return torch.cat(parts)
         assert self.columns.values is not None
         flat = self.columns.values.flatten(0, 1)
@@ -263,3 +263,8 @@ class Block:
             return self.gram
         flat = self.stacked().double().flatten(1)
         return flat.T @ flat
+
+
+def _squares(piece: Tensor) -> Float64[Tensor, " columns"]:
+    """The sum of squares of every column, added up in float64."""
+    return torch.linalg.vector_norm(piece, dim=0, dtype=torch.float64).square()

@@ -18,7 +18,7 @@ class Padding:
 
     A candidate has an output gradient of exactly zero in every column, at every linear layer with as many positions.
     Dead units and max pooling leave such rows, too, so candidates are confirmed: whatever the layers put there, the
-    model's output must stay the same. Positions that are idle in all examples alike are a selection (a pooled first
+    outputs that the loss depends on must stay the same. Positions that are idle in all examples alike are a selection (a pooled first
     token), not padding, and so is an example without any gradient (a saturated loss): both are left alone.
     """
 
@@ -34,6 +34,14 @@ class Padding:
         self.alive: dict[int, Tensor | None] = {}
         self.done: set[int] = set()
         self.counts = False
+        self.matters: Tensor | None = None
+
+    def start(self, cotangent: Tensor, *, counts: bool) -> None:
+        """The next pass's cotangent, and whether it is a column (the loss's own gradient is not)."""
+        self.counts = counts
+        if self.linear:
+            reached = cotangent != 0
+            self.matters = reached if self.matters is None else self.matters | reached
 
     def receive(self, target: str, gradient: Tensor) -> None:
         """One site's output gradient of a column's pass."""
@@ -91,4 +99,5 @@ class Padding:
             for handle in handles:
                 handle.remove()
         tolerance = 100 * torch.finfo(output.dtype).eps * float(output.detach().abs().max())
-        return float((disturbed - output.detach()).abs().max()) <= tolerance
+        change = (disturbed - output.detach()).abs()
+        return float(change[self.matters].max()) <= tolerance

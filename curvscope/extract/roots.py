@@ -35,6 +35,7 @@ class Root:
         loss: L itself.
         outputs: how many outputs one example has.
         unit: what the columns are multiplied with, a power of two; everything quadratic in them carries its square.
+        counted: which outputs L depends on, broadcasting to them (not those of ignored tokens); None for all.
     """
 
     fisher: str
@@ -44,6 +45,7 @@ class Root:
     loss: float
     outputs: int
     unit: float = 1.0
+    counted: Tensor | None = None
 
 
 def make_root(
@@ -93,7 +95,7 @@ def make_root(
 
         columns = samples
     unit = _unit(root.probe(torch.Generator(device=outputs.device).manual_seed(seed)))
-    return Root(fisher, columns, lambda k: (column(k) * unit).to(dtype), gradient, value, count, unit)
+    return Root(fisher, columns, lambda k: (column(k) * unit).to(dtype), gradient, value, count, unit, root.counted)
 
 
 def _unit(columns: Tensor) -> float:

@@ -88,7 +88,7 @@ def sweep(
                 for collector in collectors.values():
                     collector.start(None if given is not None else index - int(factors))
                 if padding is not None:
-                    padding.counts = given is None
+                    padding.start(cotangent, counts=given is None)
                 ends = torch.autograd.grad(
                     output,
                     list(leaves.values()),
