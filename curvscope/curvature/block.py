@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from curvscope.curvature.eigen import eigvalsh
 from curvscope.extract.collector import Columns
 from curvscope.extract.symmetric import GramSum
 
@@ -116,7 +117,7 @@ class Block:
     @cached_property
     def eigenvalues(self) -> Float64[Tensor, " small"]:
         """The min(P, N K) leading eigenvalues of G, descending, float64, as the solver gave them."""
-        return torch.linalg.eigvalsh(self.gram).flip(0)
+        return eigvalsh(self.gram).flip(0)
 
     @cached_property
     def diagonal(self) -> Float64[Tensor, "d_out d_in"]:

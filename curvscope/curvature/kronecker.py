@@ -15,6 +15,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from curvscope.curvature.block import Block
+from curvscope.curvature.eigen import eigh
 from curvscope.curvature.lanczos import largest_magnitude
 
 
@@ -28,8 +29,8 @@ class Kronecker:
     @cached_property
     def bases(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Eigenvalues and eigenvectors (lam_A, U_A, lam_B, U_B), ascending, as the solver gave them."""
-        lam_A, U_A = torch.linalg.eigh(self.A)
-        lam_B, U_B = torch.linalg.eigh(self.B)
+        lam_A, U_A = eigh(self.A)
+        lam_B, U_B = eigh(self.B)
         return lam_A, U_A, lam_B, U_B
 
     @cached_property

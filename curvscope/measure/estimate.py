@@ -9,6 +9,7 @@ jackknife of the final number; the 95 % interval takes t with K - 1 degrees of f
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -81,7 +82,8 @@ def _row(
     DD = GG - GM - GM.T + MM
 
     def squared(keep: Tensor) -> float:
-        return _u_statistic(DD, keep) / _u_statistic(GG, keep)
+        size = _u_statistic(GG, keep)  # an estimate: it may come out zero or negative where ||G|| drowns in noise
+        return _u_statistic(DD, keep) / size if size > 0 else NAN
 
     def relative(keep: Tensor) -> float:
         value = squared(keep)
@@ -92,12 +94,17 @@ def _row(
         return _u_statistic(GM, keep) / sizes**0.5 if sizes > 0 else NAN
 
     def trace_ratio(keep: Tensor) -> float:
-        return float(trace_M[keep].sum() / trace_G[keep].sum())
+        size = float(trace_G[keep].sum())
+        return float(trace_M[keep].sum()) / size if size > 0 else NAN
 
     everything = torch.arange(draws, device=GG.device)
     square, square_error = squared(everything), _jackknife(squared, draws, GG.device)
     error, error_stderr = relative(everything), _jackknife(relative, draws, GG.device)
     status, reason = "estimated", "ratios of estimates keep a bias of order 1/draws"
+    if math.isnan(square):
+        return ErrorRow(
+            layer, name, fisher, status="not_assessed", reason=f"||G|| is indistinguishable from 0 with {draws} draws"
+        )
     if square <= 2 * square_error:
         status = "not_assessed" if square <= 0 else "estimated"
         reason = f"rel_frobenius^2 = {square:.2g} +/- {square_error:.2g}: indistinguishable from 0 with {draws} draws"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from curvscope.curvature.block import Block
+from curvscope.curvature.eigen import eigh, eigvalsh
 from curvscope.curvature.grouped import GroupedApproximation, GroupedBlock
 from curvscope.curvature.kronecker import Diagonal, Kronecker
 from curvscope.extract.collector import Extract
@@ -98,7 +99,7 @@ def measure_layer(extract: Extract, wishes: Wishes, *, why_no_columns: str = "")
     if "spectra" in wishes.dump:
         for name, (A, B) in extract.factors.items():
             for which, factor in (("A", A), ("B", B)):
-                eigenvectors[f"{name}/{which}"] = torch.linalg.eigh(factor.double()).eigenvectors.cpu().numpy()
+                eigenvectors[f"{name}/{which}"] = eigh(factor.double())[1].cpu().numpy()
     row = LayerRow(
         name=spec.name,
         kind=spec.kind,
@@ -153,7 +154,7 @@ def _factor_facts(extract: Extract, scale: float) -> dict[str, Any]:
     for flavour, pair in extract.factors.items():
         for name, factor in zip("AB", pair, strict=True):
             exact = factor.double() * (scale if name == "B" else 1.0)
-            values = torch.linalg.eigvalsh(exact)
+            values = eigvalsh(exact)
             facts[f"{flavour}/{name}/trace"] = float(exact.diagonal(dim1=-2, dim2=-1).sum())
             facts[f"{flavour}/{name}/lambda_max"] = float(values.max())
             facts[f"{flavour}/{name}/lambda_min"] = float(values.min())
@@ -270,7 +271,7 @@ def _estimated(extract: Extract, blocks: list[Block], wishes: Wishes, found: _Fi
 
 def _eigenvectors(block: Block) -> Any:
     """Eigenvectors of G for its nonzero eigenvalues, descending, [P, rank]."""
-    vectors = torch.linalg.eigh(block.gram).eigenvectors
+    vectors = eigh(block.gram)[1]
     spectrum = block_spectrum(block)
     rank = spectrum.values.numel()
     leading = vectors.flip(1)[:, :rank]

@@ -14,6 +14,7 @@ import numpy as np
 
 from curvscope.errors import OutputError
 from curvscope.present.hdf5 import schema
+from curvscope.present.hdf5.heap import sound_heaps
 from curvscope.present.names import decode, encode
 from curvscope.records import (
     SCHEMA_VERSION,
@@ -82,6 +83,8 @@ def _open(path: Path) -> h5py.File:
     if path.is_dir():
         raise OutputError("That is a folder, not a run.", where=str(path), remedy="Name the .h5 file inside it.")
     try:
+        if not sound_heaps(path):
+            raise _damaged(path, schema.ChecksumError("its strings do not end where they should"))
         # Runs are replaced whole and never changed in place, so that a lock would only get in the way.
         return h5py.File(path, "r", locking=False)
     except PermissionError as error:
