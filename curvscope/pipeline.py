@@ -17,22 +17,16 @@ from torch import Tensor, nn
 
 from curvscope._version import __version__
 from curvscope.diagnose import rules
-from curvscope.errors import BatchError, CurvscopeError, DeviceError, UsageError
+from curvscope.errors import CurvscopeError, DeviceError, UsageError
 from curvscope.extract.collector import Extract, Form
 from curvscope.extract.plan import LayerPlan, Plan, plan_layer, plan_sweeps, site_positions
 from curvscope.extract.roots import Root, exact_columns, make_root
 from curvscope.extract.sweep import Progress, no_progress, sweep
 from curvscope.graph.eager import build_eager
-from curvscope.graph.export import (
-    ExportFailure,
-    FlatInputs,
-    example_axes_of,
-    export_model,
-    flatten_inputs,
-    output_tensor,
-)
+from curvscope.graph.export import ExportFailure, FlatInputs, example_axes_of, export_model, flatten_inputs
 from curvscope.graph.functional import Graph, build
 from curvscope.graph.shadow import moved, shadow
+from curvscope.graph.trial import refused, try_forward
 from curvscope.graph.verify import Layouts, verify
 from curvscope.load import check_targets, load_problem
 from curvscope.load.problem import Problem
@@ -179,6 +173,7 @@ def analyze(
             step=-1 if problem.step is None else problem.step,
         )
         findings = rules.find(info, measured, coverage)
+        notes += _padding_note(measured)
     return Run(
         info=RunInfo(
             created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -336,7 +331,7 @@ def _graph(
         return graph, flat, axes, examples, notes
     twin = shadow(problem.model, device=device, dtype=dtype)
     tensors = tuple(moved(tensor, device, dtype) for tensor in flat.tensors)
-    _try_forward(twin, flat, tensors)
+    try_forward(twin, flat, tensors)
     try:
         exported = export_model(problem.model, problem.inputs, problem.example_axes, device=device, dtype=dtype)
     except ExportFailure as failure:
@@ -349,43 +344,10 @@ def _graph(
 
 def _precision_notes(problem: Problem, dtype: torch.dtype) -> list[str]:
     """Says so where the checkpoint's own precision is not the run's."""
-    if isinstance(problem.model, nn.Module):
-        kinds = {p.dtype for p in problem.model.parameters() if p.is_floating_point()}
-    else:
-        kinds = {p.dtype for p in problem.model.parameters() if p.is_floating_point()}
+    kinds = {p.dtype for p in problem.model.parameters() if p.is_floating_point()}
     low = sorted(str(kind).removeprefix("torch.") for kind in kinds if torch.finfo(kind).bits < 32)
     wanted = str(dtype).removeprefix("torch.")
     return [f"Weights stored as {', '.join(low)} are computed in {wanted}."] if low else []
-
-
-def _try_forward(twin: nn.Module, flat: FlatInputs, tensors: tuple[Tensor, ...]) -> None:
-    """One plain forward pass: what the model refuses is told before anything is traced.
-
-    Raises:
-        BatchError: the model raises on this batch.
-    """
-    args, kwargs = flat.rebuild(tensors)
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            output = twin(*args, **kwargs)
-    except CurvscopeError:
-        raise
-    except Exception as error:
-        raise _refused(error, flat) from error
-    output_tensor(output)
-
-
-def _refused(error: Exception, flat: FlatInputs) -> BatchError:
-    shapes = ", ".join(
-        f"{name}: {str(t.dtype).removeprefix('torch.')} {list(t.shape)}"
-        for name, t in zip(flat.names, flat.tensors, strict=True)
-    )
-    first = (str(error).strip().splitlines() or [""])[0]
-    return BatchError(
-        f"The model refuses the batch: {type(error).__name__}: {first}",
-        where=f"inputs {shapes}",
-        remedy="Give the inputs with the shapes, dtypes and keywords that the model's forward pass takes.",
-    )
 
 
 def _verified(
@@ -397,7 +359,7 @@ def _verified(
     except CurvscopeError:
         raise
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        raise _refused(error, flat) from error
+        raise refused(error, flat) from error
 
 
 def _choose(
@@ -458,14 +420,17 @@ def _free_bytes() -> int:
 
 
 def _mode_note(problem: Problem) -> str:
-    """What eval mode hides: batch statistics and dropout, where the model has them."""
-    if isinstance(problem.model, nn.Module):
-        modules = list(problem.model.modules())
-        norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in modules)
-        dropouts = any(isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 for module in modules)
-    else:
-        names = {str(node.target) for node in problem.model.graph.nodes}
-        norms = any("batch_norm" in name for name in names)
-        dropouts = any("dropout" in name for name in names)
-    parts = ["BatchNorm uses its running statistics"] * norms + ["dropout is off"] * dropouts
-    return f"Everything is computed in eval mode: {' and '.join(parts)}." if parts else ""
+    """What eval mode hides, as a sentence; empty where it hides nothing."""
+    words = " and ".join(problem.hidden_by_eval)
+    return f"{words[0].upper()}{words[1:]}." if words else ""
+
+
+def _padding_note(layers: Mapping[str, Layer]) -> list[str]:
+    """Says that rows were left out as padding: it changes factors that other tools count them in."""
+    shares = [layer.row.padded for layer in layers.values() if layer.row.padded > 0]
+    if not shares:
+        return []
+    return [
+        f"Padding: up to {max(shares):.0%} of the rows of {len(shares)} layers belong to positions that no counted "
+        "output depends on; they are left out of A and of R_n (column padded of the layers table)."
+    ]

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from curvscope.errors import AnalysisError
 
+NoConvergence: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
+
 
 def eigh(matrix: Float64[Tensor, "*batch n n"]) -> tuple[Float64[Tensor, "*batch n"], Float64[Tensor, "*batch n n"]]:
     """Eigenvalues, ascending, and eigenvectors of a symmetric matrix, as the solver gave them.
@@ -24,7 +26,7 @@ def eigh(matrix: Float64[Tensor, "*batch n n"]) -> tuple[Float64[Tensor, "*batch
     for given, triangle, factor in routes:
         try:
             values, vectors = torch.linalg.eigh(given, UPLO=triangle)
-        except torch.linalg.LinAlgError:
+        except NoConvergence:
             continue
         return values * factor, vectors
     raise AnalysisError(
@@ -38,5 +40,5 @@ def eigvalsh(matrix: Float64[Tensor, "*batch n n"]) -> Float64[Tensor, "*batch n
     """The eigenvalues alone, ascending."""
     try:
         return torch.linalg.eigvalsh(matrix)
-    except torch.linalg.LinAlgError:
+    except NoConvergence:
         return eigh(matrix)[0]

@@ -96,11 +96,7 @@ def categorical_root(loss: Loss, outputs: Tensor, targets: Tensor, layout: Layou
         out.movedim(axis, -1)[terms.at] = gradient.movedim(axis, -1)[terms.at] * scale.unsqueeze(-1).to(out.dtype)
         return out
 
-    counted = torch.zeros(logits.shape[:-1], dtype=torch.bool, device=outputs.device)
-    counted[terms.at] = terms.weight > 0
-    return OutputRoot(
-        terms.weight.shape[1] * (classes - 1), column, probe, draw, true_gradient, counted.unsqueeze(axis)
-    )
+    return OutputRoot(terms.weight.shape[1] * (classes - 1), column, probe, draw, true_gradient)
 
 
 def categorical_columns(loss: Loss, outputs: Tensor, targets: Tensor, layout: Layout) -> int:

@@ -19,7 +19,6 @@ class OutputRoot:
         probe: S_n times random signs.
         draw: the gradients of the terms at a label drawn from the model, times sqrt(c); None where it is not known.
         true_gradient: dL/df -> the same at the true label.
-        counted: which outputs L depends on, broadcasting to them; None for all.
     """
 
     columns: int
@@ -27,7 +26,6 @@ class OutputRoot:
     probe: Callable[[torch.Generator], Tensor]
     draw: Callable[[torch.Generator], Tensor] | None
     true_gradient: Callable[[Tensor], Tensor] | None
-    counted: Tensor | None = None
 
 
 def signs(like: Tensor, generator: torch.Generator) -> Tensor:

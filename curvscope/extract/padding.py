@@ -18,8 +18,9 @@ class Padding:
 
     A candidate has an output gradient of exactly zero in every column, at every linear layer with as many positions.
     Dead units and max pooling leave such rows, too, so candidates are confirmed: whatever the layers put there, the
-    outputs that the loss depends on must stay the same. Positions that are idle in all examples alike are a selection (a pooled first
-    token), not padding, and so is an example without any gradient (a saturated loss): both are left alone.
+    outputs that the loss depends on must stay the same. Positions that are idle in all examples alike are a selection
+    (a pooled first token), not padding, and so is an example without any gradient (a saturated loss): both are left
+    alone.
     """
 
     def __init__(self, graph: Graph, layouts: Layouts) -> None:

@@ -35,7 +35,6 @@ class Root:
         loss: L itself.
         outputs: how many outputs one example has.
         unit: what the columns are multiplied with, a power of two; everything quadratic in them carries its square.
-        counted: which outputs L depends on, broadcasting to them (not those of ignored tokens); None for all.
     """
 
     fisher: str
@@ -45,7 +44,6 @@ class Root:
     loss: float
     outputs: int
     unit: float = 1.0
-    counted: Tensor | None = None
 
 
 def make_root(
@@ -95,7 +93,7 @@ def make_root(
 
         columns = samples
     unit = _unit(root.probe(torch.Generator(device=outputs.device).manual_seed(seed)))
-    return Root(fisher, columns, lambda k: (column(k) * unit).to(dtype), gradient, value, count, unit, root.counted)
+    return Root(fisher, columns, lambda k: (column(k) * unit).to(dtype), gradient, value, count, unit)
 
 
 def _unit(columns: Tensor) -> float:

@@ -26,12 +26,15 @@ SPECTRUM_COLUMNS = (
     ("effective_rank", "effective\nrank", 5),
 )
 PICTURE_HEIGHT = 8
+FLAVOURS = ("expand", "reduce")
 # Dumped arrays by the file's names for them.
 KEPT = ("columns", "block", "eigenvectors")
 
 
 def layer_page(page: Page, run: Run, layer: Layer) -> None:
     """Print everything the run has about one layer."""
+    # the overview refers to this page for standard errors: columns give way to them, not they to columns
+    page.show_stderr = True
     page.console.print(_header(page, layer))
     rows = [row for row in run.tables["findings"] if row.layer == layer.name]
     if rows:
@@ -57,15 +60,14 @@ def _header(page: Page, layer: Layer) -> Panel:
         positions += f" (and {percent(row.padded)} of the rows are padding, left out)"
     if row.columns:
         positions += f", {count(row.columns, 'GGN column')}"
-    grid.add_row(
-        "layer",
-        page.text(
-            f"{row.kind}, {row.d_out}{page.times}{row.d_in} {bias}{groups}, {count(row.parameters, 'parameter')}"
-        ),
-    )
+    shape = f"{row.d_out}{page.times}{row.d_in} {bias}{groups}" if layer.factors else "exact block only"
+    grid.add_row("layer", page.text(f"{row.kind}, {shape}, {count(row.parameters, 'parameter')}"))
     grid.add_row("batch", page.text(positions))
-    if row.better_flavour:
+    if row.better_flavour in FLAVOURS:
         grid.add_row("better", page.text(f"K-FAC-{row.better_flavour}", "bold"))
+    elif row.better_flavour == "same":
+        why = " (one position)" if row.positions == 1 else ""
+        grid.add_row("better", page.text(f"neither: expand and reduce are the same{why}"))
     if row.reason:
         grid.add_row(STATUS_WORDS.get(row.status, row.status), page.text(row.reason, "yellow"))
     (name,) = shorten([page.safe(layer.name)], max(10, page.width - 8), page.ellipsis)
@@ -140,7 +142,7 @@ def _picture(page: Page, layer: Layer) -> None:
     """The block's eigenvalues over rank, with the better K-FAC's over them."""
     if "ggn" not in layer.spectrum or not len(layer.spectrum["ggn"]):
         return
-    other = f"kfac_{layer.row.better_flavour or 'expand'}"
+    other = f"kfac_{layer.row.better_flavour if layer.row.better_flavour in FLAVOURS else 'expand'}"
     drawn = picture(
         layer.spectrum["ggn"],
         layer.spectrum.get(other),
@@ -167,7 +169,6 @@ def _picture(page: Page, layer: Layer) -> None:
 
 def _factors(page: Page, layer: Layer) -> None:
     """Shape and extreme eigenvalues of each factor, and which arrays the run keeps."""
-    page.heading("factors and arrays")
     table: list[tuple[str, str, str, str]] = []
     for key, factors in layer.factors.items():
         for side, values in (("A", factors.A), ("B", factors.B)):
@@ -175,6 +176,14 @@ def _factors(page: Page, layer: Layer) -> None:
             extremes = [layer.attributes.get(f"{key}/{side}/{name}") for name in ("lambda_max", "lambda_min")]
             words = [page.dash if value is None else number(float(value)) for value in extremes]
             table.append((f"{key} {side}", f"{shape} {values.dtype}", words[0], words[1]))
+    kept = [name for name in KEPT if _has(layer, name)]
+    facts = [
+        f"{name}: {value}"
+        for name, value in sorted(layer.attributes.items())
+        if isinstance(value, str) and value and "/" not in name
+    ]
+    if table or kept or facts:
+        page.heading("factors and arrays" if table else "arrays")
     if table:
         headers = (
             ("\nfactor", True, 9),
@@ -188,12 +197,6 @@ def _factors(page: Page, layer: Layer) -> None:
                 for index, (header, left, worth) in enumerate(headers)
             ]
         )
-    kept = [name for name in KEPT if _has(layer, name)]
-    facts = [
-        f"{name}: {value}"
-        for name, value in sorted(layer.attributes.items())
-        if isinstance(value, str) and value and "/" not in name
-    ]
     lines = [*facts, f"also kept: {', '.join(kept)}" if kept else ""]
     page.lines([page.text(line, "dim") for line in lines if line])
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable
 from pathlib import PurePath
 
@@ -16,6 +18,7 @@ from curvscope.present.terminal.page import GAP, STATUS_WORDS, Column, Page
 from curvscope.records import CoverageRow, ErrorRow, Layer, Run
 
 FLAVOURS = ("expand", "reduce")
+SHOWN = 3
 SPARKLINE_WIDTHS = (32, 28, 24, 20, 16, 12, 8)
 TREATMENT_WORDS = {
     "exact_only": "exact block only",
@@ -34,14 +37,31 @@ SAMPLE_WORDS = {"probe": ("probe", ""), "mc": ("drawn label an example", "drawn 
 def overview(page: Page, run: Run) -> None:
     """Print the whole first page."""
     page.console.print(_header(page, run))
-    page.heading(f"{count(len(run.layers), 'layer')}, in forward order")
-    _layer_table(page, list(run.layers.values()))
-    _legend(page, run)
-    _not_assessed(page, run)
+    layers = _kronecker_layers(run)
+    page.heading(f"{count(len(layers), 'layer')}, in forward order")
+    _layer_table(page, list(layers.values()))
+    _legend(page, run, layers)
+    _not_assessed(page, run, layers)
     _coverage(page, run)
-    _worth_a_look(page, run)
+    _worth_a_look(page, run, layers)
     _notes(page, run)
     _next(page, run)
+
+
+def _kronecker_layers(run: Run) -> dict[str, Layer]:
+    """The layers that have Kronecker factors; the others have a block alone, and no row in the table."""
+    alone = {row.layer for row in run.tables["coverage"] if row.treatment == "exact_only"}
+    return {name: layer for name, layer in run.layers.items() if name not in alone}
+
+
+def _shares(run: Run) -> dict[str, float]:
+    """Treatment to its share of the trainable parameters."""
+    counts: dict[str, int] = {}
+    for row in run.tables["coverage"]:
+        if row.treatment != "frozen":
+            counts[row.treatment] = counts.get(row.treatment, 0) + row.count
+    total = sum(counts.values())
+    return {treatment: entries / total for treatment, entries in counts.items() if entries}
 
 
 def _header(page: Page, run: Run) -> Panel:
@@ -51,7 +71,13 @@ def _header(page: Page, run: Run) -> Panel:
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
     covered = page.text(percent(model.coverage), "bold green" if model.coverage >= 0.9 else "bold yellow")
-    covered.append(page.safe(" of the trainable parameters have Kronecker factors"))
+    covered.append(page.safe(" Kronecker"), style="not bold default")
+    shares = _shares(run)
+    for treatment in ("exact_only", "uncovered"):
+        if treatment in shares:
+            words = f", {percent(shares[treatment])} {TREATMENT_WORDS[treatment]}"
+            covered.append(page.safe(words), style="not bold default")
+    covered.append(page.safe(" (of the trainable parameters)"), style="not bold dim default")
     step = f", step {model.step:,}" if model.step >= 0 else ""
     lines = {
         "coverage": covered,
@@ -73,19 +99,20 @@ def _header(page: Page, run: Run) -> Panel:
 def _fisher_words(run: Run) -> str:
     """What was exact and what was estimated, with how many layers where they differ."""
     per_layer: dict[str, int] = {}
-    for layer in run.layers.values():
+    layers = _kronecker_layers(run)
+    for layer in layers.values():
         row = layer.errors.get("kfac_expand")
         unknown = row is None or row.status in ("not_assessed", "skipped")
         key = "" if row is None or unknown else row.fisher
         per_layer[key] = per_layer.get(key, 0) + 1
     if not per_layer or set(per_layer) == {""}:
-        per_layer = {run.info.fisher: len(run.layers)} | per_layer
+        per_layer = {run.info.fisher: len(layers)} | per_layer
     words = []
-    for fisher, layers in sorted(per_layer.items(), key=lambda item: -item[1]):
+    for fisher, concerned in sorted(per_layer.items(), key=lambda item: -item[1]):
         if fisher:
             samples = count(run.info.samples, *SAMPLE_WORDS.get(fisher, ("sample", "")))
             said = FISHER_WORDS.get(fisher, fisher).format(samples=samples)
-            words.append(said if len(per_layer) == 1 else f"{said} ({count(layers, 'layer')})")
+            words.append(said if len(per_layer) == 1 else f"{said} ({count(concerned, 'layer')})")
     if "" in per_layer and len(per_layer) > 1:
         words.append(f"{count(per_layer[''], 'layer')} not assessed")
     return ", ".join(words)
@@ -121,12 +148,19 @@ def _layer_columns(page: Page, layers: list[Layer]) -> list[Column]:
 
     columns = [
         column("kind", 1, lambda layer: (layer.row.kind, "dim"), left=True),
-        column(f"out{page.times}in", 5, lambda layer: (f"{layer.row.d_out}{page.times}{layer.row.d_in}", "")),
+        column(f"out{page.times}in", 5, lambda layer: (_shape(page, layer), "")),
         column("posi-\ntions", 4, lambda layer: (_positions(layer), "dim")),
     ]
     columns += [column(f"error\n{f} ", 10, lambda layer, f=f: _error(page, layer, f)) for f in FLAVOURS]  # type: ignore[misc]
     columns += [column(f"trace\n{f}", 2, lambda layer, f=f: _trace_ratio(page, layer, f)) for f in FLAVOURS]  # type: ignore[misc]
     return [*columns, column("GGN\ncond.", 6, lambda layer: _condition(page, layer))]
+
+
+def _shape(page: Page, layer: Layer) -> str:
+    row = layer.row
+    if row.groups > 1:
+        return f"{row.groups}{page.group_mark}{row.d_out // row.groups}{page.times}{row.d_in}"
+    return f"{row.d_out}{page.times}{row.d_in}"
 
 
 def _positions(layer: Layer) -> str:
@@ -169,24 +203,29 @@ def _spectrum_column(page: Page, layers: list[Layer], width: int) -> Column:
     return Column("GGN\nspectrum", cells, worth=7, left=True)
 
 
-def _legend(page: Page, run: Run) -> None:
+def _legend(page: Page, run: Run, layers: dict[str, Layer]) -> None:
     """What the columns mean, in as few words as do."""
     words = [
         "error: relative Frobenius error of K-FAC against the block; 0 is exact, 1 is as far off as zero;"
         " * the better flavour.",
         "GGN spectrum: log eigenvalue over rank, one step down is a factor of 10.",
     ]
-    shown_estimate = any(row.status == "estimated" for row in run.tables["errors"])
+    grouped = next((layer for layer in layers.values() if layer.row.groups > 1), None)
+    if grouped is not None:
+        row = grouped.row
+        size = f"{row.d_out // row.groups}{page.times}{row.d_in}"
+        words.append(f"{_shape(page, grouped)}: {row.groups} groups of {size} each.")
+    shown_estimate = any(row.status == "estimated" and row.layer in layers for row in run.tables["errors"])
     if shown_estimate and not page.show_stderr:
         words.append("~ estimated: its standard error stands in the layer's own page.")
     page.lines([page.text(line, "dim") for line in words])
 
 
-def _not_assessed(page: Page, run: Run) -> None:
+def _not_assessed(page: Page, run: Run, layers: dict[str, Layer]) -> None:
     """Why values are missing: one line for each kind of gap, with how many layers it concerns."""
     gaps: dict[tuple[str, str], dict[str, list[str]]] = {}
     for row in (*run.tables["errors"], *run.tables["spectra"]):
-        if row.status in ("skipped", "not_assessed", "not_converged"):
+        if row.layer in layers and row.status in ("skipped", "not_assessed", "not_converged"):
             reasons = gaps.setdefault((row.status, row.layer), {})
             reasons.setdefault(row.reason, [])
             if row.approximation not in reasons[row.reason]:
@@ -216,15 +255,21 @@ def _coverage(page: Page, run: Run) -> None:
     """Parameters without Kronecker factors, by treatment and reason, each with its share."""
     groups: dict[tuple[str, str], list[CoverageRow]] = {}
     for row in run.tables["coverage"]:
-        if row.treatment != "kronecker":
+        if row.treatment != "kronecker" and not (row.treatment == "exact_only" and row.layer in run.layers):
             groups.setdefault((row.treatment, row.reason), []).append(row)
-    if not groups:
+    alone = _exact_only(run)
+    if not groups and not alone:
         return
     page.heading("parameters without Kronecker factors")
     total = sum(row.count for row in run.tables["coverage"])
     grid = Table.grid(padding=(0, 2, 0, 0))
     grid.add_column(justify="right", no_wrap=True)
     grid.add_column(overflow="fold")
+    if alone:
+        line = page.text(f"{TREATMENT_WORDS['exact_only']}: ", "bold")
+        said = [f"{words} ({percent(entries / total)})" for words, entries in alone]
+        line.append(page.safe(", ".join(said)), style="not bold default")
+        grid.add_row(page.text(percent(sum(entries for _, entries in alone) / total)), line)
     for (treatment, reason), rows in sorted(groups.items(), key=lambda item: -sum(row.count for row in item[1])):
         entries = sum(row.count for row in rows)
         words = TREATMENT_WORDS.get(treatment, treatment)
@@ -237,17 +282,51 @@ def _coverage(page: Page, run: Run) -> None:
     page.console.print(Padding(grid, (0, 0, 0, 1)))
 
 
-def _worth_a_look(page: Page, run: Run) -> None:
-    """The three findings that matter most."""
+def _exact_only(run: Run) -> list[tuple[str, int]]:
+    """The layers that have a block alone, those of a kind together: words for them, and their parameters."""
+    layers: dict[str, int] = {}
+    for row in run.tables["coverage"]:
+        if row.treatment == "exact_only" and row.layer in run.layers:
+            layers[row.layer] = layers.get(row.layer, 0) + row.count
+    kinds: dict[str, list[str]] = {}
+    for name in layers:
+        kind = run.layers[name].row.kind
+        kinds.setdefault("norm" if kind.endswith("_norm") else kind, []).append(name)
+    found = []
+    for kind, names in kinds.items():
+        patterns = list(dict.fromkeys(re.sub(r"\d+", "*", name) for name in names))
+        listed = ", ".join(patterns[:2]) + (", ..." if len(patterns) > 2 else "")
+        words = ", ".join(names) if len(names) == 1 else f"{count(len(names), kind)} {listed}"
+        found.append((words, sum(layers[name] for name in names)))
+    return sorted(found, key=lambda item: -item[1])
+
+
+def _worth_a_look(page: Page, run: Run, layers: dict[str, Layer]) -> None:
+    """The three findings that matter most, and all that concern the whole network."""
     findings = run.tables["findings"]
+    blank = sum(_unassessed(layer) for layer in layers.values())
     if not findings:
-        page.heading("nothing stands out")
-        return
-    page.heading("what deserves a look")
-    page.findings(findings[:3])
-    if len(findings) > 3:
-        page.console.print()
-        page.lines([page.text(f"and {count(len(findings) - 3, 'finding')} more, on the pages of their layers.", "dim")])
+        nothing = "nothing stands out" if 2 * blank <= len(layers) else "no findings"
+        page.heading(nothing)
+    else:
+        page.heading("what deserves a look")
+        # no layer's page has the network's findings
+        page.findings(findings[:SHOWN] + [row for row in findings[SHOWN:] if row.layer not in run.layers])
+        more = sum(row.layer in run.layers for row in findings[SHOWN:])
+        if more:
+            page.console.print()
+            where = "on the pages of their layers" if more > 1 else "on the page of its layer"
+            page.lines([page.text(f"and {count(more, 'finding')} more, {where}.", "dim")])
+    if layers and 2 * blank > len(layers):
+        words = (
+            f"K-FAC's errors were not assessed for {blank} of {count(len(layers), 'layer')}: little is known of them."
+        )
+        page.lines([page.text(words, "yellow")])
+
+
+def _unassessed(layer: Layer) -> bool:
+    rows = [layer.errors[name] for flavour in FLAVOURS if (name := f"kfac_{flavour}") in layer.errors]
+    return all(math.isnan(row.rel_frobenius) for row in rows)
 
 
 def _notes(page: Page, run: Run) -> None:

@@ -71,6 +71,7 @@ class Page:
         self.dash = "-" if self.ascii_only else "–"
         self.ellipsis = "..." if self.ascii_only else "…"
         self.times = "x" if self.ascii_only else "×"
+        self.group_mark = "*" if self.ascii_only else "·"
         self.arrow = "->" if self.ascii_only else "→"
         self.show_stderr = self.width >= 110
 
