@@ -73,8 +73,9 @@ def analyze(
         model: an nn.Module, or the path of a checkpoint (bundle, state_dict with `factory`, pickled module,
             torch.export archive, safetensors with `factory`, Hugging Face folder). It is never modified.
         batch: `(inputs, targets)`, a file, or None for a bundle's own; inputs a tensor, a tuple or a dict.
-        loss: "cross_entropy", "mse" or "bce_with_logits" (settings after a colon), a torch loss module, or a callable
-            `(outputs, targets) -> scalar`; None for a bundle's own.
+        loss: "cross_entropy", "mse", "bce_with_logits" or "causal_lm" (settings after a colon, such as
+            "cross_entropy:class_axis=last"), a torch loss module, or a callable `(outputs, targets) -> scalar`; None
+            for a bundle's own.
         optimizer: the torch.optim optimizer that trains the model, kept for later diagnostics.
         factory: builds the nn.Module that a state_dict or safetensors file belongs to.
         trust: allow checkpoint formats that can run code when loaded.
@@ -133,7 +134,8 @@ def analyze(
     targets = moved(problem.targets, run_on, kind)
     with _timed(seconds, "layout"):
         layouts = _verified(graph, flat, tensors, axes, examples)
-        check_targets(problem.loss, layouts.outputs, targets)
+        # the loss with its class axis settled
+        problem = dataclasses.replace(problem, loss=check_targets(problem.loss, layouts.outputs, targets))
     chosen, reason = _choose(problem, graph, layouts, targets, settings, seconds["layout"] / 3)
     samples_taken = settings.samples or (PROBES if chosen == "probe" else 1)
     root = make_root(

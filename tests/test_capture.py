@@ -224,3 +224,56 @@ def test_a_failed_write_keeps_the_old_file(
         capture(tmp_path / "b.pt", model, pair, "cross_entropy")
     assert (tmp_path / "b.pt").read_text() == "old"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_eval_mode_hides_is_remembered(model: Net, pair: Any, tmp_path: Path) -> None:
+    """The graph has no dropout any more, and the bundle must say that there was some."""
+    capture(tmp_path / "b.pt", model, pair, "cross_entropy")
+    words = ("BatchNorm uses its running statistics", "dropout is off")
+    assert load_problem(tmp_path / "b.pt").hidden_by_eval == words
+    content = torch.load(tmp_path / "b.pt", weights_only=True)
+    assert content["mode"] == {"batch_norm": True, "batch_statistics": False, "dropout": True}
+    del content["mode"]
+    torch.save(content, tmp_path / "old.pt")
+    assert load_problem(tmp_path / "old.pt").hidden_by_eval == words[:1]
+
+
+def test_a_weight_that_is_a_slice_takes_no_more_than_itself(tmp_path: Path) -> None:
+    layer = nn.Linear(4, 3)
+    layer.weight = nn.Parameter(torch.randn(1000, 4)[10:13])
+    capture(tmp_path / "b.pt", layer, (torch.ones(2, 4), torch.tensor([0, 1])), "cross_entropy")
+    assert len(torch.load(tmp_path / "b.pt", weights_only=True)["graph"]) < 16000
+    torch.testing.assert_close(graph_of(load_problem(tmp_path / "b.pt"))(torch.eye(4)), layer(torch.eye(4)))
+
+
+class Raises(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise KeyError("no such table")
+
+
+REFUSED: dict[str, tuple[nn.Module, torch.Tensor, str]] = {
+    "dtype": (nn.Linear(4, 3), torch.ones(2, 4).double(), "float64"),
+    "half model": (nn.Linear(4, 3).half(), torch.ones(2, 4), "float32"),
+    "shape": (nn.Linear(4, 3), torch.ones(2, 5), r"\[2, 5\]"),
+    "raises": (Raises(), torch.ones(2, 4), "no such table"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_batch_that_the_model_refuses(name: str, tmp_path: Path) -> None:
+    model, x, words = REFUSED[name]
+    before = torch.get_rng_state()
+    with pytest.raises(BatchError, match=words) as caught:
+        capture(tmp_path / "b.pt", model, (x, torch.tensor([0, 1])), "cross_entropy")
+    assert "refuses the batch" in caught.value.what
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_example_axis_by_number(tmp_path: Path) -> None:
+    capture(tmp_path / "b.pt", nn.Linear(4, 3), (torch.ones(2, 4), Y), "cross_entropy", example_axes={0: 0})
+    assert load_problem(tmp_path / "b.pt").example_axes == {}

@@ -141,14 +141,16 @@ def analyze(
             rich_help_panel=RESOURCES,
         ),
     ] = "60s",  # type: ignore[assignment]
-    seed: Annotated[int, typer.Option(help="Seeds every random draw.", rich_help_panel=RESOURCES)] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="Seeds every random draw.", rich_help_panel=RESOURCES)
+    ] = 0,
     dump: Annotated[
         list[str] | None,
         typer.Option(
             parser=one_of(DUMPS),
             metavar="NAME",
-            help="What to store besides factors and spectra: spectra (the eigenvectors), columns, blocks; "
-            "may be repeated.",
+            help="What to store: factors (always, and the eigenvalues), spectra (the eigenvectors, too), columns, "
+            "blocks; may be repeated.",
             rich_help_panel=options.OUTPUT,
         ),
     ] = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from typing import Annotated
 
@@ -10,8 +11,9 @@ import typer
 from curvscope._version import __version__
 from curvscope.cli.analyze import analyze
 from curvscope.cli.export import export
+from curvscope.cli.guard import drop_output, report, unprintable
 from curvscope.cli.show import show
-from curvscope.errors import EXIT_INTERRUPTED
+from curvscope.errors import EXIT_INTERRUPTED, EXIT_OK
 
 app = typer.Typer(
     name="curvscope",
@@ -52,6 +54,18 @@ def main() -> None:
         app()
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
+    except SystemExit as end:
+        # help and versions are printed by typer, which takes a reader that stops early for a failure
+        cause = end.__context__
+        if isinstance(cause, OSError) and cause.errno == errno.EPIPE:
+            drop_output()
+            sys.exit(EXIT_OK)
+        raise
+    except OSError as error:
+        drop_output()
+        told = unprintable(error)
+        report(told.what, told.where, told.remedy)
+        sys.exit(told.exit_code)
 
 
 if __name__ == "__main__":

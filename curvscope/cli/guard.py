@@ -6,12 +6,13 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
-from curvscope.errors import EXIT_ANALYSIS, EXIT_INTERRUPTED, CurvscopeError
+from curvscope.errors import EXIT_ANALYSIS, EXIT_INTERRUPTED, CurvscopeError, OutputError
 
 
 class Output(Console):
@@ -23,10 +24,55 @@ class Output(Console):
         if reconfigure is not None:
             reconfigure(errors="backslashreplace")
         super().__init__(file=stream)
+        self._for_messages = stderr
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As rich's own.
+
+        Raises:
+            OutputError: the stream refuses, as a full disk does.
+        """
+        with self._told():
+            super().print(*objects, **options)
+
+    def out(self, *objects: Any, **options: Any) -> None:
+        """As rich's own.
+
+        Raises:
+            OutputError: as `print`.
+        """
+        with self._told():
+            super().out(*objects, **options)
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Tell in words why the report can't be written; where messages can't be, there is nobody to tell."""
+        try:
+            yield
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            if not self._for_messages:
+                drop_output()
+                raise unprintable(error) from error
 
     def on_broken_pipe(self) -> None:
         """Leave it to `guarded`: rich's own exit code, 1, means findings here."""
         raise BrokenPipeError
+
+
+def unprintable(error: OSError) -> OutputError:
+    """The error for output that nothing takes."""
+    return OutputError(
+        f"The output could not be written: {error.strerror or error}.",
+        where="standard output",
+        remedy="Free some space, or send it somewhere else.",
+    )
+
+
+def drop_output() -> None:
+    """Let Python's last flush go nowhere; else it complains once more at exit, with a code of its own."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager
@@ -49,8 +95,8 @@ def guarded(debug: bool) -> Iterator[None]:
         report("Interrupted.", "", "No half-written file was left.")
         raise typer.Exit(EXIT_INTERRUPTED) from None
     except BrokenPipeError:
-        # The reader has seen enough; without this Python complains once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader has seen enough.
+        drop_output()
     except (typer.Exit, typer.Abort, typer.BadParameter):
         raise
     except MemoryError:

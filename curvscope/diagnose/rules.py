@@ -9,13 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from curvscope.records import CoverageRow, FindingRow, Layer, ModelInfo
+import numpy as np
+
+from curvscope.records import CoverageRow, ErrorRow, FindingRow, Layer, ModelInfo
 
 LARGE_ERROR = 0.5
 TRACE_OFF = 2.0
 FLAVOUR_GAP = 1.5
 UNCOVERED_SHARE = 0.05
 BLIND_TRACE = 1e-6
+KEY_SHARE = 1e-3
 
 
 def find(model: ModelInfo, layers: Mapping[str, Layer], coverage: Sequence[CoverageRow]) -> list[FindingRow]:
@@ -58,6 +61,8 @@ def _of_layer(layer: Layer) -> list[tuple[int, float, FindingRow]]:
             "Use K-FAC-expand for this layer; under reduce its step is the gradient divided by the damping.",
         )
         found.append((1, 2.0, row))
+    elif packed := _packed_keys(layer):
+        found.append((1, 1.9, packed))
     best = min(expand.rel_frobenius, reduce.rel_frobenius)
     nearest = errors.get("kron_best")
     if best > LARGE_ERROR:
@@ -78,6 +83,9 @@ def _of_layer(layer: Layer) -> list[tuple[int, float, FindingRow]]:
             remedy = "No Kronecker product describes this layer: give it more damping, or its own first-order step."
         else:
             remedy = "Give this layer more damping than the others, or refresh its factors on larger batches."
+        better = _clearly_better(expand, reduce)
+        if better and not blind:
+            remedy = f"Use K-FAC-{better}, the closer one. " + remedy
         row = FindingRow(
             "CS102",
             "warning",
@@ -89,8 +97,8 @@ def _of_layer(layer: Layer) -> list[tuple[int, float, FindingRow]]:
         found.append((1, best, row))
     if not blind and layer.row.positions > 1 and not (best > LARGE_ERROR):
         low, high = sorted((expand.rel_frobenius, reduce.rel_frobenius))
-        if low > 0 and high / low > FLAVOUR_GAP and high > 0.1:
-            better = "expand" if expand.rel_frobenius < reduce.rel_frobenius else "reduce"
+        better = _clearly_better(expand, reduce)
+        if better and high > 0.1:
             row = FindingRow(
                 "CS103",
                 "info",
@@ -104,17 +112,61 @@ def _of_layer(layer: Layer) -> list[tuple[int, float, FindingRow]]:
     ratio = chosen.trace_ratio
     if not blind and ratio > 0 and (ratio > TRACE_OFF or ratio < 1 / TRACE_OFF):
         direction = "over" if ratio > 1 else "under"
+        times = _times(max(ratio, 1 / ratio))
         row = FindingRow(
             "CS104",
             "info",
             name,
-            f"Its better K-FAC {direction}states the curvature: tr M / tr G = {ratio:.2g}.",
-            "Steps here are too "
+            f"Its better K-FAC {direction}states the curvature {times} (tr M / tr G = {ratio:.2g}).",
+            f"Steps here are {times} too "
             + ("short" if ratio > 1 else "long")
-            + " by about that factor where damping does not decide: scale the factors, or use EKFAC (trace ratio 1).",
+            + " where damping does not decide: scale the factors, or use EKFAC (trace ratio 1).",
         )
         found.append((2, abs(math.log(ratio)) / 10, row))
     return found
+
+
+def _times(factor: float) -> str:
+    """A factor in words that claim no more than they know."""
+    return f"about {factor:.1f} times" if factor < 9.5 else f"about {float(f'{factor:.1e}'):,.0f} times"
+
+
+def _clearly_better(expand: ErrorRow, reduce: ErrorRow) -> str:
+    """The flavour whose error is smaller by more than FLAVOUR_GAP, or nothing."""
+    low, high = sorted((expand.rel_frobenius, reduce.rel_frobenius))
+    if low <= 0 or high / low <= FLAVOUR_GAP:
+        return ""
+    return "expand" if expand.rel_frobenius < reduce.rel_frobenius else "reduce"
+
+
+def _packed_keys(layer: Layer) -> FindingRow | None:
+    """Reduce-blindness on the keys of a weight that holds queries, keys and values: the middle third of its rows.
+
+    Softmax ignores a shift of the keys, so that their output gradients sum to zero over the positions.
+    """
+    size, rest = divmod(layer.row.d_out, 3)
+    if layer.row.kind != "linear" or layer.row.groups > 1 or rest or layer.row.positions <= 1:
+        return None
+    if not {"expand", "reduce"} <= set(layer.factors):
+        return None
+    diagonals = [np.diagonal(layer.factors[flavour].B).astype(np.float64) for flavour in ("expand", "reduce")]
+    if any(diagonal.shape != (layer.row.d_out,) for diagonal in diagonals):
+        return None
+    expand, reduce = (diagonal.reshape(3, size).sum(axis=1) for diagonal in diagonals)
+    if not (expand[1] > KEY_SHARE * expand.sum() and reduce[1] < BLIND_TRACE * expand[1]):
+        return None
+    if min(reduce[0], reduce[2]) < BLIND_TRACE * expand[1]:
+        return None
+    return FindingRow(
+        "CS101",
+        "warning",
+        layer.name,
+        f"K-FAC-reduce is blind to the middle third of the rows ({size} to {2 * size - 1} of {layer.row.d_out}, the "
+        f"keys where queries, keys and values share one weight): its B vanishes there (trace {reduce[1]:.1e}; expand's "
+        f"is {expand[1]:.1e}), because softmax ignores a shift of the keys.",
+        "Treat these rows as a layer of their own, with K-FAC-expand; under reduce their step is the gradient divided "
+        "by the damping.",
+    )
 
 
 def _trace(layer: Layer) -> str:
@@ -142,7 +194,7 @@ def _of_network(model: ModelInfo, coverage: Sequence[CoverageRow]) -> list[tuple
             "CS302",
             "info",
             "",
-            model.mode_note,
+            f"Everything is computed in eval mode: {model.mode_note}.",
             "Curvature in training mode differs where batch statistics or dropout act; the numbers are evaluation's.",
         )
         found.append((2, 0.01, row))

@@ -7,6 +7,7 @@ import os
 import secrets
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from curvscope.errors import OutputError
 
 
 def check_output(path: str | os.PathLike[str], force: bool = False, *, folder: bool = False) -> Path:
-    """The real path (links followed) that a result may be written to; writes nothing.
+    """The real path (links followed) that a result may be written to; leaves nothing behind.
 
     Args:
         path: where the result shall go.
@@ -43,6 +44,7 @@ def check_output(path: str | os.PathLike[str], force: bool = False, *, folder: b
     try:
         mode = target.lstat().st_mode
     except FileNotFoundError:
+        _try_folder(target)
         return target
     except OSError as error:
         raise _refused(error, target) from error
@@ -60,7 +62,17 @@ def check_output(path: str | os.PathLike[str], force: bool = False, *, folder: b
             where=str(target),
             remedy="Add --force (force=True) to replace it, or name another place with -o.",
         )
+    _try_folder(target)
     return target
+
+
+def _try_folder(target: Path) -> None:
+    """Make a nameless file beside the target: what permissions allow, a file system such as /proc may still refuse."""
+    try:
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except OSError as error:
+        raise _refused(error, target) from error
 
 
 @contextlib.contextmanager

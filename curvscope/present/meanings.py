@@ -19,7 +19,8 @@ MEANINGS: dict[str, dict[str, str]] = {
         "examples": "N, the examples of the batch",
         "positions": "mean number of real positions an example, R",
         "columns": "number of GGN columns, N times K",
-        "better_flavour": "expand or reduce: the K-FAC with the smaller relative Frobenius error, or neither",
+        "better_flavour": "expand or reduce: the K-FAC with the smaller relative Frobenius error; same where they "
+        "agree; else neither",
         "padded": "share of rows found to be padding and left out, 0 to 1",
     },
     "coverage": {

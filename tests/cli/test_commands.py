@@ -209,6 +209,8 @@ def test_the_unexpected(pipeline: Pipeline, error: Exception) -> None:
         pytest.param(["--format", "xml"], "table, json", id="format"),
         pytest.param(["--fail-on", "doom"], "info, warning, error", id="fail on"),
         pytest.param(["--dry-run"], "No such option", id="unknown option"),
+        pytest.param(["--seed", "9" * 24], "--seed", id="seed too large"),
+        pytest.param(["--seed", "-1"], "--seed", id="negative seed"),
     ],
 )
 def test_usage_errors(pipeline: Pipeline, arguments: list[str], words: str) -> None:
@@ -225,6 +227,7 @@ def test_usage_errors(pipeline: Pipeline, arguments: list[str], words: str) -> N
         pytest.param(["-o", "nowhere/run.h5"], "does not exist", id="no folder"),
         pytest.param(["-o", ".", "--force"], "a folder has that name", id="folder"),
         pytest.param(["-o", "/dev/null", "--force"], "a device", id="device"),
+        pytest.param(["-o", "/proc/run.h5"], "could not be written", id="a file system that takes no files"),
     ],
 )
 def test_output_is_checked_before_the_work(pipeline: Pipeline, arguments: list[str], words: str) -> None:
@@ -425,3 +428,29 @@ def test_ascii_terminals_do_not_break_it(tmp_path: Path) -> None:
         assert b"Traceback" not in done.stderr
         if "--format" in arguments:
             assert json.loads(done.stdout)["notes"] == run.notes
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["analyze", "--help"], ["--version"]], ids=" ".join)
+def test_help_whose_reader_stops_early(tmp_path: Path, arguments: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([*CLI, *arguments], stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert done.returncode == 0
+    assert done.stderr == b""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize("arguments", [["show", "run.h5"], ["show", "run.h5", "--format", "json"], ["--help"]])
+def test_a_full_disk_behind_standard_output(tmp_path: Path, arguments: list[str]) -> None:
+    make_run().save(tmp_path / "run.h5")
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run([*CLI, *arguments], cwd=tmp_path, stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 3
+    assert done.stderr.startswith(b"error: The output could not be written: No space left on device.")
+    assert b"Traceback" not in done.stderr
+
+
+def test_help_lists_every_dump() -> None:
+    words = " ".join(call("analyze", "--help").stdout.replace("│", " ").split())
+    assert "factors (always" in words

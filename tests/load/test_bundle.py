@@ -116,6 +116,12 @@ BREAK: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda c: c["batch"].update(inputs=torch.zeros(2)),
         "batch inputs is a Tensor",
     ),
+    "words for weights": (lambda c: c["loss"].update(settings={"weight": "abc"}), "settings of the wrong kind"),
+    "words for a number": (
+        lambda c: c["loss"].update(settings={"label_smoothing": "abc"}),
+        "settings of the wrong kind",
+    ),
+    "mode of another form": (lambda c: c.update(mode=3), "mode is a int"),
     "unknown loss": (lambda c: c["loss"].update(name="hinge"), "hinge"),
     "unknown setting": (lambda c: c["loss"].update(settings={"a": 1}), "'a'"),
     "optimizer": (lambda c: c.update(optimizer={"class": "SGD"}), "no 'param_names'"),

@@ -61,3 +61,42 @@ def test_what_is_missing_is_asked_for(batch: Any, loss: Any, kind: type, net: nn
 def test_what_is_no_model(pair: Any) -> None:
     with pytest.raises(CheckpointError, match="int"):
         load_problem(3, pair, "mse")
+
+
+NORM, STATELESS, DROPOUT = nn.BatchNorm1d(4), nn.BatchNorm1d(4, track_running_stats=False), nn.Dropout(0.1)
+MODES: dict[str, tuple[nn.Module, tuple[str, ...]]] = {
+    "neither": (nn.Dropout(0.0), ()),
+    "norm": (NORM, ("BatchNorm uses its running statistics",)),
+    "norm without statistics": (STATELESS, ("BatchNorm keeps no running statistics and uses the batch's own",)),
+    "dropout": (DROPOUT, ("dropout is off",)),
+    "both": (nn.Sequential(NORM, DROPOUT), ("BatchNorm uses its running statistics", "dropout is off")),
+    "attention": (nn.MultiheadAttention(4, 2, dropout=0.1), ("dropout is off",)),
+    "recurrent": (nn.LSTM(4, 4, num_layers=2, dropout=0.1), ("dropout is off",)),
+    "recurrent, one layer": (nn.Sequential(nn.LSTM(4, 4)), ()),
+}
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_what_eval_mode_hides(name: str) -> None:
+    module, words = MODES[name]
+    model = nn.ModuleList([nn.Linear(4, 3), module])
+    problem = load_problem(model, (torch.ones(2, 4), torch.zeros(2, dtype=torch.long)), "cross_entropy")
+    assert problem.hidden_by_eval == words
+
+
+def test_an_input_may_be_named_by_a_number() -> None:
+    pair = (torch.ones(2, 4), torch.zeros(2, dtype=torch.long))
+    assert load_problem(nn.Linear(4, 3), pair, "cross_entropy", example_axes={0: 1}).example_axes == {"0": 1}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["sparse_coo", "sparse_csr", "nested", "quantized"])
+def test_tensors_of_another_kind_are_refused(kind: str) -> None:
+    x = {
+        "sparse_coo": lambda: torch.eye(3).to_sparse(),
+        "sparse_csr": lambda: torch.eye(3).to_sparse_csr(),
+        "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+        "quantized": lambda: torch.quantize_per_tensor(torch.ones(2, 3), 0.1, 0, torch.quint8),
+    }[kind]()
+    with pytest.raises(BatchError, match=f"a {kind} tensor"):
+        load_problem(nn.Linear(3, 3), (x, torch.zeros(3, dtype=torch.long)), "cross_entropy")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import io
 import json
 import pickle
@@ -278,6 +279,88 @@ def test_damaged_archives(name: str, members: Members) -> None:
     DAMAGE[name](crafted)
     with pytest.raises(UnreadableArchiveError):
         vetted_archive(write_archive(crafted))
+
+
+def _meta(change: Callable[[Any], None]) -> Callable[[Members], None]:
+    def apply(members: Members) -> None:
+        config = json.loads(members[WEIGHTS])
+        change(config["config"]["head.weight"]["tensor_meta"])
+        members[WEIGHTS] = json.dumps(config).encode()
+
+    return apply
+
+
+def _weight_bytes(change: Callable[[bytes], bytes]) -> Callable[[Members], None]:
+    def apply(members: Members) -> None:
+        path = "data/weights/" + json.loads(members[WEIGHTS])["config"]["head.weight"]["path_name"]
+        members[path] = change(members[path])
+
+    return apply
+
+
+SIZES: dict[str, tuple[Callable[[Members], None], str]] = {
+    "surplus": (_weight_bytes(lambda raw: raw + bytes(4)), "76 bytes, where its tensors take 72"),
+    "short": (_weight_bytes(lambda raw: raw[:8]), "takes 72 bytes"),
+    "huge sizes": (_meta(lambda m: m.update(sizes=[{"as_int": 5 * 10**9}, {"as_int": 6}])), "takes"),
+    "one number without end": (
+        _meta(lambda m: m.update(sizes=[{"as_int": 10**12}], strides=[{"as_int": 0}])),
+        "repeats a few numbers",
+    ),
+    "negative": (_meta(lambda m: m.update(storage_offset={"as_int": -1})), "sizes"),
+    "symbolic": (_meta(lambda m: m.update(sizes=[{"as_expr": "s0"}])), "no known size"),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_sizes_are_those_of_the_bytes(name: str, members: Members) -> None:
+    change, words = SIZES[name]
+    crafted = dict(members)
+    change(crafted)
+    with pytest.raises(UnreadableArchiveError, match=words):
+        vetted_archive(write_archive(crafted))
+    if name != "surplus":
+        with pytest.raises(UnreadableArchiveError, match=words):
+            raw_weights(write_archive(crafted))
+
+
+def test_compressed_members_are_refused_unread(members: Members) -> None:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, content in members.items():
+            file.writestr(f"archive/{name}", content)
+        file.writestr("archive/data/weights/weight_9", bytes(10**7))
+    for read in (vetted_archive, raw_weights):
+        with pytest.raises(UnreadableArchiveError, match="compressed"):
+            read(buffer.getvalue())
+
+
+def test_members_that_claim_more_than_there_is(archive: bytes) -> None:
+    """The same bytes may be listed under several names."""
+    with zipfile.ZipFile(io.BytesIO(archive)) as file:
+        largest = max(file.infolist(), key=lambda entry: entry.file_size)
+        copies = 1 + len(archive) // largest.file_size
+    buffer = io.BytesIO(archive)
+    with zipfile.ZipFile(buffer, "a") as file:
+        for number in range(copies):
+            entry = copy.copy(largest)
+            entry.filename = f"{largest.filename}{number}"
+            file.filelist.append(entry)
+            file.NameToInfo[entry.filename] = entry
+        file._didModify = True
+    with pytest.raises(UnreadableArchiveError, match="more bytes than it has"):
+        vetted_archive(buffer.getvalue())
+
+
+@pytest.mark.parametrize("where", [MODEL, WEIGHTS])
+@pytest.mark.parametrize("depth", [960, 200_000])
+def test_nesting_without_end(where: str, depth: int, members: Members) -> None:
+    deep = b"[" * depth + b"]" * depth
+    if depth < 1000:
+        program = json.loads(members[MODEL])
+        program["graph_module"]["graph"]["nodes"] = "DEEP"
+        deep = json.dumps(program).encode().replace(b'"DEEP"', deep)
+    with pytest.raises(UnreadableArchiveError):
+        vetted_archive(write_archive({**members, where: deep}))
 
 
 @pytest.mark.parametrize("data", [b"", b"PK\x03\x04", b"text"])

@@ -14,7 +14,8 @@ from rich.console import Console
 import curvscope
 from curvscope.errors import UsageError
 from curvscope.present.terminal import render
-from curvscope.records import Run
+from curvscope.records import CoverageRow, ErrorRow, FindingRow, Layer, LayerRow, Run
+from curvscope.settings import APPROXIMATIONS
 from tests.synthetic import FORBIDDEN, KRON_BEST, LAYERS, make_run
 
 NAMES = [spec[0] for spec in LAYERS]
@@ -74,7 +75,7 @@ def test_narrow_report_keeps_what_matters() -> None:
 @pytest.mark.parametrize(
     "words",
     [
-        "89.0 % of the trainable parameters",
+        "89.0 % Kronecker, 1.5 % exact block only, 9.5 % not covered (of the trainable parameters)",
         "VisionTransformer, 3,168 parameters, step 1,200",
         "0.6183 cross_entropy(label_smoothing=0.1), gradient norm 0.0421",
         "exact GGN (8 layers), 1 layer not assessed, float32 on cpu",
@@ -268,3 +269,80 @@ def test_to_pandas() -> None:
     assert list(run.to_pandas("errors").columns) == list(frame.columns)
     with pytest.raises(UsageError, match="no table 'error'"):
         run.to_pandas("error")
+
+
+def with_blocks_alone(run: Run) -> Run:
+    """The run with five norms and a table of positions, which have no Kronecker factors."""
+    norms = [f"blocks.{i}.norm{j}" for i in range(2) for j in (1, 2)] + ["norm"]
+    for name, kind, size in [*((norm, "layer_norm", 20) for norm in norms), ("positions", "shift", 300)]:
+        row = LayerRow(name, kind, size, 1, False, 1, size, 6, 1.0, 54, "")
+        reason = "no Kronecker form: element by element"
+        errors = {a: ErrorRow(name, a, "exact", status="not_assessed", reason=reason) for a in APPROXIMATIONS}
+        errors["diag"] = ErrorRow(name, "diag", "exact", rel_frobenius=0.5)
+        run.layers[name] = Layer(row, errors=errors)
+        run.tables["errors"] += errors.values()
+        run.tables["layers"].append(row)
+        run.tables["coverage"].append(CoverageRow(name, name, size, "exact_only"))
+    return run
+
+
+def test_layers_with_a_block_alone_stand_together() -> None:
+    text = page(with_blocks_alone(make_run()), width=200)
+    assert "9 layers, in forward order" in text
+    assert "exact block only: positions (8.4 %), 5 norms blocks.*.norm*, norm (2.8 %)" in text
+    assert "no Kronecker form" not in text
+    assert "exact GGN (8 layers), 1 layer not assessed" in text
+    alone = page(with_blocks_alone(make_run()), "blocks.0.norm1", width=200)
+    assert "layer_norm, exact block only, 20 parameters" in alone
+    assert "no Kronecker form" in alone
+    assert "arrays" not in alone
+
+
+def test_groups_stand_in_the_shape() -> None:
+    run = make_run()
+    layer = run.layers["stem.conv"]
+    layer.row = dataclasses.replace(layer.row, groups=4)
+    text = page(run)
+    assert rows(text)["stem.conv"][2] == "4·2×27"
+    assert "4·2×27: 4 groups of 2×27 each." in text
+
+
+def test_the_layer_page_has_standard_errors_at_any_width() -> None:
+    text = page(make_run("probe"), "stem.conv", width=80)
+    assert "0.620±0.02" in text
+    assert "~" not in text
+
+
+@pytest.mark.parametrize("findings", [True, False])
+def test_little_is_known_where_most_was_not_assessed(findings: bool) -> None:
+    run = make_run(findings=findings)
+    for layer in list(run.layers.values())[:5]:
+        layer.errors = {k: ErrorRow(layer.name, k, "exact", status="not_assessed") for k in layer.errors}
+    text = page(run, width=200)
+    assert "nothing stands out" not in text
+    assert "not assessed for 6 of 9 layers" in text
+
+
+def test_every_finding_of_the_network_is_printed() -> None:
+    run = make_run()
+    network = [FindingRow(f"CS30{i}", "info", "", f"Of the network, {i}.", "") for i in range(4)]
+    run.tables["findings"] = [*run.findings, *network]
+    text = page(run, width=200)
+    assert all(row.evidence in text for row in network)
+    assert "and 1 finding more, on the page of its layer." in text
+
+
+def test_one_position_has_no_better_flavour() -> None:
+    run = make_run()
+    layer = run.layers["head"]
+    layer.row = dataclasses.replace(layer.row, better_flavour="same")
+    text = page(run, "head", width=200)
+    assert "expand and reduce are the same (one position)" in text
+    assert "K-FAC-same" not in text
+    assert "• kfac_expand" in text
+
+
+def test_the_mode_is_said_once() -> None:
+    run = make_run()
+    run.model = dataclasses.replace(run.model, mode_note="dropout is off")
+    assert "eval mode: dropout is off " in page(run)

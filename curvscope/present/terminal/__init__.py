@@ -33,8 +33,8 @@ def render(run: Run, console: Console, layer: str | None = None, path: str | os.
     page = Page(console, None if path is None else os.fspath(path))
     # a stored run reads what a page shows before any of it is printed
     if layer is None:
-        for layer in run.layers.values():
-            layer.spectrum.get("ggn")
+        for stored in run.layers.values():
+            stored.spectrum.get("ggn")
         overview(page, run)
     else:
         chosen = run.layers[find_layer(run, layer)]

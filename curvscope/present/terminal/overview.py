@@ -75,8 +75,8 @@ def _header(page: Page, run: Run) -> Panel:
     shares = _shares(run)
     for treatment in ("exact_only", "uncovered"):
         if treatment in shares:
-            words = f", {percent(shares[treatment])} {TREATMENT_WORDS[treatment]}"
-            covered.append(page.safe(words), style="not bold default")
+            share = f", {percent(shares[treatment])} {TREATMENT_WORDS[treatment]}"
+            covered.append(page.safe(share), style="not bold default")
     covered.append(page.safe(" (of the trainable parameters)"), style="not bold dim default")
     step = f", step {model.step:,}" if model.step >= 0 else ""
     lines = {
@@ -237,9 +237,9 @@ def _not_assessed(page: Page, run: Run, layers: dict[str, Layer]) -> None:
     lines = []
     for (status, named), by_reason in kinds.items():
         what = "everything" if len(named) > 5 else ", ".join(named)
-        layers = [layer for concerned in by_reason.values() for layer in concerned]
+        names = [layer for concerned in by_reason.values() for layer in concerned]
         line = page.text(f"{page.dash} {STATUS_WORDS[status]}: ", "yellow")
-        line.append(page.safe(f"{what} of {_some(layers, 'layer', most=1)}: {next(iter(by_reason))}"), style="dim")
+        line.append(page.safe(f"{what} of {_some(names, 'layer', most=1)}: {next(iter(by_reason))}"), style="dim")
         if len(by_reason) > 1:
             line.append(f" (other reasons: {len(by_reason) - 1}, on the layers' pages)", style="dim")
         lines.append(line)
