@@ -31,11 +31,13 @@ class Ours:
             dtype=torch.float32,
             dynamic=exported.dynamic,
         )
+        # norms and free parameters have no factors, and the peer does not treat them
+        self.wanted = {name: None for name, spec in self.graph.layers.items() if not spec.exact_only}
         self.layouts = verify(self.graph, [workload.inputs], exported.example_axes, workload.examples)
 
     def factors_and_gradient(self) -> dict[str, Extract]:
         """Everything from the batch on: forward, the root of the loss Hessian in its outputs, backward, products."""
-        return sweep(self.graph, [self.workload.inputs], self.layouts, self._root, dict.fromkeys(self.graph.layers))
+        return sweep(self.graph, [self.workload.inputs], self.layouts, self._root, self.wanted)
 
     def _root(self, outputs: Tensor) -> Root:
         workload = self.workload

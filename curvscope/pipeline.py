@@ -273,6 +273,8 @@ def _settings(**given: Any) -> Settings:
                     where=f"--{key}",
                     remedy=f"Choose from {', '.join(choices)}.",
                 )
+    if not isinstance(given["seed"], int) or not 0 <= given["seed"] < 2**63:
+        raise UsageError("seed must be a whole number from 0 to 2^63 - 1.", where="--seed", remedy="Choose another.")
     if given["samples"] is not None and given["samples"] < 1:
         raise UsageError("samples must be at least 1.", where="--samples", remedy="Leave it out for the default.")
     if given["memory_bytes"] is not None and given["memory_bytes"] <= 0:
@@ -422,9 +424,8 @@ def _free_bytes() -> int:
 
 
 def _mode_note(problem: Problem) -> str:
-    """What eval mode hides, as a sentence; empty where it hides nothing."""
-    words = " and ".join(problem.hidden_by_eval)
-    return f"{words[0].upper()}{words[1:]}." if words else ""
+    """What eval mode hides, as a clause; empty where it hides nothing."""
+    return " and ".join(problem.hidden_by_eval)
 
 
 def _padding_note(layers: Mapping[str, Layer]) -> list[str]:

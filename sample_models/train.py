@@ -106,6 +106,7 @@ def train(recipe: Recipe, digits: Digits, steps: int | None = None) -> Trained:
 def make(name: str, digits: Digits, folder: Path = FOLDER, steps: int | None = None) -> tuple[Path, Trained]:
     """The bundle `folder/name.pt` of one freshly trained sample, and what was trained."""
     trained = train(RECIPES[name], digits, steps)
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.pt"
     curvscope.capture(
         path,

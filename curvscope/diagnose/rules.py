@@ -194,7 +194,7 @@ def _of_network(model: ModelInfo, coverage: Sequence[CoverageRow]) -> list[tuple
             "CS302",
             "info",
             "",
-            f"Everything is computed in eval mode: {model.mode_note}.",
+            f"Everything is computed in eval mode: {model.mode_note.rstrip('.')}.",
             "Curvature in training mode differs where batch statistics or dropout act; the numbers are evaluation's.",
         )
         found.append((2, 0.01, row))

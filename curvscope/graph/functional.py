@@ -132,7 +132,6 @@ def build(
             chosen.append(operation)
 
     biases = _biases(chosen, parameters, requires_grad, readers, shapes)
-    tainted: set[fx.Node] = set()
     replaced: dict[fx.Node, Site] = {}
     outputs: dict[fx.Node, fx.Node] = {}
     roots: list[tuple[str, Leaf]] = []
@@ -184,22 +183,13 @@ def build(
             specs[site.layer].selected = selected(site.layer, layers, skip)
     require_layers(list(specs), layers, skip)
 
-    for node in list(graph.nodes):
-        before = any(parent in tainted for parent in node.all_input_nodes)
-        if node in replaced:
-            site = replaced[node]
-            if not before:
-                site.root = True
-                leaf = Leaf()
-                roots.append((site.target, leaf))
-                module.add_submodule(site.target + "_leaf", leaf)
-                with graph.inserting_after(node):
-                    cut = graph.call_module(site.target + "_leaf", (node,))
-                node.replace_all_uses_with(cut, delete_user_cb=lambda user, cut=cut: user is not cut)
-                tainted.add(cut)
-            tainted.add(node)
-        elif before:
-            tainted.add(node)
+    for node, site in replaced.items():
+        leaf = Leaf()
+        roots.append((site.target, leaf))
+        module.add_submodule(site.target + "_leaf", leaf)
+        with graph.inserting_after(node):
+            cut = graph.call_module(site.target + "_leaf", (node,))
+        _replace_uses(node, cut)
     graph.eliminate_dead_code()
     graph.lint()
     module.recompile()
@@ -236,11 +226,8 @@ def build(
 def _insert_tap(
     module: fx.GraphModule, plan: taps.TapPlan, specs: dict[str, LayerSpec], shapes: dict[str, torch.Size]
 ) -> tuple[fx.Node, Site] | None:
-    """The tap's node and site, its layer made or extended; None where its parameters belong to different layers."""
-    owners = {member.parameter.rpartition(".")[0] for member in plan.members}
-    if len(owners) > 1:
-        return None
-    owner = owners.pop()
+    """The tap's node and site, its layer made or extended; None where a layer of another kind has its name."""
+    owner = plan.members[0].parameter.rpartition(".")[0]
     name = owner if plan.kind not in ("scale", "shift") and owner else plan.members[0].parameter
     known = specs.get(name)
     if known is not None and not known.exact_only:
@@ -252,7 +239,8 @@ def _insert_tap(
     known.members |= members
     known.d_in = sum(known.members.values())
     tap = taps.Tap(plan.members, {member.parameter: shapes[member.parameter] for member in plan.members})
-    site = Site(f"curvscope_tap_{plan.node.name}", name, plan.kind, tap)
+    count = sum(len(spec.sites) for spec in specs.values())
+    site = Site(f"curvscope_tap_{count}_{plan.node.name}", name, plan.kind, tap)
     known.sites.append(site)
     module.add_submodule(site.target, tap)
     extra = [plan.other] if plan.other is not None else []
@@ -262,8 +250,13 @@ def _insert_tap(
     with graph.inserting_after(max([plan.node, *extra], key=lambda node: order[node])):
         node = graph.call_module(site.target, (plan.node, *extra))
     node.meta = dict(plan.node.meta)
-    plan.node.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node)
+    _replace_uses(plan.node, node)
     return node, site
+
+
+def _replace_uses(node: fx.Node, stand_in: fx.Node) -> None:
+    """Let everything that read the node read its stand-in, which itself goes on reading the node."""
+    node.replace_all_uses_with(stand_in, delete_user_cb=lambda user: user is not stand_in)
 
 
 class _Computed:

@@ -53,14 +53,12 @@ class Site:
         layer: the name of the layer, that is the weight, it belongs to.
         kind: linear, conv1d, ..., conv_transpose3d; for a tap the operation it stands behind.
         module: the nn.Linear or nn.ConvNd that shares the parameter, or a `Tap`.
-        root: nothing before it is a site, so its output is where the backward pass ends.
     """
 
     target: str
     layer: str
     kind: str
     module: Any
-    root: bool = False
 
 
 @dataclass
@@ -104,7 +102,11 @@ class ParameterUse:
 
 
 class Leaf(nn.Module):
-    """Cuts the graph behind a root site: its output is what the backward passes are taken with respect to."""
+    """Cuts the graph behind a root site: its output is what the backward passes are taken with respect to.
+
+    Whether a site is a root shows only as the pass runs: a comparison or a table look-up before it lets no gradient
+    through, though other sites feed it.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,8 +114,9 @@ class Leaf(nn.Module):
         self.cut = True
 
     def forward(self, tensor: Tensor) -> Tensor:
-        """The same values as a fresh leaf that requires a gradient; the tensor itself while `cut` is off."""
-        if not self.cut:
+        """The same values as a fresh leaf that requires a gradient; the tensor itself where it already does."""
+        if not self.cut or tensor.requires_grad or not torch.is_grad_enabled():
+            self.value = None
             return tensor
         self.value = tensor.detach().requires_grad_()
         return self.value

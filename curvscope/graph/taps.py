@@ -103,7 +103,8 @@ def find_taps(graph: fx.Graph, root: nn.Module, wanted: Sequence[str]) -> list[T
     for node in list(graph.nodes):
         if node.op == "get_attr" and str(node.target) in wanted:
             reads[str(node.target)] += list(_ends(node, []))
-    plans: dict[fx.Node, TapPlan] = {}
+    plans: dict[tuple[fx.Node, str], TapPlan] = {}
+    scaled: dict[fx.Node, str] = {}
     mixed: set[fx.Node] = set()
     for name, ends in reads.items():
         found = [_plan(graph, root, name, end, chain) for end, chain in ends]
@@ -111,14 +112,15 @@ def find_taps(graph: fx.Graph, root: nn.Module, wanted: Sequence[str]) -> list[T
         if not found or len(complete) < len(found):
             continue
         for plan in complete:
-            known = plans.get(plan.node)
+            if plan.other is not None and scaled.setdefault(plan.node, name) != name:
+                mixed.add(plan.node)  # two parameters multiplied with each other
+            key = (plan.node, name.rpartition(".")[0])
+            known = plans.get(key)
             if known is not None:
-                if known.other is not None and plan.other is not None:
-                    mixed.add(plan.node)  # two parameters multiplied with each other
                 members, other = (*known.members, *plan.members), known.other or plan.other
                 plan = TapPlan(plan.node, plan.kind, members, other)
-            plans[plan.node] = plan
-    lost = {member.parameter for node in mixed for member in plans[node].members}
+            plans[key] = plan
+    lost = {member.parameter for plan in plans.values() if plan.node in mixed for member in plan.members}
     order = {node: index for index, node in enumerate(graph.nodes)}
     kept = [plan for plan in plans.values() if not lost & {member.parameter for member in plan.members}]
     return sorted(kept, key=lambda plan: order[plan.node])

@@ -84,6 +84,7 @@ def test_keys_in_a_packed_weight(expand: list[float], reduce: list[float], chang
         assert "K-FAC-expand" in found["CS101"].remedy
 
 
-def test_eval_mode_is_said_once() -> None:
-    row = findings(layer(0.1, 0.1), dataclasses.replace(MODEL, mode_note="dropout is off"))["CS302"]
+@pytest.mark.parametrize("note", ["dropout is off", "dropout is off."])
+def test_eval_mode_is_said_once(note: str) -> None:
+    row = findings(layer(0.1, 0.1), dataclasses.replace(MODEL, mode_note=note))["CS302"]
     assert row.evidence == "Everything is computed in eval mode: dropout is off."

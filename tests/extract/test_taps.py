@@ -50,6 +50,18 @@ class PositionTable(nn.Module):
         return x + self.table(torch.arange(x.shape[1]).unsqueeze(0))
 
 
+class TwoTables(nn.Module):
+    """A table of tokens and one of positions meet in one addition."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(5, 6), nn.Parameter(torch.randn(4, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        index = (x[..., 0] > 0).long() + 2 * (x[..., 1] > 0).long()
+        return torch.tanh(x) * (self.tokens(index) + self.places)
+
+
 class RelativeBias(nn.Module):
     """Scores of every token with every other, shifted by a table of distances: entries are read several times."""
 
@@ -136,6 +148,8 @@ BODIES: dict[str, tuple[Callable[[], nn.Module], str, tuple[str, ...]]] = {
     "sliced": (lambda: Bare(1, 9, 6, use=lambda x, p: x + p[:, 2:6]), "body.p", ("body.p",)),
     "single_number": (lambda: Bare(1, use=lambda x, p: x * p), "body.p", ("body.p",)),
     "position_table": (PositionTable, "body.table.weight", ("body.table.weight",)),
+    "token_table": (TwoTables, "body.tokens.weight", ("body.tokens.weight",)),
+    "table_beside_it": (TwoTables, "body.places", ("body.places",)),
     "relative_bias": (RelativeBias, "body.bias", ("body.bias",)),
     "windows": (Windows, "body.p", ("body.p",)),
     "class_token": (ClassToken, "body.token", ("body.token",)),

@@ -341,3 +341,28 @@ def test_idle_rows_are_no_padding(pool: str) -> None:
     )
     assert run.layers["inner"].row.padded == 0.0
     assert run.layers["inner"].row.positions == 7
+
+
+class LooksUp(nn.Module):
+    """A table look-up between two layers: no gradient reaches the first, and the second is as good as the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(4, 3), nn.Linear(3, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        picked = nn.functional.one_hot(self.first(x).argmax(-1), 3).to(x.dtype)
+        return self.head(torch.tanh(self.second(picked)))
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_layers_behind_what_lets_no_gradient_through(eager: bool) -> None:
+    torch.manual_seed(0)
+    model, inputs, targets = LooksUp().double(), torch.randn(9, 4).double(), torch.randint(3, (9,))
+    run = curvscope.analyze(
+        Branching(model) if eager else model, (inputs, targets), loss="cross_entropy", dtype="float64", dump=("blocks",)
+    )
+    G = reference.parameter_block(model, inputs, targets, nn.functional.cross_entropy, "second.weight", "second.bias")
+    prefix = "inner." if eager else ""
+    np.testing.assert_allclose(run.layers[f"{prefix}second"].block, G.numpy(), rtol=1e-9, atol=1e-14)
+    assert run.layers[f"{prefix}first"].errors["kfac_expand"].status == "not_assessed"

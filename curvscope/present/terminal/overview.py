@@ -296,7 +296,11 @@ def _exact_only(run: Run) -> list[tuple[str, int]]:
     for kind, names in kinds.items():
         patterns = list(dict.fromkeys(re.sub(r"\d+", "*", name) for name in names))
         listed = ", ".join(patterns[:2]) + (", ..." if len(patterns) > 2 else "")
-        words = ", ".join(names) if len(names) == 1 else f"{count(len(names), kind)} {listed}"
+        words = (
+            (kind + " " if kind == "norm" else "") + names[0]
+            if len(names) == 1
+            else f"{count(len(names), kind)} {listed}"
+        )
         found.append((words, sum(layers[name] for name in names)))
     return sorted(found, key=lambda item: -item[1])
 
