@@ -375,7 +375,7 @@ def _choose(
     columns = exact_columns(problem.loss, layouts.outputs, layouts.output, targets)
     plans = _layer_plans(graph, layouts, columns, settings, keep_draws=False)
     for name, layer in plans.items():
-        if layer.form is None:
+        if layer.form is None and not graph.layers[name].exact_only:
             return "probe", f"Exact columns were not taken: layer {name}: {layer.reason}. {PROBES} probes instead."
     estimate = 3 * forward_seconds * (columns + 1)
     estimate += sum(layer.measure_flops for layer in plans.values()) / ASSUMED_RATE
@@ -384,7 +384,8 @@ def _choose(
             f"Exact columns were not taken: {columns + 1} backward passes and their products would take about "
             f"{estimate:.0f} s, over --time {settings.time_seconds:g}. {PROBES} probes instead."
         )
-    if any(layer.form is None for layer in plan_sweeps(plans, _budget(settings)).layers.values()):
+    fitting = plan_sweeps(plans, _budget(settings)).layers
+    if any(layer.form is None for name, layer in fitting.items() if not graph.layers[name].exact_only):
         return "probe", f"Exact columns were not taken: they exceed --memory. {PROBES} probes instead."
     return "exact", ""
 

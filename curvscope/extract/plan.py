@@ -10,6 +10,8 @@ from curvscope.graph.sites import LayerSpec
 
 # Slices of columns and their products, on top of what is kept (curvature.block.PIECE_BYTES, a few at once).
 WORKING_BYTES = 256 * 2**20
+# Columns of a layer without factors (an embedding, say) are kept up to this many numbers.
+EXACT_ONLY_ENTRIES = 2**25
 # What the relative spectral error takes as a rule.
 LANCZOS_STEPS = 30
 
@@ -95,6 +97,8 @@ def _plan_exact_only(P: int, NK: int, itemsize: int, keep_draws: bool, limit: in
     small = NK if keep_draws else min(P, NK)
     if small > limit:
         return LayerPlan(None, 0, 0, _too_large(small, limit))
+    if NK * P > EXACT_ONLY_ENTRIES and (keep_draws or NK < P):
+        return LayerPlan(None, 0, 0, f"its {NK} columns of {P} numbers are too many for a layer without factors")
     flops = 2.0 * NK * P * small + 10.0 * small**3
     if NK >= P and not keep_draws:
         return LayerPlan("formed", 8 * P * P, 32 * P * P, measure_flops=flops)

@@ -97,8 +97,8 @@ def sweep(
                     allow_unused=True,
                 )
                 for (target, leaf), end in zip(leaves.items(), ends, strict=True):
-                    if not hasattr(modules[target], "input0"):
-                        continue  # a root whose layer this sweep does not watch
+                    if not hasattr(modules.get(target), "input0"):
+                        continue  # a root whose layer this sweep does not watch, or that was given up
                     extension(modules[target], (None,), (torch.zeros_like(leaf) if end is None else end,))
                 for name, collector in collectors.items():
                     if given is not None or name in forms:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ class Graph:
         origin: "exported", "exported (fixed batch size)" or "eager modules: <reason>".
         leaves: the root sites' outputs of the last forward pass, by target.
         rest: `(tensors, dL/df) -> gradients` of the trained parameters that belong to no layer.
+        free: the names of those parameters.
     """
 
     run: Callable[..., Tensor]
@@ -47,6 +48,16 @@ class Graph:
     origin: str
     leaves: Callable[[], dict[str, Tensor]]
     rest: Callable[[Sequence[Tensor], Tensor], dict[str, Tensor]]
+    free: list[str] = field(default_factory=list)
+
+    def drop(self, layer: str, reason: str) -> None:
+        """Give an exact-only layer up: its parameters count as uncovered, and `rest` has their gradients again."""
+        spec = self.layers.pop(layer)
+        self.free += spec.members
+        self.uses = [
+            ParameterUse(use.parameter, "", use.count, "uncovered", reason) if use.parameter in spec.members else use
+            for use in self.uses
+        ]
 
     def chosen(self) -> list[LayerSpec]:
         """The layers that --layers and --skip keep."""
@@ -220,7 +231,7 @@ def build(
         return {name: grad.detach() for name, grad in zip(fresh, found, strict=True) if grad is not None}
 
     origin = "exported" if dynamic else "exported with a fixed batch size"
-    return Graph(module, specs, uses, parameters, requires_grad, origin, leaves, rest)
+    return Graph(module, specs, uses, parameters, requires_grad, origin, leaves, rest, wanted)
 
 
 def _insert_tap(

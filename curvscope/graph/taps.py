@@ -139,9 +139,11 @@ def _ends(node: fx.Node, chain: list[fx.Node]) -> Iterator[tuple[fx.Node, list[f
 
 def _plan(graph: fx.Graph, root: nn.Module, name: str, end: fx.Node, chain: list[fx.Node]) -> TapPlan | None:
     source = chain[-1] if chain else None
+    if any(node.target is aten.embedding.default and node.args[2:3] not in ((), (-1,)) for node in chain):
+        return None  # the row of padding_idx gets no gradient: its entries would have to be told apart
     args: list[Any] = list(end.args)
     if end.op != "call_function":
-        return None
+        return _read_plan(graph, root, name, source, chain)
     if end.target in NORMS and not chain:
         return _norm_plan(graph, name, end)
     read = source if source is not None else next(a for a in end.all_input_nodes if str(a.target) == name)
@@ -156,11 +158,16 @@ def _plan(graph: fx.Graph, root: nn.Module, name: str, end: fx.Node, chain: list
             return TapPlan(end, "scale", (Member(name, "scale", False, index),), still)
         role = "minus" if end.target is aten.sub.Tensor and args[1] is read else "shift"
         return TapPlan(end, "shift", (Member(name, role, False, index),), None)
-    if source is not None and source.target in (aten.expand.default, aten.repeat.default):
-        # a token put before every example: the copy of each is the tap's own output
-        index = _index_chain(graph, root, name, chain)
-        return TapPlan(source, "shift", (Member(name, "shift", False, index),), None)
-    return None
+    return _read_plan(graph, root, name, source, chain)
+
+
+def _read_plan(
+    graph: fx.Graph, root: nn.Module, name: str, source: fx.Node | None, chain: list[fx.Node]
+) -> TapPlan | None:
+    """A tap on what was read itself: a token put before every example, or a table that is looked up."""
+    if source is None or source.target not in (aten.expand.default, aten.repeat.default, aten.embedding.default):
+        return None
+    return TapPlan(source, "shift", (Member(name, "shift", False, _index_chain(graph, root, name, chain)),), None)
 
 
 def _norm_plan(graph: fx.Graph, name: str, end: fx.Node) -> TapPlan | None:

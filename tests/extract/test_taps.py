@@ -50,6 +50,17 @@ class PositionTable(nn.Module):
         return x + self.table(torch.arange(x.shape[1]).unsqueeze(0))
 
 
+class Lookup(nn.Module):
+    """An embedding whose rows go straight into a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.mid = nn.Embedding(5, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x) * self.mid(self.table((x[..., 0] > 0).long() + 2 * (x[..., 1] > 0).long()))
+
+
 class TwoTables(nn.Module):
     """A table of tokens and one of positions meet in one addition."""
 
@@ -148,6 +159,7 @@ BODIES: dict[str, tuple[Callable[[], nn.Module], str, tuple[str, ...]]] = {
     "sliced": (lambda: Bare(1, 9, 6, use=lambda x, p: x + p[:, 2:6]), "body.p", ("body.p",)),
     "single_number": (lambda: Bare(1, use=lambda x, p: x * p), "body.p", ("body.p",)),
     "position_table": (PositionTable, "body.table.weight", ("body.table.weight",)),
+    "embedding": (Lookup, "body.table.weight", ("body.table.weight",)),
     "token_table": (TwoTables, "body.tokens.weight", ("body.tokens.weight",)),
     "table_beside_it": (TwoTables, "body.places", ("body.places",)),
     "relative_bias": (RelativeBias, "body.bias", ("body.bias",)),
@@ -245,3 +257,37 @@ def test_estimates() -> None:
     got, want = run.layers["body"].errors["diag"], run_of("layer_norm").layers["body"].errors["diag"]
     assert got.status == "estimated"
     assert abs(got.rel_frobenius - want.rel_frobenius) <= 5 * got.rel_frobenius_stderr
+
+
+def test_a_parameter_that_meets_no_example_is_given_up() -> None:
+    """Two parameters are combined before any example comes in: counted as uncovered, with its gradient in the norm."""
+
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.p, self.q = nn.Parameter(torch.randn(1, 6)), nn.Parameter(torch.randn(4, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.tanh(self.p.expand(4, -1)) * torch.tanh(self.q)
+
+    torch.manual_seed(0)
+    model, batch = Tokens(Inner()), (torch.randn(5, 4, 3), torch.randint(3, (5,)))
+    run = curvscope.analyze(model, batch, loss="cross_entropy", dtype="float64")
+    rows = {row.parameter: row for row in run.tables["coverage"]}
+    assert rows["body.p"].treatment == rows["body.q"].treatment == "uncovered"
+    assert "no example" in rows["body.p"].reason
+    loss = nn.functional.cross_entropy(model.double()(batch[0].double()), batch[1])
+    grads = torch.autograd.grad(loss, list(model.parameters()))
+    whole = sum(float(grad.square().sum()) for grad in grads) ** 0.5
+    assert run.model.gradient_norm == pytest.approx(whole, rel=1e-9)
+
+
+def test_a_table_with_a_padding_row_is_left_alone() -> None:
+    """torch gives the row of padding_idx no gradient, which the exact block would have to leave out."""
+    body = Lookup()
+    body.table.padding_idx = 0
+    torch.manual_seed(0)
+    batch = (torch.randn(5, 4, 3), torch.randint(3, (5,)))
+    rows = curvscope.analyze(Tokens(body), batch, loss="cross_entropy").tables["coverage"]
+    row = next(row for row in rows if row.parameter == "body.table.weight")
+    assert row.treatment == "uncovered"
