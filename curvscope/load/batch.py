@@ -100,14 +100,19 @@ def check_batch(batch: Batch) -> None:
             )
         if tensor.is_floating_point() or tensor.is_complex():
             bad = ~torch.isfinite(tensor)
-            if bool(bad.any()):
+            if bool(bad.any()) and not _additive_mask(tensor):
                 index = tuple(int(i) for i in bad.nonzero()[0])
                 raise BatchError(
                     f"{name} holds {int(bad.sum())} of {tensor.numel()} numbers that are NaN or Inf, "
                     f"the first at index {list(index)}.",
                     where=f"{batch.source}, {name}",
-                    remedy="Clean the data, or choose another batch. A mask of -inf can be a boolean mask.",
+                    remedy="Clean the data, or choose another batch. A mask to be added holds 0 and -inf only.",
                 )
+
+
+def _additive_mask(tensor: Tensor) -> bool:
+    """Whether the tensor is an attention mask to be added: 0 and -inf only, as torch's own causal masks are."""
+    return not tensor.is_complex() and bool(((tensor == 0) | (tensor == -torch.inf)).all())
 
 
 def _named_tensors(batch: Batch) -> dict[str, Tensor]:

@@ -152,3 +152,19 @@ def test_bad_batches_are_refused_in_words(name: str, tmp_path: Path) -> None:
 def test_bad_callables(name: str, word: str, factories: str) -> None:
     with pytest.raises(BatchError, match=word):
         load_batch(f"{factories}:{name}")
+
+
+def test_an_additive_mask_is_no_fault() -> None:
+    """torch's own causal mask holds -inf; NaN, +inf or -inf among data are still refused."""
+    mask = torch.nn.Transformer.generate_square_subsequent_mask(4)
+    loaded = load_batch(((torch.randn(2, 4), mask), torch.zeros(2).long()))
+    assert torch.equal(loaded.inputs.args[1], mask)
+    for value in (float("nan"), float("inf")):
+        broken = mask.clone()
+        broken[0, 0] = value
+        with pytest.raises(BatchError):
+            load_batch(((torch.randn(2, 4), broken), torch.zeros(2).long()))
+    data = torch.randn(2, 4)
+    data[0, 0] = -torch.inf
+    with pytest.raises(BatchError):
+        load_batch((data, torch.zeros(2).long()))
