@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import os
 import sys
 import time as clock
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,9 +17,10 @@ from torch import Tensor, nn
 from curvscope._version import __version__
 from curvscope.diagnose import rules
 from curvscope.errors import CurvscopeError, DeviceError, UsageError
+from curvscope.extract.choose import DTYPES, PROBES, choose, make_plan
 from curvscope.extract.collector import Extract, Form
-from curvscope.extract.plan import LayerPlan, Plan, plan_layer, plan_sweeps, site_positions
-from curvscope.extract.roots import Root, exact_columns, make_root
+from curvscope.extract.plan import Plan
+from curvscope.extract.roots import Root, make_root
 from curvscope.extract.sweep import Progress, no_progress, sweep
 from curvscope.graph.eager import build_eager
 from curvscope.graph.export import ExportFailure, FlatInputs, example_axes_of, export_model, flatten_inputs
@@ -35,11 +35,6 @@ from curvscope.records import CoverageRow, Layer, ModelInfo, RunInfo
 from curvscope.run import Run
 from curvscope.settings import DUMPS, FISHERS, MEASURES, Settings
 from curvscope.units import parse_bytes
-
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
-# A matrix rate that any machine reaches, for the estimate that `auto` decides on.
-ASSUMED_RATE = 5e10
-PROBES = 8
 
 
 def analyze(
@@ -136,7 +131,7 @@ def analyze(
         layouts = _verified(graph, flat, tensors, axes, examples)
         # the loss with its class axis settled
         problem = dataclasses.replace(problem, loss=check_targets(problem.loss, layouts.outputs, targets))
-    chosen, reason = _choose(problem, graph, layouts, targets, settings, seconds["layout"] / 3)
+    chosen, reason = choose(problem, graph, layouts, targets, settings, seconds["layout"] / 3)
     samples_taken = settings.samples or (PROBES if chosen == "probe" else 1)
     root = make_root(
         problem.loss,
@@ -149,7 +144,7 @@ def analyze(
     )
     if reason:
         notes.append(reason)
-    plan = _plan(graph, layouts, root, settings)
+    plan = make_plan(graph, layouts, root, settings)
     wishes = Wishes(chosen, settings.measure, settings.dump, settings.seed, kind)
     measured, squared_gradient = _measure(graph, tensors, layouts, root, plan, wishes, report, seconds)
     with _timed(seconds, "gradient"):
@@ -364,64 +359,6 @@ def _verified(
         raise
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         raise refused(error, flat) from error
-
-
-def _choose(
-    problem: Problem, graph: Graph, layouts: Layouts, targets: Any, settings: Settings, forward_seconds: float
-) -> tuple[str, str]:
-    """Exact or probe for `auto`, and in words why; any other choice as it is."""
-    if settings.fisher != "auto":
-        return settings.fisher, ""
-    columns = exact_columns(problem.loss, layouts.outputs, layouts.output, targets)
-    plans = _layer_plans(graph, layouts, columns, settings, keep_draws=False)
-    for name, layer in plans.items():
-        if layer.form is None and not graph.layers[name].exact_only:
-            return "probe", f"Exact columns were not taken: layer {name}: {layer.reason}. {PROBES} probes instead."
-    estimate = 3 * forward_seconds * (columns + 1)
-    estimate += sum(layer.measure_flops for layer in plans.values()) / ASSUMED_RATE
-    if estimate > settings.time_seconds:
-        return "probe", (
-            f"Exact columns were not taken: {columns + 1} backward passes and their products would take about "
-            f"{estimate:.0f} s, over --time {settings.time_seconds:g}. {PROBES} probes instead."
-        )
-    fitting = plan_sweeps(plans, _budget(settings)).layers
-    if any(layer.form is None for name, layer in fitting.items() if not graph.layers[name].exact_only):
-        return "probe", f"Exact columns were not taken: they exceed --memory. {PROBES} probes instead."
-    return "exact", ""
-
-
-def _layer_plans(
-    graph: Graph, layouts: Layouts, columns: int, settings: Settings, *, keep_draws: bool
-) -> dict[str, LayerPlan]:
-    """The form of every chosen layer's columns."""
-    return {
-        spec.name: plan_layer(
-            spec,
-            layouts.examples,
-            columns,
-            site_positions(layouts.positions, [site.target for site in spec.sites]),
-            itemsize=DTYPES[settings.dtype].itemsize,
-            keep_draws=keep_draws or "columns" in settings.dump,
-            limit=settings.max_columns,
-        )
-        for spec in graph.chosen()
-    }
-
-
-def _plan(graph: Graph, layouts: Layouts, root: Root, settings: Settings) -> Plan:
-    """Forms and groups of all chosen layers under the memory bound."""
-    draws = root.fisher in ("probe", "mc")
-    return plan_sweeps(_layer_plans(graph, layouts, root.columns, settings, keep_draws=draws), _budget(settings))
-
-
-def _budget(settings: Settings) -> int:
-    return settings.memory_bytes or _free_bytes() // 2
-
-
-def _free_bytes() -> int:
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return int(torch.cuda.mem_get_info()[0])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _mode_note(problem: Problem) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -78,6 +78,7 @@ def build_eager(
     requires_grad = {name: parameter.requires_grad for name, parameter in twin.named_parameters()}
     by_identity = {id(parameter): name for name, parameter in twin.named_parameters()}
     own = dict(twin.named_parameters())
+    original = twin
     found = {name: module for name, module in twin.named_modules() if type(module) in KINDS and _coverable(module)}
     counts = _count_calls(twin, flat, tensors, found)
     used = {name: module for name, module in found.items() if counts[name]}
@@ -182,6 +183,18 @@ def build_eager(
                 calls.cut = True
         return {name: grad for name, grad in zip(wanted, grads, strict=True) if grad is not None}
 
+    def function(given: Mapping[str, Tensor], tensors: Sequence[Tensor]) -> Tensor:
+        places = [path for path in stood if path]
+        standing_there = {path: original.get_submodule(path) for path in places}
+        try:
+            for path in places:
+                _put(original, path, stood[path])
+            args, kwargs = flat.rebuild(tuple(tensors))
+            return output_tensor(torch.func.functional_call(original, dict(given), args, kwargs))
+        finally:
+            for path in places:
+                _put(original, path, standing_there[path])
+
     uses = []
     owner = {name: spec for spec in specs.values() for name in (spec.weight, spec.bias) if name is not None}
     for name, tensor in parameters.items():
@@ -197,7 +210,8 @@ def build_eager(
             if name in lost:
                 why = "its weight is also read outside its own forward pass: not covered without export"
             uses.append(ParameterUse(name, "", count, "uncovered", why))
-    return Graph(run, specs, uses, parameters, requires_grad, f"eager modules, export failed ({reason})", leaves, rest)
+    origin = f"eager modules, export failed ({reason})"
+    return Graph(run, specs, uses, parameters, requires_grad, origin, leaves, rest, function)
 
 
 def _put(twin: nn.Module, path: str, module: nn.Module) -> None:

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.export.graph_signature import InputKind, OutputKind
-from torch.utils import _pytree as pytree
+from torch import Tensor, fx
 
 from curvscope.errors import ModelError
 from curvscope.graph import sites as finding
 from curvscope.graph import taps
 from curvscope.graph.sites import LayerSpec, Leaf, ParameterUse, Site
+from curvscope.graph.unlift import tidy, unlift
 
 aten = torch.ops.aten
-
-# Shape and metadata checks that would pin the traced batch size, dtype or device.
-CHECKS = ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size")
 
 
 @dataclass
@@ -37,6 +34,8 @@ class Graph:
         origin: "exported", "exported (fixed batch size)" or "eager modules: <reason>".
         leaves: the root sites' outputs of the last forward pass, by target.
         rest: `(tensors, dL/df) -> gradients` of the trained parameters that belong to no layer.
+        function: `(parameters, tensors) -> output`, the model without sites as a function of its parameters; those that
+            are not given keep their values.
         free: the names of those parameters.
     """
 
@@ -48,6 +47,7 @@ class Graph:
     origin: str
     leaves: Callable[[], dict[str, Tensor]]
     rest: Callable[[Sequence[Tensor], Tensor], dict[str, Tensor]]
+    function: Callable[[Mapping[str, Tensor], Sequence[Tensor]], Tensor]
     free: list[str] = field(default_factory=list)
 
     def drop(self, layer: str, reason: str) -> None:
@@ -114,9 +114,10 @@ def build(
         ModelError: it has no linear layer with a parameter, or all of them are frozen.
         ModelError: `layers` and `skip` leave nothing.
     """
-    module, parameters, requires_grad = _unlift(program, device, dtype)
+    module, parameters, requires_grad = unlift(program, device, dtype)
     graph = module.graph
-    _tidy(graph, device, dtype)
+    tidy(graph, device, dtype)
+    plain = fx.GraphModule(module, copy.deepcopy(graph))
     shapes = {name: tensor.shape for name, tensor in parameters.items()}
     operations = finding.find_operations(graph, set(parameters))
     weights = list(dict.fromkeys(operation.weight for operation in operations))
@@ -230,8 +231,11 @@ def build(
                 leaf.cut = True
         return {name: grad.detach() for name, grad in zip(fresh, found, strict=True) if grad is not None}
 
+    def function(given: Mapping[str, Tensor], tensors: Sequence[Tensor]) -> Tensor:
+        return torch.func.functional_call(plain, dict(given), tuple(tensors))
+
     origin = "exported" if dynamic else "exported with a fixed batch size"
-    return Graph(module, specs, uses, parameters, requires_grad, origin, leaves, rest, wanted)
+    return Graph(module, specs, uses, parameters, requires_grad, origin, leaves, rest, function, wanted)
 
 
 def _insert_tap(
@@ -310,113 +314,6 @@ def require_trainable(weights: Sequence[str], requires_grad: dict[str, bool]) ->
             where=f"{len(weights)} weights, the first is {weights[0]}",
             remedy="Set requires_grad_(True) on the parameters that are trained before saving or analyzing.",
         )
-
-
-def _unlift(
-    program: torch.export.ExportedProgram, device: torch.device, dtype: torch.dtype
-) -> tuple[fx.GraphModule, dict[str, Tensor], dict[str, bool]]:
-    """The program's graph with its parameters, buffers and constants as attributes and only the output returned."""
-    graph = fx.Graph()
-    signature = program.graph_signature
-    kinds = {spec.arg.name: spec for spec in signature.input_specs}
-    state: dict[str, Any] = {**program.state_dict, **program.constants}
-    root = nn.Module()
-    attributes: dict[str, str] = {}
-    parameters: dict[str, Tensor] = {}
-    requires_grad: dict[str, bool] = {}
-    copied: dict[fx.Node, fx.Node] = {}
-    canonical = _one_name_each(program)
-    for node in program.graph.nodes:
-        spec = kinds.get(node.name) if node.op == "placeholder" else None
-        if spec is not None and spec.kind is not InputKind.USER_INPUT:
-            if spec.target is None:
-                continue
-            target = canonical.get(spec.target, spec.target)
-            attribute = attributes.get(target)
-            if attribute is None:
-                value = state[target]
-                if isinstance(value, Tensor):
-                    trained = spec.kind is InputKind.PARAMETER
-                    tensor = value.detach().to(device=device, dtype=dtype if value.is_floating_point() else None)
-                    # get_attr targets with dots need submodules: one flat name each instead
-                    attribute = target if trained else f"curvscope_state_{len(attributes)}"
-                    if trained:
-                        parameters[target] = tensor
-                        requires_grad[target] = value.requires_grad
-                    _attach(root, attribute, tensor)
-                else:
-                    attribute = f"curvscope_state_{len(attributes)}"
-                    setattr(root, attribute, value)
-                attributes[target] = attribute
-            new = graph.create_node("get_attr", attribute, name=node.name)
-            new.meta = dict(node.meta)
-            copied[node] = new
-        elif node.op == "get_attr":
-            setattr(root, str(node.target), getattr(program.graph_module, str(node.target)))
-            copied[node] = graph.node_copy(node, lambda n: copied[n])
-        elif node.op == "output":
-            names = [spec.arg.name for spec in signature.output_specs if spec.kind is OutputKind.USER_OUTPUT]
-            by_name = {n.name: n for n in program.graph.nodes}
-            graph.output(copied[by_name[names[0]]])
-        else:
-            copied[node] = graph.node_copy(node, lambda n: copied[n])
-    ordered = {}
-    for name, value in program.state_dict.items():
-        # Parameters that no operation reads have to be accounted for, too; second names of tied ones have not.
-        if isinstance(value, nn.Parameter) and canonical[name] == name:
-            ordered[name] = parameters.get(name, value.detach())
-            requires_grad[name] = value.requires_grad
-    module = fx.GraphModule(root, graph)
-    return module, ordered, requires_grad
-
-
-def _one_name_each(program: torch.export.ExportedProgram) -> dict[str, str]:
-    """Parameter name -> the first name of the same tensor: tied parameters have several."""
-    first: dict[tuple[int, tuple[int, ...]], str] = {}
-    names = {}
-    for name, value in program.state_dict.items():
-        if isinstance(value, nn.Parameter):
-            names[name] = first.setdefault(_storage(value), name)
-    return names
-
-
-def _storage(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
-    """What two names of one tensor share."""
-    return tensor.data_ptr(), tuple(tensor.shape)
-
-
-def _attach(root: nn.Module, path: str, tensor: Tensor) -> None:
-    """Hang a tensor at a dotted path under root."""
-    *parents, last = path.split(".")
-    owner = root
-    for parent in parents:
-        if not hasattr(owner, parent):
-            owner.add_module(parent, nn.Module())
-        owner = getattr(owner, parent)
-    owner.register_buffer(last, tensor, persistent=False)
-
-
-def _tidy(graph: fx.Graph, device: torch.device, dtype: torch.dtype) -> None:
-    """Drop checks, move baked-in devices and too narrow dtypes, and make every view a reshape."""
-    width = torch.finfo(dtype).bits
-
-    def retarget(item: Any) -> Any:
-        if isinstance(item, torch.dtype) and item.is_floating_point and torch.finfo(item).bits < width:
-            return dtype
-        return device if isinstance(item, torch.device) else item
-
-    for node in list(graph.nodes):
-        if node.op != "call_function":
-            continue
-        if str(node.target).removeprefix("aten.").split(".")[0] in CHECKS:
-            graph.erase_node(node)
-            continue
-        if node.target is aten.view.default:
-            # A site's output may have other strides than the traced operation's had.
-            node.target = aten.reshape.default
-        node.args = pytree.tree_map(retarget, tuple(node.args), is_leaf=lambda x: isinstance(x, fx.Node))
-        node.kwargs = pytree.tree_map(retarget, dict(node.kwargs), is_leaf=lambda x: isinstance(x, fx.Node))
-    graph.eliminate_dead_code()
 
 
 def _readers(graph: fx.Graph, parameters: set[str]) -> dict[str, list[fx.Node]]:
