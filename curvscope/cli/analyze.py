@@ -93,7 +93,7 @@ def analyze(
     ] = "auto",
     samples: Annotated[
         int | None,
-        typer.Option(min=1, metavar="K", help="Draws of probe (default 8) and mc (1).", rich_help_panel=CURVATURE),
+        typer.Option(min=1, metavar="K", help="Draws of probe and mc (8).", rich_help_panel=CURVATURE),
     ] = None,
     measure: Annotated[
         list[str] | None,
