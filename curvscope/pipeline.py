@@ -20,6 +20,7 @@ from curvscope.errors import CurvscopeError, DeviceError, UsageError
 from curvscope.extract.choose import DTYPES, PROBES, choose, make_plan
 from curvscope.extract.collector import Extract, Form
 from curvscope.extract.plan import Plan
+from curvscope.extract.positionwise import independent_positions, shared_note
 from curvscope.extract.roots import Root, make_root
 from curvscope.extract.sweep import Progress, no_progress, sweep
 from curvscope.graph.eager import build_eager
@@ -131,6 +132,10 @@ def analyze(
         layouts = _verified(graph, flat, tensors, axes, examples)
         # the loss with its class axis settled
         problem = dataclasses.replace(problem, loss=check_targets(problem.loss, layouts.outputs, targets))
+    if settings.fisher in ("auto", "exact"):
+        with _timed(seconds, "positions"):
+            apart = independent_positions(problem.loss, graph, tensors, layouts, targets)
+            layouts = dataclasses.replace(layouts, independent=apart)
     chosen, reason = choose(problem, graph, layouts, targets, settings, seconds["layout"] / 3)
     samples_taken = settings.samples or PROBES
     root = make_root(
@@ -141,7 +146,10 @@ def analyze(
         fisher=chosen,
         samples=samples_taken,
         seed=settings.seed,
+        independent=layouts.independent,
     )
+    if root.shared and layouts.independent is not None:
+        notes.append(shared_note(layouts.independent))
     if reason:
         notes.append(reason)
     plan = make_plan(graph, layouts, root, settings)

@@ -10,7 +10,7 @@ import torch
 from curvscope.extract.plan import LayerPlan, Plan, plan_layer, plan_sweeps, site_positions
 from curvscope.extract.roots import Root, exact_columns
 from curvscope.graph.functional import Graph
-from curvscope.graph.verify import Layouts
+from curvscope.graph.verify import Independent, Layouts
 from curvscope.load.problem import Problem
 from curvscope.settings import Settings
 
@@ -26,8 +26,9 @@ def choose(
     """Exact or probe for `auto`, and in words why; any other choice as it is."""
     if settings.fisher != "auto":
         return settings.fisher, ""
-    columns = exact_columns(problem.loss, layouts.outputs, layouts.output, targets)
-    plans = layer_plans(graph, layouts, columns, settings, keep_draws=False)
+    apart = layouts.independent
+    columns = apart.columns if apart else exact_columns(problem.loss, layouts.outputs, layouts.output, targets)
+    plans = layer_plans(graph, layouts, columns, settings, keep_draws=False, apart=apart)
     for name, layer in plans.items():
         if layer.form is None and not graph.layers[name].exact_only:
             return "probe", f"Exact columns were not taken: layer {name}: {layer.reason}. {PROBES} probes instead."
@@ -45,15 +46,22 @@ def choose(
 
 
 def layer_plans(
-    graph: Graph, layouts: Layouts, columns: int, settings: Settings, *, keep_draws: bool
+    graph: Graph,
+    layouts: Layouts,
+    columns: int,
+    settings: Settings,
+    *,
+    keep_draws: bool,
+    apart: Independent | None = None,
 ) -> dict[str, LayerPlan]:
-    """The form of every chosen layer's columns."""
+    """The form of every chosen layer's columns; positions that are kept `apart` count as examples."""
+    each = apart.positions if apart else 1
     return {
         spec.name: plan_layer(
             spec,
-            layouts.examples,
+            layouts.examples * each,
             columns,
-            site_positions(layouts.positions, [site.target for site in spec.sites]),
+            site_positions(layouts.positions, [site.target for site in spec.sites]) // each,
             itemsize=DTYPES[settings.dtype].itemsize,
             keep_draws=keep_draws or "columns" in settings.dump,
             limit=settings.max_columns,
@@ -65,7 +73,9 @@ def layer_plans(
 def make_plan(graph: Graph, layouts: Layouts, root: Root, settings: Settings) -> Plan:
     """Forms and groups of all chosen layers under the memory bound."""
     draws = root.fisher in ("probe", "mc")
-    return plan_sweeps(layer_plans(graph, layouts, root.columns, settings, keep_draws=draws), budget(settings))
+    apart = layouts.independent if root.shared else None
+    plans = layer_plans(graph, layouts, root.columns, settings, keep_draws=draws, apart=apart)
+    return plan_sweeps(plans, budget(settings))
 
 
 def budget(settings: Settings) -> int:
