@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Callable
 from functools import cache
+from itertools import product
 
 import numpy as np
 import pytest
@@ -68,23 +70,30 @@ def exact_numbers(extract: Extract) -> dict[tuple[str, str], float]:
 def ekfac_numbers(exact: Extract, drawn: Extract, draws: int) -> dict[tuple[str, str], float]:
     """Errors of EKFAC against the exact block, in the bases that each half of the draws gives."""
     block, found = block_of(exact), {}
-    for flavour, (A, _) in exact.factors.items():
-        squares = [
-            EigenCorrected(Kronecker(A, drawn.probe_B[flavour][half].sum(0)), block).norm ** 2 for half in halves(draws)
-        ]
+    for flavour, (A, B) in exact.factors.items():
+        each = drawn.probe_B.get(flavour)
+        bases = [B] if each is None else [each[half].sum(0) for half in halves(draws)]
+        squares = [EigenCorrected(Kronecker(A, basis), block).norm ** 2 for basis in bases]
         share = float(np.mean(squares)) / block.norm**2
         found |= {(f"ekfac_{flavour}", "rel_frobenius"): (1 - share) ** 0.5}
         found |= {(f"ekfac_{flavour}", "cosine"): share**0.5}
     return found
 
 
-def coverages(model: str, fisher: str, draws: int, repetitions: int) -> dict[Key, tuple[float, float]]:
-    """Of every number: how often its interval holds the exact one, and how often no number was given."""
+def coverages(
+    model: str, fisher: str, draws: int, repetitions: int, *, exact_factors: bool = False
+) -> dict[Key, tuple[float, float]]:
+    """Of every number: how often its interval holds the exact one, and how often no number was given.
+
+    With `exact_factors` only the block is drawn, as for single large layers of an otherwise exact run.
+    """
     source = repeated(model)
     inside: dict[Key, list[float]] = defaultdict(list)
     exact = {layer: exact_numbers(extract) for layer, extract in source.exact.items()}
     for seed in range(repetitions):
         for layer, drawn in source.drawn(fisher, seed, draws).items():
+            if exact_factors:
+                drawn = dataclasses.replace(drawn, factors=source.exact[layer].factors, probe_B={})
             want = exact[layer] | (ekfac_numbers(source.exact[layer], drawn, draws) if draws >= 6 else {})
             rows = estimated_rows(layer, fisher, drawn, [block_of(drawn)])
             traces = estimated_spectra(layer, drawn, [block_of(drawn)], 1.0)
@@ -100,12 +109,15 @@ def coverages(model: str, fisher: str, draws: int, repetitions: int) -> dict[Key
     return {key: (float(np.nanmean(hits)), float(np.isnan(hits).mean())) for key, hits in inside.items()}
 
 
-@pytest.mark.parametrize("fisher", ["probe", "mc"])
-@pytest.mark.parametrize("model", MODELS)
-def test_intervals_hold_the_exact_number(model: str, fisher: str) -> None:
-    found = coverages(model, fisher, DRAWS, REPETITIONS)
+@pytest.mark.parametrize(
+    ("model", "fisher", "exact_factors"),
+    [*product(MODELS, ("probe", "mc"), (False,)), ("conv", "probe", True)],
+)
+def test_intervals_hold_the_exact_number(model: str, fisher: str, exact_factors: bool) -> None:
+    found = coverages(model, fisher, DRAWS, REPETITIONS, exact_factors=exact_factors)
     kinds = {(name.split("_")[0], quantity) for _, name, quantity in found}
-    assert len(kinds) == 4 + 2 + 2 + 1  # of kfac, ekfac, diag and ggn
+    # of kfac (whose trace may be exact), ekfac, diag and ggn
+    assert len(kinds) == 4 - exact_factors + 2 + 2 + 1
     covered = {key: share for key, (share, _) in found.items()}
     # 90 % itself, three standard errors of the repetition below it
     least = 0.9 - 3 * (0.9 * 0.1 / REPETITIONS) ** 0.5

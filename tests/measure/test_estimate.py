@@ -13,6 +13,8 @@ from torch import nn
 
 import curvscope
 from curvscope.curvature.kronecker import EigenCorrected, Kronecker
+from curvscope.extract import choose
+from curvscope.extract.plan import LayerPlan
 from curvscope.measure.draws import block_pairs
 from curvscope.measure.ekfac_estimate import ekfac_pairs, halves
 from curvscope.measure.estimate import estimated_rows
@@ -195,3 +197,61 @@ def test_auto_takes_probes_where_time_or_size_forbid_exact_columns() -> None:
     assert hurried.info.fisher == "probe"
     assert hurried.info.samples == 8
     assert any("--time" in note for note in hurried.notes)
+
+
+def limited(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    """A lower bound on min(P, N K)."""
+    original = choose.plan_layer
+
+    def with_limit(*args: Any, **options: Any) -> LayerPlan:
+        return original(*args, **options | {"limit": limit})
+
+    monkeypatch.setattr(choose, "plan_layer", with_limit)
+
+
+def test_auto_estimates_only_the_layers_that_are_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, batch = models.mlp(3, 8, 13), (torch.randn(12, 3), torch.randint(13, (12,)))
+    exact = curvscope.analyze(model, batch, loss="cross_entropy", dtype="float64", fisher="exact")
+    limited(monkeypatch, 100)
+    run = curvscope.analyze(model, batch, loss="cross_entropy", dtype="float64", seed=1)
+    assert (run.info.fisher, run.info.samples) == ("exact", 8)
+    assert list(run.layers) == list(exact.layers)
+    note = "1 layer is estimated from 8 probes, the others exact: 2 (min(P, N K) = 117 exceeds 100)."
+    assert note in run.notes
+    for name, row in exact.layers["0"].errors.items():
+        assert run.layers["0"].errors[name].fisher == "exact"
+        assert run.layers["0"].errors[name].rel_frobenius == pytest.approx(row.rel_frobenius, rel=1e-9)
+    got, want = run.layers["2"], exact.layers["2"]
+    for flavour in ("expand", "reduce"):
+        np.testing.assert_allclose(got.factors[flavour].B, want.factors[flavour].B)  # of all columns, not of draws
+        mine, other = got.spectra[f"kfac_{flavour}"], want.spectra[f"kfac_{flavour}"]
+        assert (mine.status, mine.condition) == ("ok", pytest.approx(other.condition, rel=1e-6))
+    for name in ("kfac_expand", "ekfac_expand", "ekfac_reduce", "diag"):
+        row = got.errors[name]
+        assert (row.fisher, row.status) == ("probe", "estimated")
+        for key in ("rel_frobenius", "cosine"):
+            gap = abs(getattr(row, key) - getattr(want.errors[name], key))
+            assert 0 < gap <= 4 * getattr(row, f"{key}_stderr")
+    assert "eigenbasis of the exact factors" in got.errors["ekfac_expand"].reason
+    assert got.errors["kron_best"].status == "not_assessed"
+    assert abs(got.spectra["ggn"].trace - want.spectra["ggn"].trace) <= 4 * got.spectra["ggn"].trace_stderr
+    assert run.model.gradient_norm == pytest.approx(exact.model.gradient_norm, rel=1e-12)
+
+
+def test_auto_takes_probes_for_all_where_no_layer_is_small_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, batch = models.mlp(3, 8, 13), (torch.randn(12, 3), torch.randint(13, (12,)))
+    limited(monkeypatch, 20)
+    run = curvscope.analyze(model, batch, loss="cross_entropy")
+    assert run.info.fisher == "probe"
+    assert any("layer 0: min(P, N K) = 32 exceeds 20. 8 probes instead" in note for note in run.notes)
+
+
+def test_auto_estimates_the_layers_that_would_take_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, batch = models.mlp(3, 8, 13), (torch.randn(12, 3), torch.randint(13, (12,)))
+    monkeypatch.setattr(choose, "ASSUMED_RATE", 3e4)
+    run = curvscope.analyze(model, batch, loss="cross_entropy")
+    assert run.info.fisher == "exact"
+    assert any("1 layer is estimated" in note and "2 (measuring its 12 columns" in note for note in run.notes)
