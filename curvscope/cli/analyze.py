@@ -86,8 +86,8 @@ def analyze(
         typer.Option(
             parser=one_of(FISHERS),
             metavar="NAME",
-            help="How the loss Hessian's root is taken: exact, probe, mc or empirical; auto is exact where "
-            "time and memory allow, otherwise probe.",
+            help="How the loss Hessian's root is taken: exact, probe, mc or empirical; auto is exact for "
+            "the layers that time and memory allow, probe for the others.",
             rich_help_panel=CURVATURE,
         ),
     ] = "auto",

@@ -128,6 +128,7 @@ def test_no_number_without_an_error_bar() -> None:
                         assert row.status == "not_assessed"
                         assert row.reason
                         withheld += "indistinguishable from 0" in row.reason
+                assert row.status != "estimated" or "so few examples" in row.reason
     assert withheld > 5
 
 
