@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -87,9 +87,25 @@ def tap_gradients(tap: Tap, gradient: Tensor, extra: list[Tensor], layout: Layou
     `g`, `g * other` or `-g`, summed over everything but the example and the entries that were read, and added up at the
     places these have in the parameter.
     """
+    found: dict[str, Tensor] = {}
+    for name, product, places in tap_entries(tap, gradient, extra):
+        value = _summed(product, places.shape, layout)
+        if places.shape[layout.axis] == 1:
+            place = places.reshape(1, -1).expand_as(value)
+        else:
+            place = layout.split(places).flatten(1)
+        total = value.new_zeros(value.shape[0], tap.shapes[name].numel()).scatter_add_(1, place, value)
+        found[name] = found[name] + total if name in found else total
+    return found
+
+
+def tap_entries(tap: Tap, gradient: Tensor, extra: list[Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Of every member: its name, what is added to its gradient, and at which of its entries.
+
+    The second is shaped like `gradient`, the third broadcasts to that.
+    """
     rest = list(extra)
     other = rest.pop(0) if any(member.role == "scale" for member in tap.members) else None
-    found: dict[str, Tensor] = {}
     for member in tap.members:
         product = -gradient if member.role == "minus" else gradient
         if member.role == "scale":
@@ -102,16 +118,7 @@ def tap_gradients(tap: Tap, gradient: Tensor, extra: list[Tensor], layout: Layou
             places = torch.arange(shape.numel(), device=gradient.device).view(shape)
         if member.channels_first:
             places = places.view(-1, *[1] * (product.ndim - 2))
-        places = places.view([1] * (product.ndim - places.ndim) + list(places.shape))
-        value = _summed(product, places.shape, layout)
-        if places.shape[layout.axis] == 1:
-            place = places.reshape(1, -1).expand_as(value)
-        else:
-            place = layout.split(places).flatten(1)
-        total = value.new_zeros(value.shape[0], shape.numel()).scatter_add_(1, place, value)
-        name = member.parameter
-        found[name] = found[name] + total if name in found else total
-    return found
+        yield member.parameter, product, places.view([1] * (product.ndim - places.ndim) + list(places.shape))
 
 
 def _summed(product: Tensor, shape: torch.Size, layout: Layout) -> Tensor:

@@ -17,6 +17,23 @@ from curvscope.graph.taps import Tap
 
 
 @dataclass(frozen=True)
+class Independent:
+    """Positions (tokens, pixels) that no layer mixes on the way to the outputs.
+
+    Attributes:
+        axis: the axis of the outputs along which one position's numbers lie.
+        positions: T, how many an example has.
+        columns: those of one position.
+        tap_axes: tap -> the axis of its output along which one position's numbers lie.
+    """
+
+    axis: int
+    positions: int
+    columns: int
+    tap_axes: dict[str, int]
+
+
+@dataclass(frozen=True)
 class Layouts:
     """What `verify` established.
 
@@ -26,6 +43,7 @@ class Layouts:
         sites: site target -> layout of its rows (of axis 0 for convolutions).
         outputs: the model's output on the batch, detached.
         positions: site target -> rows an example, R of that call.
+        independent: how positions are kept apart, where they do not mix and exact columns gain by it.
     """
 
     examples: int
@@ -33,6 +51,7 @@ class Layouts:
     sites: dict[str, Layout]
     outputs: Tensor
     positions: dict[str, int]
+    independent: Independent | None = None
 
 
 def verify(graph: Graph, tensors: Sequence[Tensor], axes: Sequence[int | None], examples: int) -> Layouts:
