@@ -115,7 +115,7 @@ def markdown(document: dict[str, Any]) -> str:
     parts = [
         f"# Growth of time and memory, {about['date']}, {about['device']}",
         f"Python {about['python']}, {versions}; one thread, one process a size. Written by `python -m benchmarks."
-        "scaling`. Cost grows as size to the exponent: fitted over all sizes, and (in brackets) over the last doubling.",
+        "scaling`. Cost grows as size to the exponent: fitted over all sizes, in brackets over the last doubling.",
     ]
     head = ["sweep", "sizes", "passes, s", "measures, s", "peak, MiB", "passes", "measures", "peak"]
     lines = []
