@@ -91,8 +91,8 @@ def markdown(document: dict[str, Any]) -> str:
         f"# Exact columns against probes, {about['date']}, {about['device']}",
         f"Python {about['python']}, {versions}; one thread. Written by `python -m benchmarks.estimates`. Seconds "
         "are those of one default analysis, export and loading aside (probes: the median over the seeds). z is the "
-        "distance of an estimate from the exact number in units of its own standard error, pooled over layers and seeds; an honest "
-        "95 % interval holds the exact number in 95 % of the cases.",
+        "distance of an estimate from the exact number in units of its own standard error, pooled over layers and "
+        "seeds; an honest 95 % interval holds the exact number in 95 % of the cases.",
     ]
     for result in document["results"]:
         parts.append(f"## {result['network']}, {result['columns']} exact columns an example")
