@@ -36,6 +36,7 @@ class Graph:
         rest: `(tensors, dL/df) -> gradients` of the trained parameters that belong to no layer.
         function: `(parameters, tensors) -> output`, the model without sites as a function of its parameters; those that
             are not given keep their values.
+        plain: that model as an exported graph; None for eager modules.
         free: the names of those parameters.
     """
 
@@ -49,6 +50,7 @@ class Graph:
     rest: Callable[[Sequence[Tensor], Tensor], dict[str, Tensor]]
     function: Callable[[Mapping[str, Tensor], Sequence[Tensor]], Tensor]
     free: list[str] = field(default_factory=list)
+    plain: fx.GraphModule | None = None
 
     def drop(self, layer: str, reason: str) -> None:
         """Give an exact-only layer up: its parameters count as uncovered, and `rest` has their gradients again."""
@@ -235,7 +237,7 @@ def build(
         return torch.func.functional_call(plain, dict(given), tuple(tensors))
 
     origin = "exported" if dynamic else "exported with a fixed batch size"
-    return Graph(module, specs, uses, parameters, requires_grad, origin, leaves, rest, function, wanted)
+    return Graph(module, specs, uses, parameters, requires_grad, origin, leaves, rest, function, wanted, plain)
 
 
 def _insert_tap(
