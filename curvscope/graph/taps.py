@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from curvscope.graph.sites import SAME_VALUES, TRANSPOSES
+from curvscope.graph.operands import SAME_VALUES, TRANSPOSES
 
 aten = torch.ops.aten
 
