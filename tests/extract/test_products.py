@@ -1,4 +1,4 @@
-"""Slices of packed weights, einsum, batched products, bilinear forms and recurrent cells against Jacobians of the model.
+"""Slices of packed weights, einsum, batched products, bilinear forms and recurrent cells against Jacobians.
 
 The exact block and the gradient are the parameters' own, by autograd through the whole model. For the factors a case
 states its rows itself: what goes in and where it comes out, as plain arithmetic in float64.
