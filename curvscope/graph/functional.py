@@ -17,7 +17,9 @@ from curvscope.graph import sites as finding
 from curvscope.graph import taps
 from curvscope.graph.operands import SAME_VALUES, VIEWS, MatrixForm, Part, matrix_form, operand_of
 from curvscope.graph.products import Operation
+from curvscope.graph.reasons import UNREACHED, why_blocked
 from curvscope.graph.sites import LayerSpec, Leaf, ParameterUse, Site
+from curvscope.graph.still import moving_nodes, reads_any
 from curvscope.graph.unlift import tidy, unlift
 
 aten = torch.ops.aten
@@ -140,9 +142,13 @@ def build(
         elif weight in blocked:
             reasons[weight] = ("", "uncovered", blocked[weight])
         elif agreed is None:
-            reasons[weight] = ("", "uncovered", "read as different matrices by several operations: not covered")
-        elif not _follow_examples(calls):
-            reasons[weight] = ("", "uncovered", "its rows depend on no example; its exact block is not computed yet")
+            mixed = "read as different matrices by several operations: no exact block is computed"
+            reasons[weight] = ("", "uncovered", mixed)
+        elif not any(_follows_examples(call, calls) for call in calls):
+            continue  # its rows depend on no example: what it makes of them may have an exact block
+        elif not all(_follows_examples(call, calls) for call in calls):
+            mixed = "some of its rows belong to no example, others do: no exact block is computed"
+            reasons[weight] = ("", "uncovered", mixed)
         else:
             forms[weight], found = agreed
             parts |= {call.node: part for call, part in zip(calls, found, strict=True)}
@@ -185,12 +191,15 @@ def build(
 
     owned = {spec.weight for spec in specs.values()} | {spec.bias for spec in specs.values()}
     free = [name for name in parameters if requires_grad[name] and name not in owned and name not in reasons]
-    for plan in list(taps.find_taps(graph, module, free)):
-        tapped = _insert_tap(module, plan, specs, shapes)
-        if tapped is not None:
-            node, site = tapped
-            replaced[node] = site
-            specs[site.layer].selected = selected(site.layer, layers, skip)
+    _split_biases(graph, free)
+    plans, why = taps.find_taps(graph, module, free, set(specs))
+    behind: dict[fx.Node, fx.Node] = {}
+    for plan in plans:
+        node, site = _insert_tap(module, plan, behind.get(plan.node, plan.node), specs, shapes)
+        behind[plan.node] = node
+        replaced[node] = site
+        specs[site.layer].selected = selected(site.layer, layers, skip)
+    reasons |= {name: ("", "uncovered", reason) for name, reason in why.items()}
     require_layers(list(specs), layers, skip)
 
     for node, site in replaced.items():
@@ -206,7 +215,7 @@ def build(
     forward = list(dict.fromkeys(replaced[node].layer for node in graph.nodes if node in replaced))
     specs = {name: specs[name] for name in forward}
 
-    uses = _account(parameters, requires_grad, specs, reasons, readers)
+    uses = _account(parameters, requires_grad, specs, reasons)
 
     def leaves() -> dict[str, Tensor]:
         return {target: leaf.value for target, leaf in roots if leaf.value is not None}
@@ -237,21 +246,20 @@ def build(
 
 
 def _insert_tap(
-    module: fx.GraphModule, plan: taps.TapPlan, specs: dict[str, LayerSpec], shapes: dict[str, torch.Size]
-) -> tuple[fx.Node, Site] | None:
-    """The tap's node and site, its layer made or extended; None where a layer of another kind has its name."""
-    owner = plan.members[0].parameter.rpartition(".")[0]
-    name = owner if plan.kind not in ("scale", "shift") and owner else plan.members[0].parameter
+    module: fx.GraphModule,
+    plan: taps.TapPlan,
+    behind: fx.Node,
+    specs: dict[str, LayerSpec],
+    shapes: dict[str, torch.Size],
+) -> tuple[fx.Node, Site]:
+    """The tap's node and site, behind the operation or the last tap there; its layer made or extended."""
+    name = plan.layer
     known = specs.get(name)
-    if known is not None and not known.exact_only:
-        return None
-    members = {member.parameter: shapes[member.parameter].numel() for member in plan.members}
     if known is None:
-        first = plan.members[0].parameter
-        known = specs[name] = LayerSpec(name, plan.kind, first, None, 0, 1, None, exact_only=True)
-    known.members |= members
+        known = specs[name] = LayerSpec(name, plan.kind, plan.parameters[0], None, 0, 1, None, exact_only=True)
+    known.members |= {parameter: shapes[parameter].numel() for parameter in plan.parameters}
     known.d_in = sum(known.members.values())
-    tap = taps.Tap(plan.members, {member.parameter: shapes[member.parameter] for member in plan.members})
+    tap = taps.Tap(plan.members, plan.shapes, plan.pulls)
     count = sum(len(spec.sites) for spec in specs.values())
     site = Site(f"curvscope_tap_{count}_{plan.node.name}", name, plan.kind, tap)
     known.sites.append(site)
@@ -260,11 +268,40 @@ def _insert_tap(
     extra += [member.index for member in plan.members if member.index is not None]
     graph = module.graph
     order = {node: position for position, node in enumerate(graph.nodes)}
-    with graph.inserting_after(max([plan.node, *extra], key=lambda node: order[node])):
-        node = graph.call_module(site.target, (plan.node, *extra))
+    last = max([behind, *extra], key=lambda node: order[node])
+    with graph.inserting_after(last):
+        node = graph.call_module(site.target, (behind, *extra))
     node.meta = dict(plan.node.meta)
-    _replace_uses(plan.node, node)
+    # what comes before it are operands of taps
+    behind.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node and order[user] > order[last])
     return node, site
+
+
+def _split_biases(graph: fx.Graph, free: Sequence[str]) -> None:
+    """Make an addition of every trained bias of an operation that is no site, as under a frozen or computed weight."""
+    moving = moving_nodes(graph)
+    plain = {aten.addmm.default: aten.mm.default, aten.baddbmm.default: aten.bmm.default}
+    for node in list(graph.nodes):
+        convolution = node.target in finding.CONVOLUTIONS or node.target in finding.TRANSPOSED_CONVOLUTIONS
+        if node not in moving or not (convolution or node.target is aten.linear.default or node.target in plain):
+            continue
+        args: list[Any] = list(node.args)
+        place = 0 if node.target in plain else 2
+        bias = args[place] if len(args) > place else None
+        if not isinstance(bias, fx.Node) or bias in moving or not reads_any(bias, free) or node.kwargs:
+            continue
+        with graph.inserting_before(node):
+            operation: Any = plain.get(node.target, node.target)
+            args[place : place + 1] = [] if node.target in plain else [None]
+            out = graph.call_function(operation, tuple(args))
+            out.meta = dict(node.meta)
+            spatial = node.meta["val"].ndim - 2 if convolution else 0
+            if convolution:
+                bias = graph.call_function(aten.reshape.default, (bias, [-1] + [1] * spatial))
+            out = graph.call_function(aten.add.Tensor, (out, bias))
+        out.meta = dict(node.meta)
+        node.replace_all_uses_with(out)
+        graph.erase_node(node)
 
 
 def _replace_uses(node: fx.Node, stand_in: fx.Node) -> None:
@@ -272,14 +309,14 @@ def _replace_uses(node: fx.Node, stand_in: fx.Node) -> None:
     node.replace_all_uses_with(stand_in, delete_user_cb=lambda user: user is not stand_in)
 
 
-def _follow_examples(calls: Sequence[Operation]) -> bool:
-    """Whether the operations' rows belong to examples: all of them depend on the inputs, or run along their axis.
+def _follows_examples(call: Operation, calls: Sequence[Operation]) -> bool:
+    """Whether the operation's rows belong to examples: they depend on the inputs, or run along the examples' axis.
 
     A recurrent layer's first step takes zeros, one row for each example.
     """
-    depend = [call for call in calls if _depends_on_inputs(call.node)]
-    shapes = {str(_shape(call.node)) for call in depend}
-    return all(call in depend or str(_shape(call.node)) in shapes or _symbolic(call.node) for call in calls)
+    if _depends_on_inputs(call.node) or _symbolic(call.node):
+        return True
+    return any(_depends_on_inputs(other.node) and str(_shape(other.node)) == str(_shape(call.node)) for other in calls)
 
 
 def _shape(node: fx.Node) -> list[Any]:
@@ -384,8 +421,7 @@ def _mixed_roles(operations: Sequence[Operation], readers: dict[str, list[fx.Nod
     for operation in operations:
         others = [reader for reader in readers[operation.weight] if reader not in nodes]
         if others:
-            other = str(others[0].target).removeprefix("aten.").split(".")[0]
-            blocked[operation.weight] = f"tied in two roles (also read by {other}): not covered yet"
+            blocked[operation.weight] = why_blocked(others)
     return blocked
 
 
@@ -451,7 +487,6 @@ def _account(
     requires_grad: dict[str, bool],
     specs: dict[str, LayerSpec],
     reasons: dict[str, tuple[str, str, str]],
-    readers: dict[str, list[fx.Node]],
 ) -> list[ParameterUse]:
     """One `ParameterUse` for every parameter."""
     owner = {spec.weight: spec.name for spec in specs.values()}
@@ -470,5 +505,5 @@ def _account(
         elif not requires_grad[name]:
             uses.append(ParameterUse(name, "", tensor.numel(), "frozen", "it does not require a gradient"))
         else:
-            uses.append(ParameterUse(name, "", tensor.numel(), "uncovered", finding.why_uncovered(readers[name])))
+            uses.append(ParameterUse(name, "", tensor.numel(), "uncovered", UNREACHED))
     return uses

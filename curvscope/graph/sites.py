@@ -54,7 +54,6 @@ TRANSPOSED_CONVOLUTIONS = {
     aten.conv_transpose2d.input: 2,
     aten.conv_transpose3d.input: 3,
 }
-NORMALISATIONS = ("layer_norm", "batch_norm", "group_norm", "instance_norm", "rms_norm")
 
 
 @dataclass
@@ -247,21 +246,3 @@ def _row_sizes(operation: Operation) -> list[int]:
 def spatial_dims(kind: str) -> int:
     """1, 2 or 3 for convolutions of either kind, 0 for linear."""
     return 0 if kind == "linear" else int(kind[-2])
-
-
-def why_uncovered(users: Sequence[fx.Node]) -> str:
-    """In words, what the parameter is used for instead of as a linear layer's weight."""
-    if not users:
-        return "this forward pass does not reach it"
-    name = str(users[0].target).removeprefix("aten.").split(".")[0]
-    if any(norm in name for norm in NORMALISATIONS):
-        return f"normalisation ({name}): no Kronecker form; its exact block is not computed yet"
-    if name == "embedding":
-        return "embedding: not covered yet"
-    if "conv" in name:
-        return f"{name} of a form that is not covered yet (grouped transposed, computed weight)"
-    if name in ("add", "mul", "sub", "expand", "cat"):
-        return f"free parameter ({name}): no Kronecker form; its exact block is not computed yet"
-    if name in ("linear", "addmm", "mm", "matmul", "bmm", "einsum"):
-        return f"{name} with a form that is not covered yet"
-    return f"used by {name}: its weight is computed or of a kind not covered yet"
