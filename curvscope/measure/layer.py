@@ -23,7 +23,9 @@ from curvscope.measure.spectrum import STORED, Spectrum, approximation_spectrum,
 from curvscope.records import NAN, ErrorRow, KroneckerFactors, Layer, LayerRow, SpectrumRow
 from curvscope.settings import APPROXIMATIONS
 
-NO_KRONECKER = "no Kronecker form: the parameter is added or multiplied element by element"
+NO_KRONECKER = (
+    "no Kronecker form: the parameter is added or multiplied element by element, or used before any example comes in"
+)
 
 
 @dataclass(frozen=True)
