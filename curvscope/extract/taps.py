@@ -29,6 +29,8 @@ class TapCollector:
         self.taps = {site.target: site.module for site in spec.sites}
         self.extra: dict[str, list[Tensor]] = {}
         self.sum: Tensor | None = None
+        self.values: dict[str, Tensor] = {}
+        self.pulls = {name: pull for site in spec.sites for name, pull in site.module.pulls.items()}
         self.column: int | None = None
         self.gradient: Tensor | None = None
         self.kept: list[Tensor] = []
@@ -48,18 +50,30 @@ class TapCollector:
         """The next gradients belong to this column; None: to the loss itself."""
         self.column = column
         self.sum = None
+        self.values = {}
 
     def receive(self, target: str, gradient: Tensor) -> None:
         """One tap's output gradient of this pass."""
         tap = self.taps[target]
         assert isinstance(tap, Tap)
         found = tap_gradients(tap, gradient, self.extra[target], self.layouts[target])
-        pieces = [found.get(name, gradient.new_zeros(self.examples, size)) for name, size in self.spec.members.items()]
+        for name in [name for name in found if name in self.pulls]:
+            value = found.pop(name)
+            self.values[name] = self.values[name] + value if name in self.values else value
+        if found:
+            self._add(found)
+
+    def _add(self, found: Mapping[str, Tensor]) -> None:
+        """Gradients of some members, [N, size] each."""
+        like = next(iter(found.values()))
+        pieces = [found.get(name, like.new_zeros(self.examples, size)) for name, size in self.spec.members.items()]
         column = torch.cat(pieces, dim=1)
         self.sum = column if self.sum is None else self.sum + column
 
     def finish(self) -> None:
         """All taps of the layer have reported: keep the pass."""
+        for name, value in self.values.items():
+            self._add(self.pulls[name](value))
         if self.sum is None:
             self.sum = torch.zeros(self.examples, self.spec.parameters, dtype=self.like.dtype, device=self.like.device)
         if self.column is None:

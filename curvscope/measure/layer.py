@@ -24,7 +24,9 @@ from curvscope.records import ErrorRow, KroneckerFactors, Layer, LayerRow, Spect
 from curvscope.settings import APPROXIMATIONS
 
 BIASED = "no error bar but the trace's: eigenvalues of a factor made of few draws are biased, and so are their ratios"
-NO_KRONECKER = "no Kronecker form: the parameter is added or multiplied element by element"
+NO_KRONECKER = (
+    "no Kronecker form: the parameter is added or multiplied element by element, or used before any example comes in"
+)
 
 
 @dataclass(frozen=True)
