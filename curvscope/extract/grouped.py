@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from curvscope.extract.collector import Collector, Columns, Extract
+from curvscope.extract.collector import Collector, Columns, Extract, mean_positions
 
 
 class GroupedCollector(Collector):
@@ -63,17 +63,21 @@ class GroupedCollector(Collector):
         self.kept.append(column)
 
     def result(self, masks: Mapping[str, Tensor]) -> Extract:
-        """The layer's sums, scaled as records.CONVENTIONS says; positions of a convolution are all real."""
+        """The layer's sums, scaled as records.CONVENTIONS says."""
         a = self._split(self._a())
         groups, examples, positions = a.shape[:3]
+        real = self._real(masks)
+        real = torch.ones(examples, positions, dtype=torch.bool, device=a.device) if real is None else real
+        counts = real.sum(1)
         if self.spec.bias is not None:
-            a = torch.cat([a, a.new_ones(*a.shape[:3], 1)], dim=-1)
+            a = torch.cat([a, real.to(a.dtype).view(1, examples, positions, 1).expand(groups, -1, -1, -1)], dim=-1)
         factors = {}
         if self.factors:
-            rows, means = a.flatten(1, 2), a.mean(2)
+            rows = a.flatten(1, 2)
+            means = a.sum(2) / counts.clamp(min=1).view(1, -1, 1)
             A = {
-                "expand": torch.bmm(rows.transpose(1, 2), rows) / (examples * positions),
-                "reduce": torch.bmm(means.transpose(1, 2), means) / examples,
+                "expand": torch.bmm(rows.transpose(1, 2), rows) / int(counts.sum()),
+                "reduce": torch.bmm(means.transpose(1, 2), means) / int((counts > 0).sum()),
             }
             factors = {name: (A[name], self._sums[name]) for name in A}
         draws = {name: torch.stack(each) for name, each in self.draws.items() if each}
@@ -83,4 +87,4 @@ class GroupedCollector(Collector):
         elif self.kept:
             values = torch.stack(self.kept)  # [K, groups, N, d_out, d_in]
             columns = [Columns("dense", examples, self.count, values=values[:, i]) for i in range(groups)]
-        return Extract(self.spec, examples, float(positions), 0.0, factors, self.gradient, columns, draws)
+        return Extract(self.spec, examples, mean_positions(counts), 0.0, factors, self.gradient, columns, draws)
