@@ -80,7 +80,6 @@ def capture(
         "graph": _as_tensor(_archive(exported.program)),
         "batch": _batch_content(loaded),
         "example_axes": dict(zip(exported.input_names, exported.example_axes, strict=True)),
-        "example_index": index,
         "loss": {
             "name": chosen.name,
             "settings": {"label": chosen.label}
@@ -94,6 +93,8 @@ def capture(
         "model": type(model).__name__,
         "torch": str(torch.__version__),
     }
+    if index is not None:
+        content["example_index"] = index
     _write(Path(path), content)
 
 

@@ -371,7 +371,8 @@ def _verified(
     index = batch_vector(flat.names, tensors, example_index)
     try:
         if index is not None and examples > 1:
-            return verify_graphs(graph, tensors, owners(tensors, edge_lists(flat.names, tensors), index, examples))
+            edges = edge_lists(flat.names, tensors, len(index))
+            return verify_graphs(graph, tensors, owners(tensors, edges, index, examples))
         return verify(graph, tensors, axes, examples)
     except CurvscopeError:
         raise

@@ -10,24 +10,27 @@ from torch import Tensor
 from curvscope.errors import BatchError
 
 EDGE_NAMES = ("edge_index", "edge_label_index")
+WHOLE = (torch.int64, torch.int32)
 
 
-def edge_lists(names: Sequence[str], tensors: Sequence[Tensor]) -> list[int]:
-    """Which of the inputs are edge lists: whole numbers [2, E], each one a row of the node features.
+def edge_lists(names: Sequence[str], tensors: Sequence[Tensor], nodes: int | None = None) -> list[int]:
+    """Which of the inputs are edge lists: whole numbers [2, E], each one a node.
 
-    The node features are the first floating point input with at least two axes. An input called edge_index is an edge
-    list in any case; others are none where there are fewer than three nodes: [2, E] may then be two examples.
+    `nodes` is how many there are; by default the length of the node features, which are the first floating point input
+    with at least two axes, or else the first input. An input called edge_index is an edge list in any case; others are
+    none where there are fewer than three nodes: [2, E] may then be two examples.
     """
-    nodes = next((len(t) for t in tensors if t.is_floating_point() and t.ndim >= 2), 0)
-    found = []
-    for position, (name, tensor) in enumerate(zip(names, tensors, strict=True)):
-        if tensor.dtype not in (torch.int64, torch.int32) or tensor.ndim != 2 or tensor.shape[0] != 2:
-            continue
-        named = name.rpartition(".")[2] in EDGE_NAMES
-        numbers_nodes = nodes > 2 and tensor.numel() > 0 and int(tensor.min()) >= 0 and int(tensor.max()) < nodes
-        if named or numbers_nodes:
-            found.append(position)
-    return found
+    pairs = [i for i, t in enumerate(tensors) if t.dtype in WHOLE and t.ndim == 2 and t.shape[0] == 2 and t.numel()]
+    if nodes is None:
+        features = [t for t in tensors if t.is_floating_point() and t.ndim >= 2]
+        features += [t for i, t in enumerate(tensors) if t.ndim and i not in pairs]
+        nodes = len(features[0]) if features else 0
+    return [
+        i
+        for i in pairs
+        if names[i].rpartition(".")[2] in EDGE_NAMES
+        or (nodes > 2 and int(tensors[i].min()) >= 0 and int(tensors[i].max()) < nodes)
+    ]
 
 
 def batch_vector(names: Sequence[str], tensors: Sequence[Tensor], name: str | None) -> Tensor | None:

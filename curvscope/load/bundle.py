@@ -6,7 +6,7 @@ A bundle is `torch.save` of tensors and plain containers, so reading it runs not
     graph             uint8 tensor: a torch.export archive; flat tensors in, the output tensor out
     batch             {"inputs": {"args", "kwargs"}, "targets"}
     example_axes      input name to example axis (None: it has none), in the graph's order
-    example_index     name of the input that holds the graph of every node, or None
+    example_index     for batches of graphs: the name of the input that holds the graph of every node
     loss              {"name", "settings"}
     loss_graph        where the loss is a callable that can be exported: (outputs, targets) in, the loss out
     optimizer         {"class", "param_names", "state_dict"}, or None
