@@ -130,11 +130,11 @@ def test_roots_of_ragged_outputs(name: str) -> None:
     """Every form of the root is right at every node: none of what an empty slot holds is written to a node."""
     owner = torch.tensor([1, 0, 1, 2, 1, 0])
     outputs = torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    # graph 2 has no term that counts, graph 0 has one: node 0 is where their empty slots would point
+    # graph 0 has one term that counts, graph 2 none, graph 3 no row at all: empty slots would point at row 0
     targets: Tensor = torch.tensor([2, 0, 1, -100, 0, -100])
     targets = targets if name == "cross_entropy" else torch.rand(6, 3, dtype=torch.float64)
     loss = load_loss(name)
-    layout = Ragged.of(0, owner, 3)
+    layout = Ragged.of(0, owner, 4)
     full = torch.autograd.functional.hessian(lambda o: loss(o, targets), outputs).flatten(2).flatten(0, 1)
     gradient = torch.autograd.functional.jacobian(lambda o: loss(o, targets), outputs)
 
