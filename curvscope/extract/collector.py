@@ -58,6 +58,15 @@ class Extract:
     unit: float = 1.0
 
 
+def mean_positions(counts: Tensor) -> float:
+    """The mean number of positions over the examples that have any; 1 only where all of these have one."""
+    return float(counts[counts > 0].double().mean())
+
+
+def _both(left: Tensor | None, right: Tensor | None) -> Tensor | None:
+    return left if right is None else right if left is None else left & right
+
+
 class _Buffered:
     """The sum of g^T g over passes; small passes are gathered first, so that products stay large."""
 
@@ -118,6 +127,7 @@ class Collector:
         self.values: Tensor | None = None
         self.block: GramSum | None = None
         self._joined: Tensor | None = None
+        self.present: dict[str, Tensor] = {}
 
     def begin(self, stored: Mapping[str, Any], columns: int) -> None:
         """Take what the forward pass left at the sites."""
@@ -175,10 +185,13 @@ class Collector:
         """The layer's rows of all calls, [N, R, d_in]."""
         if self._joined is None:
             width = self.spec.d_in * self.spec.groups
-            parts = [
-                _placed(rows.inputs(self.inputs.pop(target)), self.parts[target].columns, width)
-                for target, rows in self.rows.items()
-            ]
+            parts = []
+            for target, rows in self.rows.items():
+                tensor = self.inputs.pop(target)
+                parts.append(_placed(rows.inputs(tensor), self.parts[target].columns, width))
+                real = rows.real(tensor)
+                if real is not None:
+                    self.present[target] = real
             self.shapes = {target: part.shape[:2] for target, part in zip(self.rows, parts, strict=True)}
             self._joined = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         return self._joined
@@ -211,7 +224,7 @@ class Collector:
         """The layer's sums, scaled as records.CONVENTIONS says."""
         a = self._a()
         examples, positions = a.shape[:2]
-        real = self._real(masks)
+        there, real = self._real({}), self._real(masks)
         counts = torch.full((examples,), float(positions), device=a.device) if real is None else real.sum(1).to(a.dtype)
         factors = {}
         if self.factors and self.reduce is not None:
@@ -223,17 +236,19 @@ class Collector:
             if positions == 1:
                 A_reduce = A_expand
             else:
-                means = masked.sum(1) / counts.unsqueeze(1).to(a.dtype)
-                A_reduce = input_gram(means, float(examples), bias=bias)
+                means = masked.sum(1) / counts.clamp(min=1).unsqueeze(1).to(a.dtype)
+                A_reduce = input_gram(means[counts > 0], float((counts > 0).sum()), bias=bias)
             factors = {"expand": (A_expand, B_expand), "reduce": (A_reduce, B_reduce)}
-        padded = 0.0 if real is None else 1.0 - float(counts.sum()) / (examples * positions)
+        rows = examples * positions if there is None else int(there.sum())
+        padded = 0.0 if real is None else 1.0 - float(counts.sum()) / rows
         draws = {name: torch.stack(each) for name, each in self.draws.items() if each}
         return Extract(
-            self.spec, examples, float(counts.mean()), padded, factors, self.gradient, self._columns(a), draws
+            self.spec, examples, mean_positions(counts), padded, factors, self.gradient, self._columns(a), draws
         )
 
     def _real(self, masks: Mapping[str, Tensor]) -> Tensor | None:
-        parts = [masks.get(target) for target in self.rows]
+        """Which rows count: those that are there (see `Ragged`), without the masked ones; None where all do."""
+        parts = [_both(masks.get(target), self.present.get(target)) for target in self.rows]
         if all(part is None for part in parts):
             return None
         device = next(part.device for part in parts if part is not None)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from curvscope.graph.layout import Layout
@@ -34,6 +34,12 @@ class SiteRows:
             return self.layout.rows(tensor)
         return _merge(patches(self.module, tensor), self.layout)
 
+    def real(self, tensor: Tensor) -> Bool[Tensor, "N R"] | None:
+        """Which of `inputs` are rows of the layer and not empty slots; None where all are."""
+        if type(self.layout) is Layout:
+            return None  # without making a convolution's patches a second time
+        return self.layout.real(tensor if isinstance(self.module, LINEAR) else patches(self.module, tensor))
+
     def outputs(self, tensor: Tensor) -> Float[Tensor, "N R d_out"]:
         """The output gradients g, [N, R, d_out]."""
         if isinstance(self.module, LINEAR):
@@ -44,7 +50,7 @@ class SiteRows:
 
 def _merge(rows: Tensor, layout: Layout) -> Tensor:
     """[B, L, d] with B = outer * N * inner -> [N, R, d]."""
-    if layout.outer * layout.inner == 1:
+    if layout == Layout(0):
         return rows
     return layout.rows(rows)
 
