@@ -2,38 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime
 import sys
-import time as clock
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from curvscope._version import __version__
 from curvscope.diagnose import rules
-from curvscope.errors import CurvscopeError, DeviceError, UsageError
+from curvscope.errors import DeviceError
 from curvscope.extract.choose import DTYPES, PROBES, choose, make_plan
-from curvscope.extract.collector import Extract, Form
-from curvscope.extract.plan import Plan
-from curvscope.extract.roots import Root, make_root
-from curvscope.extract.sweep import Progress, no_progress, sweep
-from curvscope.graph.eager import build_eager
-from curvscope.graph.export import ExportFailure, FlatInputs, example_axes_of, export_model, flatten_inputs
-from curvscope.graph.functional import Graph, build
-from curvscope.graph.shadow import moved, shadow
-from curvscope.graph.trial import refused, try_forward
-from curvscope.graph.verify import Layouts, verify
-from curvscope.load import check_targets, load_problem
+from curvscope.extract.passes import Passes
+from curvscope.extract.pieces import Pieces
+from curvscope.extract.sweep import Progress, no_progress
+from curvscope.graph.prepare import prepare, varying_axes
+from curvscope.graph.verify import Layouts
+from curvscope.load import load_problem
 from curvscope.load.problem import Problem
-from curvscope.measure.layer import Wishes, measure_layer
+from curvscope.measure.layer import Wishes
+from curvscope.measure.layers import measure_layers, timed
 from curvscope.records import CoverageRow, Layer, ModelInfo, RunInfo
 from curvscope.run import Run
-from curvscope.settings import DUMPS, FISHERS, MEASURES, Settings
+from curvscope.settings import checked_settings
 from curvscope.units import parse_bytes
 
 
@@ -67,7 +61,9 @@ def analyze(
     Args:
         model: an nn.Module, or the path of a checkpoint (bundle, state_dict with `factory`, pickled module,
             torch.export archive, safetensors with `factory`, Hugging Face folder). It is never modified.
-        batch: `(inputs, targets)`, a file, or None for a bundle's own; inputs a tensor, a tuple or a dict.
+        batch: `(inputs, targets)`, a file, or None for a bundle's own; inputs a tensor, a tuple or a dict. Or several:
+            a folder of files, a list of pairs, a DataLoader, or a callable that returns one pair or an iterable of
+            them. The result is that of their concatenation, and memory does not grow with their number.
         loss: "cross_entropy", "mse", "bce_with_logits" or "causal_lm" (settings after a colon, such as
             "cross_entropy:class_axis=last"), a torch loss module, or a callable `(outputs, targets) -> scalar`; None
             for a bundle's own.
@@ -93,7 +89,7 @@ def analyze(
 
     Sources: K-FAC arXiv:1503.05671; expand and reduce arXiv:2311.00636; EKFAC arXiv:1806.03884.
     """
-    settings = _settings(
+    settings = checked_settings(
         fisher=fisher,
         samples=samples,
         layers=_words(layers),
@@ -109,7 +105,7 @@ def analyze(
     )
     report = progress if callable(progress) else _print_progress if progress else no_progress
     seconds: dict[str, float] = {}
-    with _timed(seconds, "load"):
+    with timed(seconds, "load"):
         problem = load_problem(
             model,
             batch,
@@ -122,34 +118,31 @@ def analyze(
     run_on = _device(settings.device)
     kind = DTYPES[settings.dtype]
     report("export", problem.name, 0, 1)
-    with _timed(seconds, "export"):
-        graph, flat, axes, examples, notes = _graph(problem, settings, run_on, kind)
+    with timed(seconds, "export"):
+        prepared = prepare(problem, settings, run_on, kind, varying_axes(problem))
     report("export", problem.name, 1, 1)
-    tensors = [moved(tensor, run_on, kind) for tensor in flat.tensors]
-    targets = moved(problem.targets, run_on, kind)
-    with _timed(seconds, "layout"):
-        layouts = _verified(graph, flat, tensors, axes, examples)
+    graph, notes = prepared.graph, list(prepared.notes)
+    pieces = Pieces(problem, prepared, run_on, kind)
+    with timed(seconds, "layout"):
+        layouts = pieces.verify()
+    with timed(seconds, "survey"):
         # the loss with its class axis settled
-        problem = dataclasses.replace(problem, loss=check_targets(problem.loss, layouts.outputs, targets))
-    chosen, reason = choose(problem, graph, layouts, targets, settings, seconds["layout"] / 3)
-    samples_taken = settings.samples or (PROBES if chosen == "probe" else 1)
-    root = make_root(
-        problem.loss,
-        layouts.outputs,
-        targets,
-        layouts.output,
-        fisher=chosen,
-        samples=samples_taken,
-        seed=settings.seed,
+        problem = dataclasses.replace(problem, loss=pieces.look(layouts, seconds["layout"] / 3))
+        pieces.settle(layouts)
+    survey = pieces.survey
+    everything = dataclasses.replace(layouts, examples=survey.examples, positions=survey.positions)
+    chosen, reason = choose(
+        problem, graph, everything, problem.targets, settings, survey.seconds, columns=survey.columns
     )
+    samples_taken = settings.samples or (PROBES if chosen == "probe" else 1)
+    passes = Passes(graph, pieces, fisher=chosen, samples=samples_taken, seed=settings.seed)
+    passes.settle(layouts.outputs)
     if reason:
         notes.append(reason)
-    plan = make_plan(graph, layouts, root, settings)
+    plan = make_plan(graph, everything, chosen, passes.columns, settings)
     wishes = Wishes(chosen, settings.measure, settings.dump, settings.seed, kind)
-    measured, squared_gradient = _measure(graph, tensors, layouts, root, plan, wishes, report, seconds)
-    with _timed(seconds, "gradient"):
-        squared_gradient += sum(float(g.double().square().sum()) for g in graph.rest(tensors, root.gradient).values())
-    with _timed(seconds, "findings"):
+    measured, squared_gradient = measure_layers(passes, plan, wishes, report, seconds)
+    with timed(seconds, "findings"):
         coverage = [
             CoverageRow(use.parameter, use.layer, use.count, use.treatment, reason=use.reason) for use in graph.uses
         ]
@@ -159,12 +152,12 @@ def analyze(
             name=problem.name,
             checkpoint=problem.source,
             loss_name=problem.loss.label,
-            loss=root.loss,
+            loss=passes.loss,
             gradient_norm=squared_gradient**0.5,
             parameters=sum(row.count for row in coverage),
             coverage=covered / trained if trained else 0.0,
-            examples=examples,
-            outputs=str(list(layouts.outputs.shape)),
+            examples=survey.examples,
+            outputs=str(_outputs_shape(layouts, survey.examples)),
             graph=graph.origin,
             mode_note=_mode_note(problem),
             step=-1 if problem.step is None else problem.step,
@@ -198,97 +191,8 @@ def analyze(
     )
 
 
-def _measure(
-    graph: Graph,
-    tensors: Sequence[Tensor],
-    layouts: Layouts,
-    root: Root,
-    plan: Plan,
-    wishes: Wishes,
-    report: Progress,
-    seconds: dict[str, float],
-) -> tuple[dict[str, Layer], float]:
-    """Every chosen layer's record, in forward order, and the squared norm of all layers' gradient."""
-    names = [spec.name for spec in graph.chosen()]
-    first: dict[str, Extract] = {}
-    measured: dict[str, Layer] = {}
-    squared = 0.0
-    for number, group in enumerate(plan.groups):
-        forms: dict[str, Form | None] = {name: plan.layers[name].form for name in group}
-        with _timed(seconds, "passes"):
-            if number == 0:
-                later: dict[str, Form | None] = {name: None for name in names if name not in forms}
-                extracts = sweep(
-                    graph,
-                    tensors,
-                    layouts,
-                    root,
-                    forms | later,
-                    per_draw=wishes.fisher in ("probe", "mc"),
-                    gradient_only=[name for name in graph.layers if name not in names],
-                    progress=report,
-                )
-                for extract in extracts.values():
-                    if extract.gradient is not None:
-                        squared += float(extract.gradient.double().square().sum())
-                first = {name: extracts[name] for name in later}
-            else:
-                more = sweep(graph, tensors, layouts, root, forms, factors=False, progress=report)
-                extracts = {
-                    name: dataclasses.replace(first.pop(name), columns=extract.columns)
-                    for name, extract in more.items()
-                }
-        for name in group:
-            report("measure", name, len(measured), len(names))
-            with _timed(seconds, "measure"):
-                # popped: its columns are gone before the next layer's are worked on
-                measured[name] = measure_layer(extracts.pop(name), wishes, why_no_columns=plan.layers[name].reason)
-    report("measure", "", len(names), len(names))
-    return {name: measured[name] for name in names}, squared
-
-
-def _settings(**given: Any) -> Settings:
-    """The settings, each checked against what exists.
-
-    Raises:
-        UsageError: a value that is not among the choices.
-    """
-    for key, choices in (("fisher", FISHERS), ("dtype", tuple(DTYPES)), ("device", ("auto", "cpu", "cuda"))):
-        if given[key] not in choices:
-            raise UsageError(
-                f"{given[key]!r} is no choice for {key}.",
-                where=f"--{key}",
-                remedy=f"Choose one of {', '.join(choices)}.",
-            )
-    for key, choices in (("measure", MEASURES), ("dump", DUMPS)):
-        for value in given[key]:
-            if value not in choices:
-                raise UsageError(
-                    f"{value!r} is no choice for {key}.",
-                    where=f"--{key}",
-                    remedy=f"Choose from {', '.join(choices)}.",
-                )
-    if not isinstance(given["seed"], int) or not 0 <= given["seed"] < 2**63:
-        raise UsageError("seed must be a whole number from 0 to 2^63 - 1.", where="--seed", remedy="Choose another.")
-    if given["samples"] is not None and given["samples"] < 1:
-        raise UsageError("samples must be at least 1.", where="--samples", remedy="Leave it out for the default.")
-    if given["memory_bytes"] is not None and given["memory_bytes"] <= 0:
-        raise UsageError("memory must be positive.", where="--memory", remedy="Write bytes, or words such as 8GiB.")
-    return Settings(**given)
-
-
 def _words(value: Sequence[str] | str | None) -> tuple[str, ...]:
     return () if value is None else (value,) if isinstance(value, str) else tuple(value)
-
-
-@contextlib.contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    """Adds the wall-clock seconds of the block to a stage."""
-    start = clock.perf_counter()
-    try:
-        yield
-    finally:
-        seconds[stage] = seconds.get(stage, 0.0) + clock.perf_counter() - start
 
 
 def _print_progress(stage: str, item: str, done: int, total: int) -> None:
@@ -311,54 +215,11 @@ def _device_words(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def _graph(
-    problem: Problem, settings: Settings, device: torch.device, dtype: torch.dtype
-) -> tuple[Graph, FlatInputs, tuple[int | None, ...], int, list[str]]:
-    """The functional graph (or the eager fallback), its inputs, their example axes, N, and notes."""
-    flat = flatten_inputs(problem.inputs)
-    axes, examples = example_axes_of(flat.names, flat.tensors, problem.example_axes)
-    options: dict[str, Any] = {"layers": settings.layers, "skip": settings.skip}
-    notes = _precision_notes(problem, dtype)
-    if not isinstance(problem.model, nn.Module):
-        graph = build(
-            problem.model,
-            device=device,
-            dtype=dtype,
-            dynamic=bool(problem.model.range_constraints),
-            **options,
-        )
-        return graph, flat, axes, examples, notes
-    twin = shadow(problem.model, device=device, dtype=dtype)
-    tensors = tuple(moved(tensor, device, dtype) for tensor in flat.tensors)
-    try_forward(twin, flat, tensors)
-    try:
-        exported = export_model(problem.model, problem.inputs, problem.example_axes, device=device, dtype=dtype)
-    except ExportFailure as failure:
-        graph = build_eager(twin, flat, tensors, str(failure), **options)
-        notes.append(f"torch.export refused the model, so only its own linear modules are seen: {failure}")
-        return graph, flat, axes, examples, notes
-    graph = build(exported.program, device=device, dtype=dtype, dynamic=exported.dynamic, **options)
-    return graph, flat, axes, examples, [*notes, *exported.notes]
-
-
-def _precision_notes(problem: Problem, dtype: torch.dtype) -> list[str]:
-    """Says so where the checkpoint's own precision is not the run's."""
-    kinds = {p.dtype for p in problem.model.parameters() if p.is_floating_point()}
-    low = sorted(str(kind).removeprefix("torch.") for kind in kinds if torch.finfo(kind).bits < 32)
-    wanted = str(dtype).removeprefix("torch.")
-    return [f"Weights stored as {', '.join(low)} are computed in {wanted}."] if low else []
-
-
-def _verified(
-    graph: Graph, flat: FlatInputs, tensors: Sequence[Tensor], axes: Sequence[int | None], examples: int
-) -> Layouts:
-    """The layouts; a failure of the pass itself is told as a refusal of the batch."""
-    try:
-        return verify(graph, tensors, axes, examples)
-    except CurvscopeError:
-        raise
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        raise refused(error, flat) from error
+def _outputs_shape(layouts: Layouts, examples: int) -> list[int]:
+    """The shape that the outputs of all examples together would have."""
+    shape = list(layouts.outputs.shape)
+    shape[layouts.output.axis] = layouts.output.outer * examples * layouts.output.inner
+    return shape
 
 
 def _mode_note(problem: Problem) -> str:

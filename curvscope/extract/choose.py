@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from curvscope.extract.plan import LayerPlan, Plan, plan_layer, plan_sweeps, site_positions
-from curvscope.extract.roots import Root, exact_columns
+from curvscope.extract.roots import exact_columns
 from curvscope.graph.functional import Graph
 from curvscope.graph.verify import Layouts
 from curvscope.load.problem import Problem
@@ -21,12 +21,22 @@ PROBES = 8
 
 
 def choose(
-    problem: Problem, graph: Graph, layouts: Layouts, targets: Any, settings: Settings, forward_seconds: float
+    problem: Problem,
+    graph: Graph,
+    layouts: Layouts,
+    targets: Any,
+    settings: Settings,
+    forward_seconds: float,
+    columns: int | None = None,
 ) -> tuple[str, str]:
-    """Exact or probe for `auto`, and in words why; any other choice as it is."""
+    """Exact or probe for `auto`, and in words why; any other choice as it is.
+
+    `layouts.examples` are all examples, `columns` is K where it is known: `targets` are those of the first batch.
+    """
     if settings.fisher != "auto":
         return settings.fisher, ""
-    columns = exact_columns(problem.loss, layouts.outputs, layouts.output, targets)
+    if columns is None:
+        columns = exact_columns(problem.loss, layouts.outputs, layouts.output, targets)
     plans = layer_plans(graph, layouts, columns, settings, keep_draws=False)
     for name, layer in plans.items():
         if layer.form is None and not graph.layers[name].exact_only:
@@ -62,10 +72,10 @@ def layer_plans(
     }
 
 
-def make_plan(graph: Graph, layouts: Layouts, root: Root, settings: Settings) -> Plan:
+def make_plan(graph: Graph, layouts: Layouts, fisher: str, columns: int, settings: Settings) -> Plan:
     """Forms and groups of all chosen layers under the memory bound."""
-    draws = root.fisher in ("probe", "mc")
-    return plan_sweeps(layer_plans(graph, layouts, root.columns, settings, keep_draws=draws), budget(settings))
+    draws = fisher in ("probe", "mc")
+    return plan_sweeps(layer_plans(graph, layouts, columns, settings, keep_draws=draws), budget(settings))
 
 
 def budget(settings: Settings) -> int:

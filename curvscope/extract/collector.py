@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -43,8 +43,8 @@ class Extract:
     [K, d_out, d_out] (only for probe and mc). With groups, factors have a leading axis of groups and there are columns
     for each. `gradient` is dL/dW as [d_out, d_in(+1)]; `positions` the mean
     number of real positions an example; `padded` the share of rows found to be padding. Columns, B and `probe_B` are in
-    multiples of `unit` (`Root.unit`); the gradient is not. With groups, factors have a leading axis of groups and there
-    are columns for each.
+    multiples of `unit` (`Root.unit`); the gradient is not. `unmasked` holds A of all rows where some look like
+    padding and data that comes later may tell otherwise.
     """
 
     spec: LayerSpec
@@ -56,6 +56,7 @@ class Extract:
     columns: Columns | list[Columns] | None
     probe_B: dict[str, Tensor] = field(default_factory=dict)
     unit: float = 1.0
+    unmasked: dict[str, Tensor] = field(default_factory=dict)
 
 
 class _Buffered:
@@ -105,9 +106,10 @@ class Collector:
         self.reduce: _Buffered | None = None
         self.draws: dict[str, list[Tensor]] = {"expand": [], "reduce": []}
         self.gradient: Tensor | None = None
-        self.kept: list[Tensor] = []
+        self.gradients: Tensor | None = None
         self.values: Tensor | None = None
         self.block: GramSum | None = None
+        self.undecided = False
         self._joined: Tensor | None = None
 
     def begin(self, stored: Mapping[str, Any], columns: int) -> None:
@@ -173,7 +175,10 @@ class Collector:
         if self.form is None:
             return
         if self.form in ("outer", "factored"):
-            self.kept.append(g)
+            if self.gradients is None:
+                self.gradients = g.new_empty(self.count, *g.shape)
+            assert self.column is not None
+            self.gradients[self.column] = g
             return
         a = self._a()
         d_in = a.shape[-1] + (self.spec.bias is not None)
@@ -200,23 +205,30 @@ class Collector:
         real = self._real(masks)
         counts = torch.full((examples,), float(positions), device=a.device) if real is None else real.sum(1).to(a.dtype)
         factors = {}
+        unmasked: dict[str, Tensor] = {}
         if self.factors and self.reduce is not None:
             B_reduce = self.reduce.result()
             B_expand = B_reduce if self.expand is None else self.expand.result()
-            bias = self.spec.bias is not None
-            masked = a if real is None else a * real.unsqueeze(-1)
-            A_expand = input_gram(masked.reshape(-1, a.shape[-1]), float(counts.sum()), bias=bias)
-            if positions == 1:
-                A_reduce = A_expand
-            else:
-                means = masked.sum(1) / counts.unsqueeze(1).to(a.dtype)
-                A_reduce = input_gram(means, float(examples), bias=bias)
-            factors = {"expand": (A_expand, B_expand), "reduce": (A_reduce, B_reduce)}
+            A = self._input_factors(a, real, counts)
+            factors = {"expand": (A["expand"], B_expand), "reduce": (A["reduce"], B_reduce)}
+            if real is not None and self.undecided:
+                unmasked = self._input_factors(a, None, torch.full_like(counts, float(positions)))
         padded = 0.0 if real is None else 1.0 - float(counts.sum()) / (examples * positions)
         draws = {name: torch.stack(each) for name, each in self.draws.items() if each}
-        return Extract(
+        found = Extract(
             self.spec, examples, float(counts.mean()), padded, factors, self.gradient, self._columns(a), draws
         )
+        return replace(found, unmasked=unmasked)
+
+    def _input_factors(self, a: Tensor, real: Tensor | None, counts: Tensor) -> dict[str, Tensor]:
+        """A of both flavours, over the rows that are real."""
+        bias = self.spec.bias is not None
+        masked = a if real is None else a * real.unsqueeze(-1)
+        expand = input_gram(masked.reshape(-1, a.shape[-1]), float(counts.sum()), bias=bias)
+        if a.shape[1] == 1:
+            return {"expand": expand, "reduce": expand}
+        means = masked.sum(1) / counts.unsqueeze(1).to(a.dtype)
+        return {"expand": expand, "reduce": input_gram(means, float(a.shape[0]), bias=bias)}
 
     def _real(self, masks: Mapping[str, Tensor]) -> Tensor | None:
         parts = [masks.get(target) for target in self.rows]
@@ -239,4 +251,4 @@ class Collector:
             return Columns("formed", self.examples, self.count, block=self.block.result())
         if self.spec.bias is not None:
             a = torch.cat([a, a.new_ones(*a.shape[:2], 1)], dim=-1)
-        return Columns(self.form, self.examples, self.count, inputs=a, gradients=torch.stack(self.kept))
+        return Columns(self.form, self.examples, self.count, inputs=a, gradients=self.gradients)

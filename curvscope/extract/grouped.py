@@ -60,12 +60,15 @@ class GroupedCollector(Collector):
             product = torch.bmm(flat.transpose(1, 2), flat)
             self._blocks = product if self._blocks is None else self._blocks.add_(product)
             return
-        self.kept.append(column)
+        if self.values is None:
+            self.values = column.new_empty(groups, self.count, *column.shape[1:])
+        assert self.column is not None
+        self.values[:, self.column] = column
 
     def result(self, masks: Mapping[str, Tensor]) -> Extract:
         """The layer's sums, scaled as records.CONVENTIONS says; positions of a convolution are all real."""
         a = self._split(self._a())
-        groups, examples, positions = a.shape[:3]
+        examples, positions = a.shape[1:3]
         if self.spec.bias is not None:
             a = torch.cat([a, a.new_ones(*a.shape[:3], 1)], dim=-1)
         factors = {}
@@ -80,7 +83,6 @@ class GroupedCollector(Collector):
         columns: list[Columns] | None = None
         if self._blocks is not None:
             columns = [Columns("formed", examples, self.count, block=block) for block in self._blocks]
-        elif self.kept:
-            values = torch.stack(self.kept)  # [K, groups, N, d_out, d_in]
-            columns = [Columns("dense", examples, self.count, values=values[:, i]) for i in range(groups)]
+        elif self.values is not None:
+            columns = [Columns("dense", examples, self.count, values=each) for each in self.values]
         return Extract(self.spec, examples, float(positions), 0.0, factors, self.gradient, columns, draws)

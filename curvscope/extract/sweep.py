@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from curvscope.extract.collector import Collector, Extract, Form
 from curvscope.extract.extension import SiteExtension, active, extended
 from curvscope.extract.grouped import GroupedCollector
-from curvscope.extract.padding import Padding
+from curvscope.extract.padding import Judge, Padding
 from curvscope.extract.roots import Root
+from curvscope.extract.symmetric import GramSum
 from curvscope.extract.taps import TapCollector
 from curvscope.graph.functional import Graph
 from curvscope.graph.verify import Layouts
@@ -40,6 +41,8 @@ def sweep(
     per_draw: bool = False,
     gradient_only: Sequence[str] = (),
     progress: Progress = no_progress,
+    judge: Judge | None = None,
+    blocks: dict[str, GramSum] | None = None,
 ) -> dict[str, Extract]:
     """Factors, gradient and columns of the layers named in `forms`, in one sweep.
 
@@ -53,6 +56,8 @@ def sweep(
         per_draw: also keep B of each draw alone (for error bars).
         gradient_only: further layers of which only the gradient is wanted.
         progress: called after every backward pass.
+        judge: given where the batch is a piece of the data; it learns what looks like padding here.
+        blocks: sums that formed columns are added to, and where those that are begun here are put.
     """
     wanted: dict[str, Form | None] = {**forms, **dict.fromkeys(gradient_only)}
     collectors: dict[str, Collector | TapCollector] = {}
@@ -60,8 +65,10 @@ def sweep(
         spec = graph.layers[name]
         kind = TapCollector if spec.exact_only else Collector if spec.groups == 1 else GroupedCollector
         listed = name in forms
-        collectors[name] = kind(graph.layers[name], layouts, form, factors and listed, per_draw and listed)
-    padding = Padding(graph, layouts) if factors else None
+        collector = collectors[name] = kind(spec, layouts, form, factors and listed, per_draw and listed)
+        collector.block = (blocks or {}).get(name)
+        collector.undecided = judge is not None
+    padding = Padding(graph, layouts, piece=judge is not None) if factors else None
     owners = {id(site.module): (site.target, site.layer) for site in graph.sites()}
     watched = [site.module for site in graph.sites() if site.layer in collectors or padding is not None]
 
@@ -104,7 +111,9 @@ def sweep(
                     if given is not None or name in forms:
                         collector.finish()
                 progress("backward passes", f"column {index + 1} of {len(passes)}", index + 1, len(passes))
-        masks = padding.masks(tensors, output) if padding is not None else {}
+        masks = padding.masks(tensors, output, judge) if padding is not None else {}
+        if blocks is not None:
+            blocks |= {name: each.block for name, each in collectors.items() if each.block is not None}
         return {
             name: dataclasses.replace(collector.result(masks), unit=taken.unit)
             for name, collector in collectors.items()

@@ -7,7 +7,7 @@ import dataclasses
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ class Exported:
         example_axes: the example axis of each input, None where it has none.
         dynamic: whether the example axis may change its size.
         notes: what could not be done as wished, one sentence each.
+        free: whether the further axes that were asked for may change their sizes, too.
     """
 
     program: torch.export.ExportedProgram
@@ -37,6 +38,7 @@ class Exported:
     example_axes: tuple[int | None, ...]
     dynamic: bool
     notes: tuple[str, ...] = ()
+    free: bool = False
 
 
 class ExportFailure(Exception):
@@ -176,11 +178,13 @@ def export_model(
     *,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
+    free_axes: Mapping[str, Collection[int]] | None = None,
 ) -> Exported:
     """The model in eval mode as a functional program with a dynamic example axis.
 
-    One example is exported from two copies of it, so that the axis is not specialised away. Where the dynamic
-    export fails, a static one is made and said to be. `model` itself is never touched (see `shadow`).
+    One example is exported from two copies of it, so that the axis is not specialised away. `free_axes` are further
+    axes of inputs whose sizes differ between batches; where they can't be dynamic, the example axis alone is. Where
+    that fails, too, a static export is made and said to be. `model` itself is never touched (see `shadow`).
 
     Raises:
         ExportFailure: torch.export refuses the model either way (data-dependent control flow, ...).
@@ -197,15 +201,20 @@ def export_model(
         )
     wrapper = _Flat(twin, dataclasses.replace(flat, leaves=tuple(_detached(leaf) for leaf in flat.leaves))).eval()
     dynamic = tuple({} if axis is None else {axis: torch.export.Dim.DYNAMIC} for axis in axes)
+    attempts: list[tuple[Any, ...] | None] = [dynamic, None]
+    wanted = free_axes or {}
+    if wanted:
+        every = zip(dynamic, flat.names, strict=True)
+        attempts.insert(0, tuple(d | dict.fromkeys(wanted.get(n, ()), torch.export.Dim.DYNAMIC) for d, n in every))
     failures: list[str] = []
-    for attempt_dynamic in (True, False):
+    for number, attempt in enumerate(attempts):
         try:
             with _quiet_export():
                 program = torch.export.export(
                     wrapper,
-                    traced if attempt_dynamic else tensors,
+                    tensors if attempt is None else traced,
                     # one *args parameter: its dynamic shapes are a tuple inside a tuple
-                    dynamic_shapes=(dynamic,) if attempt_dynamic else None,
+                    dynamic_shapes=None if attempt is None else (attempt,),
                     strict=False,
                 ).run_decompositions(recurrent_decompositions())
         except (BatchError, ModelError):
@@ -213,8 +222,9 @@ def export_model(
         except Exception as error:
             failures.append(_first_line(error))
             continue
-        notes = () if attempt_dynamic else (f"The batch size is fixed in the graph ({failures[0]}).",)
-        return Exported(program, flat.names, axes, attempt_dynamic, notes)
+        notes = (f"The batch size is fixed in the graph ({failures[-1]}).",) if attempt is None else ()
+        free = bool(wanted) and number == 0
+        return Exported(program, flat.names, axes, attempt is not None, notes, free)
     raise ExportFailure(failures[-1])
 
 

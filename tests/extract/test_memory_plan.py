@@ -35,7 +35,7 @@ def test_groups_of_layers_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch)
         sweeps.append(len(result.groups))
         return result
 
-    monkeypatch.setattr("curvscope.pipeline.plan_sweeps", spy)
+    monkeypatch.setattr("curvscope.extract.choose.plan_sweeps", spy)
     pieces = run(20_000)
     assert sweeps[0] > 1
     assert list(pieces.layers) == list(whole.layers)
@@ -92,15 +92,15 @@ def test_dense_and_factored_columns_agree() -> None:
     batch = (torch.randn(3, 2, 6, 6), torch.randint(4, (3,)))
     results = {}
     for name, forced in {"dense": "dense", "factored": "factored"}.items():
-        import curvscope.pipeline as pipeline
+        from curvscope.extract import choose
 
-        original = pipeline.plan_layer
+        original = choose.plan_layer
 
         def forcing(*args: Any, forced: str = forced, original: Any = original, **options: Any) -> LayerPlan:
             chosen = original(*args, **options)
             return LayerPlan(forced if chosen.form in ("dense", "factored") else chosen.form, 1, 1)  # type: ignore[arg-type]
 
-        pipeline.plan_layer = forcing  # type: ignore[assignment]
+        choose.plan_layer = forcing  # type: ignore[assignment]
         try:
             results[name] = curvscope.analyze(
                 conv,
@@ -112,7 +112,7 @@ def test_dense_and_factored_columns_agree() -> None:
                 dump=("columns",),
             )
         finally:
-            pipeline.plan_layer = original
+            choose.plan_layer = original
     for name, layer in results["dense"].layers.items():
         for approximation, row in layer.errors.items():
             got = results["factored"].layers[name].errors[approximation]
