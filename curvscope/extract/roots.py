@@ -155,7 +155,7 @@ def _loss_and_gradient(loss: Loss, outputs: Tensor, targets: Any) -> tuple[float
             )
         if not bool(torch.isfinite(value)):
             raise LossError(
-                f"The loss is {float(value)}.",
+                f"The loss is {float(value.detach())}.",
                 where=f"loss {loss.label} on this batch",
                 remedy="Look at the outputs and targets: a finite loss is needed to speak of curvature.",
             )
