@@ -19,7 +19,6 @@ from curvscope.load.loss import named_loss
 from curvscope.load.problem import Inputs
 from tests.many import Tokens, cut, tokens, worst
 
-
 INPUTS = torch.linspace(-1, 1, 35).view(7, 5)
 
 
