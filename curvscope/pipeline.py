@@ -15,7 +15,7 @@ from torch import nn
 from curvscope._version import __version__
 from curvscope.diagnose import rules
 from curvscope.errors import DeviceError
-from curvscope.extract.choose import DTYPES, PROBES, choose, make_plan
+from curvscope.extract.choose import DTYPES, PROBES, budget, choose, make_plan
 from curvscope.extract.passes import Passes
 from curvscope.extract.pieces import Pieces
 from curvscope.extract.sweep import Progress, no_progress
@@ -124,7 +124,7 @@ def analyze(
     graph, notes = prepared.graph, list(prepared.notes)
     pieces = Pieces(problem, prepared, run_on, kind)
     with timed(seconds, "layout"):
-        layouts = pieces.verify()
+        layouts = pieces.verify(pieces.fit(budget(settings)))
     with timed(seconds, "survey"):
         # the loss with its class axis settled
         problem = dataclasses.replace(problem, loss=pieces.look(layouts, seconds["layout"] / 3))
@@ -139,8 +139,8 @@ def analyze(
     passes.settle(layouts.outputs)
     if reason:
         notes.append(reason)
-    plan = make_plan(graph, everything, chosen, passes.columns, settings)
-    wishes = Wishes(chosen, settings.measure, settings.dump, settings.seed, kind)
+    plan = make_plan(graph, everything, chosen, passes.columns, settings, activations=pieces.activations())
+    wishes = Wishes(chosen, settings.measure, settings.dump, settings.seed, kind, plan.piece_bytes)
     measured, squared_gradient = measure_layers(passes, plan, wishes, report, seconds)
     with timed(seconds, "findings"):
         coverage = [

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from curvscope.curvature.eigen import eigvalsh
 from curvscope.extract.collector import Columns
+from curvscope.extract.plan import PIECE_BYTES
 from curvscope.extract.symmetric import GramSum
-
-PIECE_BYTES = 64 * 2**20
 
 
 class Block:

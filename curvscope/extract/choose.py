@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from curvscope.extract.plan import LayerPlan, Plan, plan_layer, plan_sweeps, site_positions
+from curvscope.extract.plan import LayerPlan, Plan, plan_layer, plan_sweeps, site_positions, standing_bytes
 from curvscope.extract.roots import exact_columns
 from curvscope.graph.functional import Graph
 from curvscope.graph.verify import Layouts
@@ -48,7 +48,7 @@ def choose(
             f"Exact columns were not taken: {columns + 1} backward passes and their products would take about "
             f"{estimate:.0f} s, over --time {settings.time_seconds:g}. {PROBES} probes instead."
         )
-    fitting = plan_sweeps(plans, budget(settings)).layers
+    fitting = plan_sweeps(plans, budget(settings), standing=standing(graph, settings)).layers
     if any(layer.form is None for name, layer in fitting.items() if not graph.layers[name].exact_only):
         return "probe", f"Exact columns were not taken: they exceed --memory. {PROBES} probes instead."
     return "exact", ""
@@ -72,10 +72,17 @@ def layer_plans(
     }
 
 
-def make_plan(graph: Graph, layouts: Layouts, fisher: str, columns: int, settings: Settings) -> Plan:
-    """Forms and groups of all chosen layers under the memory bound."""
-    draws = fisher in ("probe", "mc")
-    return plan_sweeps(layer_plans(graph, layouts, columns, settings, keep_draws=draws), budget(settings))
+def make_plan(
+    graph: Graph, layouts: Layouts, fisher: str, columns: int, settings: Settings, *, activations: int = 0
+) -> Plan:
+    """Forms and groups of all chosen layers under the memory bound; a pass takes `activations` bytes."""
+    plans = layer_plans(graph, layouts, columns, settings, keep_draws=fisher in ("probe", "mc"))
+    return plan_sweeps(plans, budget(settings), standing=standing(graph, settings), activations=activations)
+
+
+def standing(graph: Graph, settings: Settings) -> int:
+    """Bytes that the factors and records of all layers take."""
+    return sum(standing_bytes(spec, DTYPES[settings.dtype].itemsize) for spec in graph.layers.values())
 
 
 def budget(settings: Settings) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from curvscope.extract.collector import Extract, Form
+from curvscope.extract.footprint import release
 from curvscope.extract.merge import Merged
 from curvscope.extract.padding import Judge
 from curvscope.extract.pieces import Piece, Pieces
@@ -97,6 +98,7 @@ class Passes:
         judge = Judge() if self.pieces.in_pieces() else None
         blocks: dict[str, GramSum] = {}
         for piece in self.pieces:
+            release()  # what the piece before took
             with self.pieces.named(piece.name):
                 taken: list[Root] = []
                 extracts = sweep(

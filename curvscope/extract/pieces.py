@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from curvscope.errors import BatchError, CurvscopeError
+from curvscope.extract.footprint import bytes_an_example
+from curvscope.extract.plan import ACTIVATIONS_SHARE
 from curvscope.extract.roots import exact_columns
 from curvscope.graph.export import FlatInputs, flatten_inputs
 from curvscope.graph.prepare import Prepared
@@ -26,6 +28,9 @@ from curvscope.load import check_targets
 from curvscope.load.class_axis import class_axis
 from curvscope.load.problem import Batch, Loss, Problem
 from curvscope.load.reduction import averages, denominator, has_terms
+
+# Verifying the layouts holds about this many times what a pass over the same examples does.
+VERIFYING = 3
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,7 @@ class Survey:
         positions: site -> most rows an example.
         total: what a mean divides by; 0 for a sum.
         seconds: of a forward pass over everything.
+        largest: the examples of the largest batch.
     """
 
     examples: int
@@ -82,6 +88,7 @@ class Survey:
     positions: dict[str, int]
     total: float
     seconds: float
+    largest: int
 
 
 class Pieces:
@@ -99,12 +106,40 @@ class Pieces:
         self._batches: Iterable[Batch] = [self._first] if problem.batches is None else problem.batches
         self._layouts: dict[tuple[tuple[int, ...], ...], Layouts] = {}
         self._survey: Survey | None = None
+        self.example_bytes = 0
 
     @property
     def survey(self) -> Survey:
         """What `look` found."""
         assert self._survey is not None
         return self._survey
+
+    def fit(self, budget: int) -> int | None:
+        """Sets `size` so that a pass over a piece takes its share of `budget` bytes; how many examples to verify.
+
+        None, and pieces as large as batches, where the graph takes one number of examples only.
+        """
+        loaded = self._load(self._first)
+        few = min(2, loaded.examples)
+        if not self._prepared.any_size or loaded.examples == few:
+            return None
+        tensors = [
+            tensor if axis is None else tensor.narrow(axis, 0, few)
+            for tensor, axis in zip(loaded.tensors, loaded.axes, strict=True)
+        ]
+        try:
+            self.example_bytes = bytes_an_example(self.graph, tensors, few)
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            raise refused(error, loaded.flat) from error
+        size = max(1, int(budget * ACTIVATIONS_SHARE) // max(1, self.example_bytes))
+        if size < loaded.examples or self.many:
+            self.size = size
+        return max(2, size // VERIFYING)
+
+    def activations(self) -> int:
+        """Bytes that a pass over the largest piece takes, where they were measured."""
+        largest = self.survey.largest if self.size is None else min(self.size, self.survey.largest)
+        return self.example_bytes * largest
 
     def verify(self, examples: int | None = None) -> Layouts:
         """The layouts of the first batch, with its outputs; of its first examples only where a number is given.
@@ -126,7 +161,7 @@ class Pieces:
         Raises:
             BatchError, LossError: targets that do not suit the loss, with the batch they are in; no term counts in any.
         """
-        examples, batches, columns, total = 0, 0, 0, 0.0
+        examples, batches, columns, total, largest = 0, 0, 0, 0.0, 0
         positions: dict[str, int] = {}
         for loaded in self._loaded():
             batches += 1
@@ -142,7 +177,7 @@ class Pieces:
                         total += denominator(self.loss, outputs, loaded.targets)
                 if has_terms(self.loss, loaded.targets) or not self.many:
                     columns = max(columns, exact_columns(self.loss, outputs, known.output, loaded.targets))
-            examples += loaded.examples
+            examples, largest = examples + loaded.examples, max(largest, loaded.examples)
             for site, rows in known.positions.items():
                 positions[site] = max(positions.get(site, 0), rows)
         if columns == 0 and self.many:
@@ -152,7 +187,7 @@ class Pieces:
                 remedy="Check ignore_index and the class weights against the targets.",
             )
         each = seconds / layouts.examples
-        self._survey = Survey(examples, batches, columns, positions, total, each * examples)
+        self._survey = Survey(examples, batches, columns, positions, total, each * examples, largest)
         return self.loss
 
     def settle(self, layouts: Layouts) -> None:

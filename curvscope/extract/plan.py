@@ -8,8 +8,13 @@ from dataclasses import dataclass
 from curvscope.extract.collector import Form
 from curvscope.graph.sites import LayerSpec
 
-# Slices of columns and their products, on top of what is kept (curvature.block.PIECE_BYTES, a few at once).
-WORKING_BYTES = 256 * 2**20
+# Slices of columns are worked on in pieces of this many bytes, or of less under a small bound, a few at once.
+PIECE_BYTES = 64 * 2**20
+LEAST_PIECE_BYTES = 2 * 2**20
+PIECES_OF_THE_BOUND = 32
+PIECES_AT_ONCE = 4
+# Of the bound, what the passes over one piece of the data may take beside the columns that are kept.
+ACTIVATIONS_SHARE = 1 / 4
 # Columns of a layer without factors (an embedding, say) are kept up to this many numbers.
 EXACT_ONLY_ENTRIES = 2**25
 # What the relative spectral error takes as a rule.
@@ -29,10 +34,29 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Layers in groups, one sweep a group; layers without a form get factors only, for the reason in their plan."""
+    """Layers in groups, one sweep a group; layers without a form get factors only, for the reason in their plan.
+
+    `peak_bytes` is what the largest group takes with everything beside it, `piece_bytes` how large slices may be.
+    """
 
     layers: dict[str, LayerPlan]
     groups: list[list[str]]
+    peak_bytes: int = 0
+    piece_bytes: int = PIECE_BYTES
+
+
+def slice_bytes(budget: int) -> int:
+    """How large the slices may be that columns are worked on in, under a bound on everything."""
+    return min(PIECE_BYTES, max(LEAST_PIECE_BYTES, budget // PIECES_OF_THE_BOUND))
+
+
+def standing_bytes(spec: LayerSpec, itemsize: int) -> int:
+    """A layer's factors, gradient and record, which stay from the first sweep on."""
+    if spec.exact_only:
+        return spec.parameters * itemsize
+    d_in, d_out = spec.d_in + (spec.bias is not None), spec.d_out // spec.groups
+    factors = 2 * spec.groups * (d_in**2 + d_out**2) * itemsize
+    return 2 * factors + spec.parameters * itemsize + 8 * 6 * min(spec.parameters, 2**14)
 
 
 def plan_layer(
@@ -109,33 +133,38 @@ def _too_large(small: int, limit: int) -> str:
     return f"min(P, N K) = {small} exceeds {limit}: use fewer examples, --fisher probe or --fisher mc"
 
 
-def plan_sweeps(layers: Mapping[str, LayerPlan], budget: int) -> Plan:
+def plan_sweeps(layers: Mapping[str, LayerPlan], budget: int, *, standing: int = 0, activations: int = 0) -> Plan:
     """Groups of layers whose kept columns, with the largest layer's measuring, stay under `budget` bytes.
 
-    A layer that exceeds the budget alone gets no columns; its plan says what it would take.
+    `standing` bytes are there all the time, `activations` while a pass runs. A layer that exceeds the budget alone gets
+    no columns; its plan says what it would take.
     """
+    piece = slice_bytes(budget)
+    slices = PIECES_AT_ONCE * piece
     chosen: dict[str, LayerPlan] = {}
     groups: list[list[str]] = [[]]
-    kept, work = 0, 0
+    kept, work, peak = 0, 0, standing + activations
     for name, layer in layers.items():
         if layer.form is None:
             chosen[name] = layer
             groups[0].append(name)
             continue
-        need = layer.kept_bytes + layer.measure_bytes + WORKING_BYTES
+        measuring = max(layer.measure_bytes + slices, activations)
+        need = layer.kept_bytes + measuring + standing
         if need > budget:
             reason = f"its columns take {_size(need)} and --memory allows {_size(budget)}: raise it, or --fisher probe"
             chosen[name] = LayerPlan(None, 0, 0, reason)
             groups[0].append(name)
             continue
         chosen[name] = layer
-        if groups[-1] and kept + layer.kept_bytes + max(work, layer.measure_bytes) + WORKING_BYTES > budget:
+        if groups[-1] and kept + layer.kept_bytes + max(work, measuring) + standing > budget:
             groups.append([])
             kept, work = 0, 0
         groups[-1].append(name)
         kept += layer.kept_bytes
-        work = max(work, layer.measure_bytes)
-    return Plan(chosen, [group for group in groups if group])
+        work = max(work, measuring)
+        peak = max(peak, kept + work + standing)
+    return Plan(chosen, [group for group in groups if group], peak, piece)
 
 
 def _size(count: float) -> str:

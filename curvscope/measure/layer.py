@@ -16,6 +16,7 @@ from curvscope.curvature.eigen import eigh, eigvalsh
 from curvscope.curvature.grouped import GroupedApproximation, GroupedBlock
 from curvscope.curvature.kronecker import Diagonal, Kronecker
 from curvscope.extract.collector import Extract
+from curvscope.extract.plan import PIECE_BYTES
 from curvscope.measure.accuracy import error_row
 from curvscope.measure.approximate import FLAVOURS, approximate, side_by_side
 from curvscope.measure.estimate import estimated_rows
@@ -35,6 +36,7 @@ class Wishes:
     dump: tuple[str, ...]
     seed: int
     dtype: torch.dtype
+    piece_bytes: int = PIECE_BYTES
 
 
 @dataclass
@@ -80,7 +82,7 @@ def measure_layer(extract: Extract, wishes: Wishes, *, why_no_columns: str = "")
     found = _Findings(attributes=_factor_facts(extract, scale), scale=scale)
     eigenvectors: dict[str, Any] = {}
     kept: dict[str, Any] = {}
-    blocks = _blocks(extract)
+    blocks = _blocks(extract, wishes.piece_bytes)
     if not blocks:
         _not_assessed(spec.name, wishes.fisher, why_no_columns, found, APPROXIMATIONS)
         _factor_spectra(extract, wishes, found)
@@ -175,11 +177,12 @@ def _group_factors(extract: Extract) -> list[dict[str, tuple[Tensor, Tensor]]]:
     return [{name: (A[i], B[i]) for name, (A, B) in extract.factors.items()} for i in range(extract.spec.groups)]
 
 
-def _blocks(extract: Extract) -> list[Block]:
+def _blocks(extract: Extract, piece_bytes: int) -> list[Block]:
     """The exact block of every group; none where there are no columns."""
     spec, columns = extract.spec, extract.columns
     each = [] if columns is None else columns if isinstance(columns, list) else [columns]
-    return [Block(one, spec.d_out // spec.groups, spec.d_in + (spec.bias is not None)) for one in each]
+    shape = spec.d_out // spec.groups, spec.d_in + (spec.bias is not None)
+    return [Block(one, *shape, piece_bytes) for one in each]
 
 
 def _exact(

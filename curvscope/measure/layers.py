@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 
 from curvscope.extract.collector import Extract, Form
+from curvscope.extract.footprint import release
 from curvscope.extract.passes import Passes
 from curvscope.extract.plan import Plan
 from curvscope.extract.sweep import Progress
@@ -46,11 +47,13 @@ def measure_layers(
                     for name, extract in more.items()
                 }
                 del more
+        release()
         for name in group:
             report("measure", name, len(measured), len(names))
             with timed(seconds, "measure"):
                 # popped: its columns are gone before the next layer's are worked on
                 measured[name] = measure_layer(extracts.pop(name), wishes, why_no_columns=plan.layers[name].reason)
+                release()
     report("measure", "", len(names), len(names))
     return {name: measured[name] for name in names}, squared
 

@@ -26,11 +26,11 @@ def run(memory: int | None, **options: Any) -> Any:
 
 def test_groups_of_layers_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(10**9)
-    monkeypatch.setattr(plan, "WORKING_BYTES", 0)
+    monkeypatch.setattr(plan, "LEAST_PIECE_BYTES", 0)
     sweeps: list[int] = []
     original = plan.plan_sweeps
 
-    def spy(layers: Any, budget: int) -> Any:
+    def spy(layers: Any, budget: int, **bytes_taken: int) -> Any:
         result = original(layers, budget)
         sweeps.append(len(result.groups))
         return result
@@ -43,7 +43,8 @@ def test_groups_of_layers_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch)
         other = pieces.layers[name]
         assert other.row.status == "ok"
         for approximation, row in layer.errors.items():
-            assert other.errors[approximation].rel_frobenius == pytest.approx(row.rel_frobenius, rel=1e-10)
+            if "not unique" not in row.reason:
+                assert other.errors[approximation].rel_frobenius == pytest.approx(row.rel_frobenius, rel=1e-10)
     assert pieces.model.gradient_norm == pytest.approx(whole.model.gradient_norm, rel=1e-12)
 
 
@@ -58,7 +59,7 @@ def test_small_slices_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> 
             assert got.rel_spectral == pytest.approx(row.rel_spectral, rel=1e-6), (name, approximation)
 
 
-def _sliced_block(columns: Any, d_out: int, d_in: int) -> Any:
+def _sliced_block(columns: Any, d_out: int, d_in: int, piece_bytes: int) -> Any:
     from curvscope.curvature.block import Block
 
     return Block(columns, d_out, d_in, piece_bytes=1)
@@ -76,13 +77,14 @@ def test_a_layer_that_does_not_fit_says_so_and_keeps_its_factors() -> None:
 
 def test_a_group_never_exceeds_the_budget() -> None:
     layers = {str(i): LayerPlan("dense", kept, work) for i, (kept, work) in enumerate([(5, 1), (7, 9), (3, 2), (8, 1)])}
-    budget = plan.WORKING_BYTES + 16
+    slices = plan.PIECES_AT_ONCE * plan.LEAST_PIECE_BYTES
+    budget = slices + 16
     groups = plan_sweeps(layers, budget).groups
     assert [name for group in groups for name in group] == list(layers)
     for group in groups:
         kept = sum(layers[name].kept_bytes for name in group)
         work = max(layers[name].measure_bytes for name in group)
-        assert kept + work + plan.WORKING_BYTES <= budget
+        assert kept + work + slices <= budget
 
 
 def test_dense_and_factored_columns_agree() -> None:
