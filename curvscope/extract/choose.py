@@ -76,13 +76,16 @@ def make_plan(
     graph: Graph, layouts: Layouts, fisher: str, columns: int, settings: Settings, *, activations: int = 0
 ) -> Plan:
     """Forms and groups of all chosen layers under the memory bound; a pass takes `activations` bytes."""
-    plans = layer_plans(graph, layouts, columns, settings, keep_draws=fisher in ("probe", "mc"))
-    return plan_sweeps(plans, budget(settings), standing=standing(graph, settings), activations=activations)
+    draws = fisher in ("probe", "mc")
+    plans = layer_plans(graph, layouts, columns, settings, keep_draws=draws)
+    return plan_sweeps(
+        plans, budget(settings), standing=standing(graph, settings, columns if draws else 0), activations=activations
+    )
 
 
-def standing(graph: Graph, settings: Settings) -> int:
-    """Bytes that the factors and records of all layers take."""
-    return sum(standing_bytes(spec, DTYPES[settings.dtype].itemsize) for spec in graph.layers.values())
+def standing(graph: Graph, settings: Settings, draws: int = 0) -> int:
+    """Bytes that the factors and records of all layers take; each draw has a B of its own."""
+    return sum(standing_bytes(spec, DTYPES[settings.dtype].itemsize, draws) for spec in graph.layers.values())
 
 
 def budget(settings: Settings) -> int:

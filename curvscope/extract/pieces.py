@@ -132,8 +132,9 @@ class Pieces:
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             raise refused(error, loaded.flat) from error
         size = max(1, int(budget * ACTIVATIONS_SHARE) // max(1, self.example_bytes))
-        if size < loaded.examples or self.many:
-            self.size = size
+        if size >= loaded.examples and not self.many:
+            return None
+        self.size = size
         return max(2, size // VERIFYING)
 
     def activations(self) -> int:

@@ -50,12 +50,12 @@ def slice_bytes(budget: int) -> int:
     return min(PIECE_BYTES, max(LEAST_PIECE_BYTES, budget // PIECES_OF_THE_BOUND))
 
 
-def standing_bytes(spec: LayerSpec, itemsize: int) -> int:
-    """A layer's factors, gradient and record, which stay from the first sweep on."""
+def standing_bytes(spec: LayerSpec, itemsize: int, draws: int) -> int:
+    """A layer's factors (B of every draw, too), gradient and record, which stay from the first sweep on."""
     if spec.exact_only:
         return spec.parameters * itemsize
     d_in, d_out = spec.d_in + (spec.bias is not None), spec.d_out // spec.groups
-    factors = 2 * spec.groups * (d_in**2 + d_out**2) * itemsize
+    factors = 2 * spec.groups * (d_in**2 + (1 + draws) * d_out**2) * itemsize
     return 2 * factors + spec.parameters * itemsize + 8 * 6 * min(spec.parameters, 2**14)
 
 
@@ -97,9 +97,9 @@ def plan_layer(
     flops = 2.0 * NK * NK * P + solve
     if factored < dense:
         flops += 4.0 * NK * positions * (d_out**2 + P) + LANCZOS_STEPS * 8.0 * examples * positions * P
-        return LayerPlan("factored", factored * itemsize, 4 * square + 16 * factored, measure_flops=flops)
+        return LayerPlan("factored", factored * itemsize, 4 * square + 64 * P, measure_flops=flops)
     flops += 4.0 * NK * P * (d_out + d_in) + LANCZOS_STEPS * 8.0 * NK * P
-    return LayerPlan("dense", dense * itemsize, 4 * square, measure_flops=flops)
+    return LayerPlan("dense", dense * itemsize, 4 * square + 64 * P, measure_flops=flops)
 
 
 def _plan_grouped(spec: LayerSpec, NK: int, d_in: int, itemsize: int, keep_draws: bool, limit: int) -> LayerPlan:
