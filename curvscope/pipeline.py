@@ -7,28 +7,29 @@ import datetime
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from curvscope._version import __version__
 from curvscope.diagnose import rules
-from curvscope.errors import DeviceError
-from curvscope.extract.choose import DTYPES, PROBES, budget, choose, make_plan
-from curvscope.extract.passes import Passes
-from curvscope.extract.pieces import Pieces
+from curvscope.errors import AnalysisError, DeviceError
+from curvscope.extract.choose import DTYPES, budget
+from curvscope.extract.plan import size_in_words
+from curvscope.extract.ready import describe_plan, get_ready
 from curvscope.extract.sweep import Progress, no_progress
-from curvscope.graph.prepare import prepare, varying_axes
-from curvscope.graph.verify import Layouts
 from curvscope.load import load_problem
 from curvscope.load.problem import Problem
 from curvscope.measure.layer import Wishes
-from curvscope.measure.layers import measure_layers, timed
+from curvscope.measure.layers import attempt, measure_layers, timed
+from curvscope.planned import PlannedRun
 from curvscope.records import CoverageRow, Layer, ModelInfo, RunInfo
 from curvscope.run import Run
-from curvscope.settings import checked_settings
+from curvscope.settings import Settings, checked_settings
 from curvscope.units import parse_bytes
+
+T = TypeVar("T")
 
 
 def analyze(
@@ -89,19 +90,74 @@ def analyze(
 
     Sources: K-FAC arXiv:1503.05671; expand and reduce arXiv:2311.00636; EKFAC arXiv:1806.03884.
     """
+    return _with_fallback(
+        _given(
+            model,
+            batch,
+            loss=loss,
+            optimizer=optimizer,
+            factory=factory,
+            trust=trust,
+            progress=progress,
+            fisher=fisher,
+            samples=samples,
+            layers=layers,
+            skip=skip,
+            measure=measure,
+            device=device,
+            dtype=dtype,
+            memory=memory,
+            time=time,
+            example_axes=example_axes,
+            seed=seed,
+            dump=dump,
+        ),
+        _analyzed,
+    )
+
+
+def plan(model: Any, batch: Any = None, **options: Any) -> PlannedRun:
+    """What `analyze` would do with the same arguments: passes, bytes, seconds, and every layer's treatment.
+
+    The model is exported and verified, and a few passes are timed; the analysis itself does not run.
+
+    Raises:
+        CurvscopeError: as `analyze`, as far as it shows before the passes.
+    """
+    return _with_fallback(_given(model, batch, **options), _planned)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Given:
+    """The arguments, checked and loaded."""
+
+    problem: Problem
+    settings: Settings
+    report: Progress
+    seconds: dict[str, float]
+
+
+def _given(
+    model: Any,
+    batch: Any,
+    *,
+    loss: Any = None,
+    optimizer: Any = None,
+    factory: Any = None,
+    trust: bool = False,
+    progress: bool | Progress = False,
+    memory: int | str | None = None,
+    time: float = 60.0,
+    **options: Any,
+) -> _Given:
+    for name in ("layers", "skip", "measure", "dump"):
+        options[name] = _words(options.get(name))
+    options["example_axes"] = dict(options.get("example_axes") or {})
+    defaults = {"fisher": "auto", "samples": None, "device": "auto", "dtype": "float32", "seed": 0}
     settings = checked_settings(
-        fisher=fisher,
-        samples=samples,
-        layers=_words(layers),
-        skip=_words(skip),
-        measure=_words(measure),
-        device=device,
-        dtype=dtype,
+        **{**defaults, **options},
         memory_bytes=parse_bytes(memory) if isinstance(memory, str) else memory,
         time_seconds=time,
-        seed=seed,
-        dump=_words(dump),
-        example_axes=dict(example_axes or {}),
     )
     report = progress if callable(progress) else _print_progress if progress else no_progress
     seconds: dict[str, float] = {}
@@ -115,33 +171,49 @@ def analyze(
             trust=trust,
             example_axes=settings.example_axes,
         )
-    run_on = _device(settings.device)
-    kind = DTYPES[settings.dtype]
-    report("export", problem.name, 0, 1)
-    with timed(seconds, "export"):
-        prepared = prepare(problem, settings, run_on, kind, varying_axes(problem))
-    report("export", problem.name, 1, 1)
-    graph, notes = prepared.graph, list(prepared.notes)
-    pieces = Pieces(problem, prepared, run_on, kind)
-    with timed(seconds, "layout"):
-        layouts = pieces.verify(pieces.fit(budget(settings)))
-    with timed(seconds, "survey"):
-        # the loss with its class axis settled
-        problem = dataclasses.replace(problem, loss=pieces.look(layouts, seconds["layout"] / 3))
-        pieces.settle(layouts)
-    survey = pieces.survey
-    everything = dataclasses.replace(layouts, examples=survey.examples, positions=survey.positions)
-    chosen, reason = choose(
-        problem, graph, everything, problem.targets, settings, survey.seconds, columns=survey.columns
+    return _Given(problem, settings, report, seconds)
+
+
+def _with_fallback(given: _Given, call: Callable[[_Given, torch.device], T]) -> T:
+    """The call on the chosen device; where its memory runs out, on the CPU.
+
+    Raises:
+        AnalysisError: memory runs out there, too.
+    """
+    device = _device(given.settings.device)
+    tried = [device.type]
+    if device.type != "cpu":
+        found = attempt(lambda: call(given, device))
+        if found is not None:
+            return found
+        tried.append("cpu")
+        told = f"Memory ran out on {device.type}, even with one example at a time: this is what the CPU found."
+        problem = dataclasses.replace(given.problem, notes=(*given.problem.notes, told))
+        given = dataclasses.replace(given, problem=problem)
+    found = attempt(lambda: call(given, torch.device("cpu")))
+    if found is not None:
+        return found
+    raise AnalysisError(
+        "There is not enough memory, even with one example at a time and without keeping columns.",
+        where=f"tried on {', then on '.join(tried)}; --memory {size_in_words(budget(given.settings))}",
+        remedy="Free some memory, analyze fewer layers with --layers, or give a batch of fewer or shorter examples. "
+        "Nothing was measured, so nothing was written.",
     )
-    samples_taken = settings.samples or (PROBES if chosen == "probe" else 1)
-    passes = Passes(graph, pieces, fisher=chosen, samples=samples_taken, seed=settings.seed)
-    passes.settle(layouts.outputs)
-    if reason:
-        notes.append(reason)
-    plan = make_plan(graph, everything, chosen, passes.columns, settings, activations=pieces.activations())
-    wishes = Wishes(chosen, settings.measure, settings.dump, settings.seed, kind, plan.piece_bytes)
-    measured, squared_gradient = measure_layers(passes, plan, wishes, report, seconds)
+
+
+def _planned(given: _Given, device: torch.device) -> PlannedRun:
+    return describe_plan(get_ready(given.problem, given.settings, device, given.report, dict(given.seconds)))
+
+
+def _analyzed(given: _Given, run_on: torch.device) -> Run:
+    """The analysis on one device."""
+    settings, report, seconds = given.settings, given.report, dict(given.seconds)
+    ready = get_ready(given.problem, settings, run_on, report, seconds)
+    problem, passes, notes = ready.problem, ready.passes, ready.notes
+    graph, survey, chosen, samples_taken = passes.graph, passes.pieces.survey, ready.fisher, ready.samples
+    kind = DTYPES[settings.dtype]
+    wishes = Wishes(chosen, settings.measure, settings.dump, settings.seed, kind, ready.plan.piece_bytes)
+    measured, squared_gradient = measure_layers(passes, ready.plan, wishes, report, seconds)
     with timed(seconds, "findings"):
         coverage = [
             CoverageRow(use.parameter, use.layer, use.count, use.treatment, reason=use.reason) for use in graph.uses
@@ -157,7 +229,7 @@ def analyze(
             parameters=sum(row.count for row in coverage),
             coverage=covered / trained if trained else 0.0,
             examples=survey.examples,
-            outputs=str(_outputs_shape(layouts, survey.examples)),
+            outputs=str(ready.outputs),
             graph=graph.origin,
             mode_note=_mode_note(problem),
             step=-1 if problem.step is None else problem.step,
@@ -213,13 +285,6 @@ def _device(name: str) -> torch.device:
 
 def _device_words(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def _outputs_shape(layouts: Layouts, examples: int) -> list[int]:
-    """The shape that the outputs of all examples together would have."""
-    shape = list(layouts.outputs.shape)
-    shape[layouts.output.axis] = layouts.output.outer * examples * layouts.output.inner
-    return shape
 
 
 def _mode_note(problem: Problem) -> str:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from curvscope.extract.cost import ASSUMED, PassSeconds, loads_of, measured_rates
+from curvscope.extract.cost import estimate as estimated_seconds
 from curvscope.extract.plan import LayerPlan, Plan, plan_layer, plan_sweeps, site_positions, standing_bytes
 from curvscope.extract.roots import exact_columns
 from curvscope.graph.functional import Graph
@@ -15,9 +18,10 @@ from curvscope.load.problem import Problem
 from curvscope.settings import Settings
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
-# A matrix rate that any machine reaches, for the estimate that `auto` decides on.
-ASSUMED_RATE = 5e10
+# A rough estimate below this share of --time needs no measurement.
+SETTLED = 0.1
 PROBES = 8
+OVERHEAD_BYTES = 48 * 2**20
 
 
 def choose(
@@ -28,10 +32,12 @@ def choose(
     settings: Settings,
     forward_seconds: float,
     columns: int | None = None,
+    timed: Callable[[], PassSeconds] | None = None,
 ) -> tuple[str, str]:
     """Exact or probe for `auto`, and in words why; any other choice as it is.
 
     `layouts.examples` are all examples, `columns` is K where it is known: `targets` are those of the first batch.
+    `timed` measures a pass; it is asked where a rough estimate does not settle the matter.
     """
     if settings.fisher != "auto":
         return settings.fisher, ""
@@ -41,14 +47,25 @@ def choose(
     for name, layer in plans.items():
         if layer.form is None and not graph.layers[name].exact_only:
             return "probe", f"Exact columns were not taken: layer {name}: {layer.reason}. {PROBES} probes instead."
-    estimate = 3 * forward_seconds * (columns + 1)
-    estimate += sum(layer.measure_flops for layer in plans.values()) / ASSUMED_RATE
+    loads = loads_of(
+        graph.layers,
+        plans,
+        layouts.positions,
+        examples=layouts.examples,
+        columns=columns,
+        draws=False,
+        itemsize=DTYPES[settings.dtype].itemsize,
+    )
+    rough = PassSeconds(6 * forward_seconds, 3 * forward_seconds)
+    estimate = sum(estimated_seconds(loads, 1, rough, ASSUMED).values())
+    if timed is not None and estimate > SETTLED * settings.time_seconds:
+        estimate = sum(estimated_seconds(loads, 1, timed(), measured_rates(layouts.outputs.device)).values())
     if estimate > settings.time_seconds:
         return "probe", (
             f"Exact columns were not taken: {columns + 1} backward passes and their products would take about "
             f"{estimate:.0f} s, over --time {settings.time_seconds:g}. {PROBES} probes instead."
         )
-    fitting = plan_sweeps(plans, budget(settings), standing=standing(graph, settings)).layers
+    fitting = plan_sweeps(plans, usable(settings), standing=standing(graph, settings)).layers
     if any(layer.form is None for name, layer in fitting.items() if not graph.layers[name].exact_only):
         return "probe", f"Exact columns were not taken: they exceed --memory. {PROBES} probes instead."
     return "exact", ""
@@ -91,6 +108,12 @@ def standing(graph: Graph, settings: Settings, draws: int = 0) -> int:
 def budget(settings: Settings) -> int:
     """Bytes that the tool may take: --memory, else half of what is free."""
     return settings.memory_bytes or _free_bytes() // 2
+
+
+def usable(settings: Settings) -> int:
+    """What of the budget is left to plan with: export, solvers and what is freed too late take the rest."""
+    whole = budget(settings)
+    return whole - min(OVERHEAD_BYTES, whole // 4)
 
 
 def _free_bytes() -> int:

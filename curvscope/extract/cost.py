@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from curvscope.extract.collector import Form
 from curvscope.extract.plan import LayerPlan, Plan
 from curvscope.graph.sites import LayerSpec
 
@@ -21,6 +22,8 @@ NEAREST_STEPS = 9
 # A symmetric product is made by blocks of rows, see `curvscope.extract.symmetric`.
 SYMMETRIC = 5 / 8
 SIZE = 384
+# kron_best may always take this many operations; beyond it only as many as the other measures of the layer.
+NEAREST_FREE = 2e10
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ def estimate(loads: Sequence[Load], groups: int, passes: PassSeconds, rates: Rat
 def keep_seconds(load: Load, rates: Rates) -> float:
     """What keeping the columns adds to the passes."""
     N, K, R, groups = load.examples, load.columns, load.positions, load.spec.groups
-    d_out, d_in, P = _sizes(load)
+    d_out, _, P = _sizes(load)
     if load.plan.form is None:
         return 0.0
     if load.plan.form in ("outer", "factored"):
@@ -210,7 +213,25 @@ def _contraction(load: Load, rates: Rates) -> float:
 
 def _nearest(load: Load, rates: Rates) -> float:
     """kron_best, where it is not skipped for its cost."""
-    return 0.0 if load.plan.skips_nearest else 2 * NEAREST_STEPS * _contraction(load, rates)
+    d_out, d_in, _ = _sizes(load)
+    form = load.plan.form
+    assert form is not None
+    cost, others = nearest_operations(form, d_out, d_in, load.examples * load.columns, load.positions)
+    return 0.0 if cost > max(NEAREST_FREE, others) else 2 * NEAREST_STEPS * _contraction(load, rates)
+
+
+def nearest_operations(form: Form, d_out: int, d_in: int, NK: int, positions: int) -> tuple[float, float]:
+    """Operations of the iteration that finds kron_best, and of all other measures of the same block."""
+    P = d_out * d_in
+    if form in ("outer", "formed"):
+        return 0.0, 0.0
+    if form == "factored":
+        iteration = 4.0 * NK * positions * d_out * (d_out + positions)
+        turns = 2.0 * NK * positions * (d_out * d_out + P)
+    else:
+        iteration = 4.0 * NK * P * (d_out + d_in)
+        turns = 2.0 * NK * P * (d_out + d_in)
+    return 10 * iteration, 4.0 * NK * NK * P + 4.0 * turns
 
 
 def loads_of(

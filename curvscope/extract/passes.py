@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvscope.errors import out_of_memory
 from curvscope.extract.collector import Extract, Form
+from curvscope.extract.cost import PassSeconds
 from curvscope.extract.footprint import release
 from curvscope.extract.merge import Merged
 from curvscope.extract.padding import Judge
@@ -57,6 +60,33 @@ class Passes:
             self._whole = self.root(piece, outputs)
             self.columns = self._whole.columns
 
+    def pass_seconds(self) -> PassSeconds:
+        """The seconds of one sweep over all data that keeps no columns, from passes over the first piece."""
+        piece = next(iter(self.pieces))
+        marks = [time.perf_counter()]
+        names = [spec.name for spec in self.graph.chosen()]
+
+        def mark(stage: str, item: str, done: int, total: int) -> None:
+            marks.append(time.perf_counter())
+
+        for _ in range(2):  # the first one pays for memory that is new to the process
+            marks[:] = [time.perf_counter()]
+            sweep(
+                self.graph,
+                piece.tensors,
+                piece.layouts,
+                lambda outputs: replace(self.root(piece, outputs), columns=min(2, self.columns)),
+                dict.fromkeys(names),
+                gradient_only=[name for name in self.graph.layers if name not in names],
+                progress=mark,
+                judge=Judge(),
+            )
+            marks.append(time.perf_counter())
+        release()
+        share = self.pieces.survey.examples / piece.layouts.examples
+        start, gradient, *_, last, column, end = [*marks[:2], *([marks[1]] if len(marks) < 5 else []), *marks[2:]]
+        return PassSeconds((gradient - start + end - column) * share, (column - last) * share)
+
     def root(self, piece: Piece, outputs: Tensor) -> Root:
         """The root of a piece's share of L in its outputs; draws depend on the seed and the piece's first example."""
         if not piece.counts:
@@ -85,11 +115,32 @@ class Passes:
     ) -> dict[str, Extract]:
         """One sweep over all pieces: `curvscope.extract.sweep.sweep` of their concatenation, to rounding.
 
-        The first one also finds factors and gradients, and sets `loss`, `rest` and `unit`.
+        The first one also finds factors and gradients, and sets `loss`, `rest` and `unit`. Where memory runs out it is
+        run again over pieces of half as many examples, down to one.
 
         Raises:
             CurvscopeError: naming the batch where there are several.
         """
+        while True:
+            try:
+                return self._sweep(forms, first, per_draw, gradient_only, progress)
+            except Exception as error:
+                if not out_of_memory(error) or not self.pieces.halve():
+                    raise
+            # outside of the handler: the failed pass's tensors go with its traceback
+            self._whole = None
+            if first:
+                self.loss, self.rest, self.unit = 0.0, {}, None
+            release()
+
+    def _sweep(
+        self,
+        forms: Mapping[str, Form | None],
+        first: bool,
+        per_draw: bool,
+        gradient_only: Sequence[str],
+        progress: Progress,
+    ) -> dict[str, Extract]:
         survey = self.pieces.survey
         merged = {
             name: Merged(survey.examples, self.columns)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from curvscope.errors import BatchError, CurvscopeError
+from curvscope.errors import BatchError, CurvscopeError, LossError, out_of_memory
 from curvscope.extract.footprint import bytes_an_example
 from curvscope.extract.plan import ACTIVATIONS_SHARE
 from curvscope.extract.roots import exact_columns
@@ -107,6 +107,7 @@ class Pieces:
         self._layouts: dict[tuple[tuple[int, ...], ...], Layouts] = {}
         self._survey: Survey | None = None
         self.example_bytes = 0
+        self._divisible = True
 
     @property
     def survey(self) -> Survey:
@@ -130,6 +131,8 @@ class Pieces:
         try:
             self.example_bytes = bytes_an_example(self.graph, tensors, few)
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            if out_of_memory(error):
+                raise
             raise refused(error, loaded.flat) from error
         size = max(1, int(budget * ACTIVATIONS_SHARE) // max(1, self.example_bytes))
         if size >= loaded.examples and not self.many:
@@ -192,13 +195,28 @@ class Pieces:
         return self.loss
 
     def settle(self, layouts: Layouts) -> None:
-        """For a callable loss in several pieces: whether it adds or averages over examples.
+        """For a callable loss: whether it adds or averages over examples.
 
         Raises:
-            LossError: neither, or it can't be told.
+            LossError: neither, or it can't be told, and there are several pieces.
         """
-        survey = self.survey
-        if self.loss.name != "callable" or survey.total or not self.in_pieces():
+        try:
+            self._settle(layouts)
+        except LossError:
+            if self.in_pieces():
+                raise
+            self._divisible = False
+
+    def halve(self) -> bool:
+        """Makes pieces of half as many examples, where there are any smaller ones."""
+        now = self.survey.largest if self.size is None else min(self.size, self.survey.largest)
+        if now == 1 or not self._prepared.any_size or not self._divisible:
+            return False
+        self.size = now // 2
+        return True
+
+    def _settle(self, layouts: Layouts) -> None:
+        if self.loss.name != "callable":
             return
         outputs, layout = layouts.outputs, layouts.output
         for number, loaded in enumerate(self._loaded()):
@@ -223,6 +241,12 @@ class Pieces:
             )
             self._set_total(averages(self.loss, [first, (more, loaded.targets, loaded.examples)], (joined, both)))
             return
+
+    def count(self) -> int:
+        """About how many pieces there are: exactly, where batches are of one size."""
+        survey = self.survey
+        each = -(-survey.examples // survey.batches)
+        return survey.batches * (1 if self.size is None else -(-each // min(self.size, each)))
 
     def in_pieces(self) -> bool:
         """Whether there is more than one piece."""
@@ -345,6 +369,8 @@ class Pieces:
         except CurvscopeError:
             raise
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            if out_of_memory(error):
+                raise
             raise refused(error, loaded.flat) from error
         if count > loaded.examples:
             layouts = replace(layouts, examples=1, outputs=layouts.output.take(layouts.outputs, 0, 1))

@@ -17,19 +17,16 @@ PIECES_AT_ONCE = 4
 ACTIVATIONS_SHARE = 1 / 4
 # Columns of a layer without factors (an embedding, say) are kept up to this many numbers.
 EXACT_ONLY_ENTRIES = 2**25
-# What the relative spectral error takes as a rule.
-LANCZOS_STEPS = 30
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer's columns: the form they are kept in, and what keeping and measuring them takes in bytes and flops."""
+    """One layer's columns: the form they are kept in, and what keeping and measuring them takes in bytes."""
 
     form: Form | None
     kept_bytes: int
     measure_bytes: int
     reason: str = ""
-    measure_flops: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -85,21 +82,15 @@ def plan_layer(
         return LayerPlan(None, 0, 0, _too_large(small, limit))
     square = 8 * small * small
     d_out = spec.d_out
-    solve = 10.0 * small**3 + 20.0 * (d_out**3 + d_in**3)
     if NK >= P and not keep_draws:
-        flops = 1.0 * NK * P * P + 4.0 * P * P * (d_out + d_in)
-        return LayerPlan("formed", square, 4 * square + examples * P * (itemsize + 8), measure_flops=flops + solve)
+        return LayerPlan("formed", square, 4 * square + examples * P * (itemsize + 8))
     factored = examples * positions * (d_in + columns * d_out)
     dense = NK * P
     if positions == 1:
-        flops = 2.0 * NK * NK * d_out + LANCZOS_STEPS * 4.0 * examples * P + 8.0 * NK * (d_out**2 + d_in**2)
-        return LayerPlan("outer", factored * itemsize, 4 * square + 16 * factored, measure_flops=flops + solve)
-    flops = 2.0 * NK * NK * P + solve
+        return LayerPlan("outer", factored * itemsize, 4 * square + 16 * factored)
     if factored < dense:
-        flops += 4.0 * NK * positions * (d_out**2 + P) + LANCZOS_STEPS * 8.0 * examples * positions * P
-        return LayerPlan("factored", factored * itemsize, 4 * square + 64 * P, measure_flops=flops)
-    flops += 4.0 * NK * P * (d_out + d_in) + LANCZOS_STEPS * 8.0 * NK * P
-    return LayerPlan("dense", dense * itemsize, 4 * square + 64 * P, measure_flops=flops)
+        return LayerPlan("factored", factored * itemsize, 4 * square + 64 * P)
+    return LayerPlan("dense", dense * itemsize, 4 * square + 64 * P)
 
 
 def _plan_grouped(spec: LayerSpec, NK: int, d_in: int, itemsize: int, keep_draws: bool, limit: int) -> LayerPlan:
@@ -109,11 +100,10 @@ def _plan_grouped(spec: LayerSpec, NK: int, d_in: int, itemsize: int, keep_draws
     small = NK if keep_draws else min(P, NK)
     if small > limit:
         return LayerPlan(None, 0, 0, _too_large(small, limit))
-    flops = spec.groups * (2.0 * NK * P * small + 10.0 * small**3 + 4.0 * P * P * (d_out + d_in))
     if NK >= P and not keep_draws:
-        return LayerPlan("formed", 8 * spec.groups * P * P, 8 * spec.groups * P * P, measure_flops=flops)
+        return LayerPlan("formed", 8 * spec.groups * P * P, 8 * spec.groups * P * P)
     dense = spec.groups * NK * P * itemsize
-    return LayerPlan("dense", dense, 4 * 8 * small * small + dense, measure_flops=flops)
+    return LayerPlan("dense", dense, 4 * 8 * small * small + dense)
 
 
 def _plan_exact_only(P: int, NK: int, itemsize: int, keep_draws: bool, limit: int) -> LayerPlan:
@@ -123,10 +113,9 @@ def _plan_exact_only(P: int, NK: int, itemsize: int, keep_draws: bool, limit: in
         return LayerPlan(None, 0, 0, _too_large(small, limit))
     if NK * P > EXACT_ONLY_ENTRIES and (keep_draws or NK < P):
         return LayerPlan(None, 0, 0, f"its {NK} columns of {P} numbers are too many for a layer without factors")
-    flops = 2.0 * NK * P * small + 10.0 * small**3
     if NK >= P and not keep_draws:
-        return LayerPlan("formed", 8 * P * P, 32 * P * P, measure_flops=flops)
-    return LayerPlan("dense", NK * P * itemsize, 32 * small * small, measure_flops=flops)
+        return LayerPlan("formed", 8 * P * P, 32 * P * P)
+    return LayerPlan("dense", NK * P * itemsize, 32 * small * small)
 
 
 def _too_large(small: int, limit: int) -> str:
@@ -152,7 +141,8 @@ def plan_sweeps(layers: Mapping[str, LayerPlan], budget: int, *, standing: int =
         measuring = max(layer.measure_bytes + slices, activations)
         need = layer.kept_bytes + measuring + standing
         if need > budget:
-            reason = f"its columns take {_size(need)} and --memory allows {_size(budget)}: raise it, or --fisher probe"
+            sizes = f"{size_in_words(need)} and --memory allows {size_in_words(budget)}"
+            reason = f"its columns take {sizes}: raise it, or --fisher probe"
             chosen[name] = LayerPlan(None, 0, 0, reason)
             groups[0].append(name)
             continue
@@ -167,7 +157,8 @@ def plan_sweeps(layers: Mapping[str, LayerPlan], budget: int, *, standing: int =
     return Plan(chosen, [group for group in groups if group], peak, piece)
 
 
-def _size(count: float) -> str:
+def size_in_words(count: float) -> str:
+    """Bytes as people read them."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024 or unit == "GiB":
             return f"{count:.3g} {unit}"

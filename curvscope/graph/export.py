@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from curvscope.errors import BatchError, ModelError
+from curvscope.errors import BatchError, ModelError, out_of_memory
 from curvscope.graph.shadow import shadow
 from curvscope.load.problem import Inputs
 
@@ -220,6 +220,8 @@ def export_model(
         except (BatchError, ModelError):
             raise
         except Exception as error:
+            if out_of_memory(error):
+                raise
             failures.append(_first_line(error))
             continue
         notes = (f"The batch size is fixed in the graph ({failures[-1]}).",) if attempt is None else ()

@@ -1,13 +1,20 @@
-"""Every layer's record: sweeps over groups of layers, each followed by the measures of that group."""
+"""Every layer's record: sweeps over groups of layers, each followed by the measures of that group.
+
+Where memory runs out, passes shrink to fewer examples (`Passes.sweep`) and measures to smaller slices; what does not
+work even so is not assessed, and everything else stays.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import TypeVar
 
-from curvscope.extract.collector import Extract, Form
+from curvscope.errors import out_of_memory
+from curvscope.extract.collector import Columns, Extract, Form
 from curvscope.extract.footprint import release
 from curvscope.extract.passes import Passes
 from curvscope.extract.plan import Plan
@@ -15,47 +22,123 @@ from curvscope.extract.sweep import Progress
 from curvscope.measure.layer import Wishes, measure_layer
 from curvscope.records import Layer
 
+LEAST_SLICE_BYTES = 2**20
+NO_PASS = "memory ran out in the passes that keep its columns, even with one example at a time: --memory, or --layers"
+NO_MEASURE = "memory ran out while it was measured, even in small slices: --memory, or fewer examples"
+T = TypeVar("T")
+
 
 def measure_layers(
     passes: Passes, plan: Plan, wishes: Wishes, report: Progress, seconds: dict[str, float]
 ) -> tuple[dict[str, Layer], float]:
-    """Every chosen layer's record, in forward order, and the squared 2-norm of dL over all trained parameters."""
+    """Every chosen layer's record, in forward order, and the squared 2-norm of dL over all trained parameters.
+
+    Raises:
+        MemoryError: not even the factors' sweep fits, one example at a time.
+    """
     graph = passes.graph
     names = [spec.name for spec in graph.chosen()]
     first: dict[str, Extract] = {}
     measured: dict[str, Layer] = {}
     squared = 0.0
     for number, group in enumerate(plan.groups):
+        reasons = {name: plan.layers[name].reason for name in group}
         forms: dict[str, Form | None] = {name: plan.layers[name].form for name in group}
         with timed(seconds, "passes"):
             if number == 0:
                 later: dict[str, Form | None] = {name: None for name in names if name not in forms}
-                extracts = passes.sweep(
-                    forms | later,
-                    first=True,
-                    per_draw=wishes.fisher in ("probe", "mc"),
-                    gradient_only=[name for name in graph.layers if name not in names],
-                    progress=report,
-                )
+                extracts = _first_sweep(passes, forms | later, wishes, names, report)
+                if extracts is None:
+                    reasons = {name: reasons[name] or NO_PASS for name in group}
+                    forms = dict.fromkeys(forms)
+                    extracts = _first_sweep(passes, forms | later, wishes, names, report)
+                if extracts is None:
+                    raise MemoryError
                 gradients = [extract.gradient for extract in extracts.values()] + list(passes.rest.values())
                 squared = sum(float(g.double().square().sum()) for g in gradients if g is not None)
                 first = {name: extracts[name] for name in later}
             else:
-                more = passes.sweep(forms, first=False, progress=report)
-                extracts = {
-                    name: dataclasses.replace(first.pop(name), columns=extract.columns)
-                    for name, extract in more.items()
-                }
-                del more
+                more = attempt(partial(passes.sweep, forms, first=False, progress=report))
+                if more is None:
+                    reasons = {name: reasons[name] or NO_PASS for name in group}
+                columns = {name: None if more is None else more.pop(name).columns for name in group}
+                extracts = {name: dataclasses.replace(first.pop(name), columns=columns.pop(name)) for name in group}
         release()
         for name in group:
             report("measure", name, len(measured), len(names))
             with timed(seconds, "measure"):
                 # popped: its columns are gone before the next layer's are worked on
-                measured[name] = measure_layer(extracts.pop(name), wishes, why_no_columns=plan.layers[name].reason)
+                measured[name] = _measured([extracts.pop(name)], wishes, reasons[name])
                 release()
     report("measure", "", len(names), len(names))
     return {name: measured[name] for name in names}, squared
+
+
+def _first_sweep(
+    passes: Passes, forms: Mapping[str, Form | None], wishes: Wishes, names: Sequence[str], report: Progress
+) -> dict[str, Extract] | None:
+    return attempt(
+        lambda: passes.sweep(
+            forms,
+            first=True,
+            per_draw=wishes.fisher in ("probe", "mc"),
+            gradient_only=[name for name in passes.graph.layers if name not in names],
+            progress=report,
+        )
+    )
+
+
+def _measured(held: list[Extract], wishes: Wishes, reason: str) -> Layer:
+    """The record of the one extract that is held: in smaller slices, then on the CPU, then without its columns."""
+    while True:
+        found = attempt(partial(measure_layer, held[0], wishes, why_no_columns=reason))
+        if found is not None:
+            return found
+        release()
+        smaller = dataclasses.replace(wishes, piece_bytes=wishes.piece_bytes // 4)
+        if smaller.piece_bytes >= LEAST_SLICE_BYTES:
+            wishes = smaller
+        elif held[0].gradient is not None and held[0].gradient.device.type != "cpu":
+            held[0] = _on_cpu(held[0])
+        elif held[0].columns is not None:
+            held[0], reason = dataclasses.replace(held[0], columns=None), NO_MEASURE
+        else:
+            raise MemoryError
+
+
+def attempt(call: Callable[[], T]) -> T | None:
+    """What the call returns; None where memory ran out."""
+    try:
+        return call()
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+    release()
+    return None
+
+
+def _on_cpu(extract: Extract) -> Extract:
+    """The same extract with all its tensors on the CPU."""
+
+    def moved(columns: Columns) -> Columns:
+        inputs, gradients, values, block = columns.inputs, columns.gradients, columns.values, columns.block
+        return dataclasses.replace(
+            columns,
+            inputs=None if inputs is None else inputs.cpu(),
+            gradients=None if gradients is None else gradients.cpu(),
+            values=None if values is None else values.cpu(),
+            block=None if block is None else block.cpu(),
+        )
+
+    columns = extract.columns
+    kept = [moved(each) for each in columns] if isinstance(columns, list) else columns and moved(columns)
+    return dataclasses.replace(
+        extract,
+        factors={name: (A.cpu(), B.cpu()) for name, (A, B) in extract.factors.items()},
+        gradient=None if extract.gradient is None else extract.gradient.cpu(),
+        columns=kept,
+        probe_B={name: B.cpu() for name, B in extract.probe_B.items()},
+    )
 
 
 @contextlib.contextmanager
