@@ -55,10 +55,15 @@ class Passes:
         Raises:
             LossError, UsageError: see `curvscope.extract.roots.make_root`.
         """
-        if not self.pieces.in_pieces():
-            (piece,) = self.pieces
+        if self.pieces.in_pieces():
+            return
+        (piece,) = self.pieces
+        try:
             self._whole = self.root(piece, outputs)
             self.columns = self._whole.columns
+        except Exception as error:
+            if not out_of_memory(error) or not self.pieces.halve():
+                raise
 
     def pass_seconds(self) -> PassSeconds:
         """The seconds of one sweep over all data that keeps no columns, from passes over the first piece."""
