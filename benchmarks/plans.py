@@ -33,7 +33,8 @@ def compare(name: str, memory: int | None = None) -> dict[str, Any]:
 def main() -> None:
     for name in sys.argv[1:] or WORKLOADS:
         found = compare(name)
-        parts = [f"{part} {found['estimated'][part]:.2f} s, really {found['real'][part]:.2f} s" for part in found["real"]]
+        pairs = {part: (found["estimated"][part], real) for part, real in found["real"].items()}
+        parts = [f"{part} {estimated:.2f} s, really {real:.2f} s" for part, (estimated, real) in pairs.items()]
         print(f"{name} ({found['fisher']}): {'; '.join(parts)}; real / estimated {found['ratio']:.2f}", flush=True)
 
 

@@ -90,14 +90,20 @@ def layer_plans(
 
 
 def make_plan(
-    graph: Graph, layouts: Layouts, fisher: str, columns: int, settings: Settings, *, activations: int = 0
+    graph: Graph,
+    layouts: Layouts,
+    fisher: str,
+    columns: int,
+    settings: Settings,
+    *,
+    activations: int = 0,
+    piece_share: float = 0.0,
 ) -> Plan:
     """Forms and groups of all chosen layers under the memory bound; a pass takes `activations` bytes."""
     draws = fisher in ("probe", "mc")
     plans = layer_plans(graph, layouts, columns, settings, keep_draws=draws)
-    return plan_sweeps(
-        plans, budget(settings), standing=standing(graph, settings, columns if draws else 0), activations=activations
-    )
+    stays = standing(graph, settings, columns if draws else 0)
+    return plan_sweeps(plans, usable(settings), standing=stays, activations=activations, piece_share=piece_share)
 
 
 def standing(graph: Graph, settings: Settings, draws: int = 0) -> int:

@@ -17,8 +17,8 @@ from curvscope.extract.plan import LayerPlan, Plan
 from curvscope.graph.sites import LayerSpec
 
 # Lanczos steps that the largest eigenvalue of G - M and the nearest Kronecker product take as a rule.
-SPECTRAL_STEPS = 15
-NEAREST_STEPS = 9
+SPECTRAL_STEPS = 22
+NEAREST_STEPS = 6
 # A symmetric product is made by blocks of rows, see `curvscope.extract.symmetric`.
 SYMMETRIC = 5 / 8
 SIZE = 384
@@ -152,7 +152,10 @@ def measure_seconds(load: Load, rates: Rates) -> float:
         return factors + spec.groups * (_gram(load, rates) + flavours * _contraction(load, rates))
     if spec.exact_only:
         return block
-    every = flavours * (_rotation(load, rates) + P / rates.sorted + SPECTRAL_STEPS * _product(load, rates))
+    # G and K-FAC times a vector, and that vector against all before, twice
+    step = 1.3 * _product(load, rates) + 2.0 * P * (d_out + d_in) / rates.product64
+    step += 2 * SPECTRAL_STEPS * 8.0 * P / rates.bytes
+    every = flavours * (_rotation(load, rates) + P / rates.sorted + SPECTRAL_STEPS * step)
     return factors + spec.groups * (block + every + _nearest(load, rates))
 
 

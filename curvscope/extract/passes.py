@@ -17,6 +17,7 @@ from curvscope.extract.footprint import release
 from curvscope.extract.merge import Merged
 from curvscope.extract.padding import Judge
 from curvscope.extract.pieces import Piece, Pieces
+from curvscope.extract.projected import Bases, ProjectedCollector
 from curvscope.extract.roots import Root, make_root, outputs_an_example
 from curvscope.extract.sweep import Progress, no_progress, sweep
 from curvscope.extract.symmetric import GramSum
@@ -137,6 +138,39 @@ class Passes:
             if first:
                 self.loss, self.rest, self.unit = 0.0, {}, None
             release()
+
+    def project(
+        self, bases: Mapping[str, Bases], piece_bytes: int, progress: Progress = no_progress
+    ) -> dict[str, dict[str, Tensor]]:
+        """Layer -> the diagonals of its block in each of its bases and in none, see `curvscope.extract.projected`.
+
+        float64, [d_out, d_in(+1)], in the unit of the first sweep.
+        """
+        sums: dict[str, dict[str, Tensor]] = {name: {} for name in bases}
+        for piece in self.pieces:
+            release()
+            with self.pieces.named(piece.name):
+                collectors = {
+                    name: ProjectedCollector(self.graph.layers[name], piece.layouts, each, piece_bytes)
+                    for name, each in bases.items()
+                }
+                sweep(
+                    self.graph,
+                    piece.tensors,
+                    piece.layouts,
+                    self._taker(piece, [], {}),
+                    {},
+                    factors=False,
+                    progress=self._told(progress, piece),
+                    projected=collectors,
+                )
+                for name, collector in collectors.items():
+                    for key, value in collector.sums.items():
+                        sums[name][key] = sums[name][key] + value if key in sums[name] else value
+        return {
+            name: {key: value.view(self.graph.layers[name].d_out, -1) for key, value in found.items()}
+            for name, found in sums.items()
+        }
 
     def _sweep(
         self,

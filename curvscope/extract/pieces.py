@@ -145,6 +145,11 @@ class Pieces:
         largest = self.survey.largest if self.size is None else min(self.size, self.survey.largest)
         return self.example_bytes * largest
 
+    def share(self) -> float:
+        """The part of all examples that the largest piece holds; 0 where there is one piece, that has no copy."""
+        largest = self.survey.largest if self.size is None else min(self.size, self.survey.largest)
+        return largest / self.survey.examples if self.in_pieces() else 0.0
+
     def verify(self, examples: int | None = None) -> Layouts:
         """The layouts of the first batch, with its outputs; of its first examples only where a number is given.
 

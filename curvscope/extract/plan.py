@@ -122,10 +122,18 @@ def _too_large(small: int, limit: int) -> str:
     return f"min(P, N K) = {small} exceeds {limit}: use fewer examples, --fisher probe or --fisher mc"
 
 
-def plan_sweeps(layers: Mapping[str, LayerPlan], budget: int, *, standing: int = 0, activations: int = 0) -> Plan:
+def plan_sweeps(
+    layers: Mapping[str, LayerPlan],
+    budget: int,
+    *,
+    standing: int = 0,
+    activations: int = 0,
+    piece_share: float = 0.0,
+) -> Plan:
     """Groups of layers whose kept columns, with the largest layer's measuring, stay under `budget` bytes.
 
-    `standing` bytes are there all the time, `activations` while a pass runs. A layer that exceeds the budget alone gets
+    `standing` bytes are there all the time, `activations` while a pass runs, and of the columns the `piece_share` that
+    one piece of the data makes stands beside those of all. A layer that exceeds the budget alone gets
     no columns; its plan says what it would take.
     """
     piece = slice_bytes(budget)
@@ -138,8 +146,9 @@ def plan_sweeps(layers: Mapping[str, LayerPlan], budget: int, *, standing: int =
             chosen[name] = layer
             groups[0].append(name)
             continue
+        own = int(layer.kept_bytes * (1 + piece_share))
         measuring = max(layer.measure_bytes + slices, activations)
-        need = layer.kept_bytes + measuring + standing
+        need = own + measuring + standing
         if need > budget:
             sizes = f"{size_in_words(need)} and --memory allows {size_in_words(budget)}"
             reason = f"its columns take {sizes}: raise it, or --fisher probe"
@@ -147,11 +156,11 @@ def plan_sweeps(layers: Mapping[str, LayerPlan], budget: int, *, standing: int =
             groups[0].append(name)
             continue
         chosen[name] = layer
-        if groups[-1] and kept + layer.kept_bytes + max(work, measuring) + standing > budget:
+        if groups[-1] and kept + own + max(work, measuring) + standing > budget:
             groups.append([])
             kept, work = 0, 0
         groups[-1].append(name)
-        kept += layer.kept_bytes
+        kept += own
         work = max(work, measuring)
         peak = max(peak, kept + work + standing)
     return Plan(chosen, [group for group in groups if group], peak, piece)

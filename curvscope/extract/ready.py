@@ -91,7 +91,15 @@ def get_ready(
     samples = settings.samples or (PROBES if fisher == "probe" else 1)
     passes = Passes(graph, pieces, fisher=fisher, samples=samples, seed=settings.seed)
     passes.settle(layouts.outputs)
-    plan = make_plan(graph, everything, fisher, passes.columns, settings, activations=pieces.activations())
+    plan = make_plan(
+        graph,
+        everything,
+        fisher,
+        passes.columns,
+        settings,
+        activations=pieces.activations(),
+        piece_share=pieces.share(),
+    )
     notes += [reason] if reason else []
     return Ready(problem, settings, device, everything, fisher, reason, samples, passes, plan, notes)
 

@@ -17,6 +17,7 @@ from curvscope.extract.collector import Collector, Extract, Form
 from curvscope.extract.extension import SiteExtension, active, extended
 from curvscope.extract.grouped import GroupedCollector
 from curvscope.extract.padding import Judge, Padding
+from curvscope.extract.projected import ProjectedCollector
 from curvscope.extract.roots import Root
 from curvscope.extract.symmetric import GramSum
 from curvscope.extract.taps import TapCollector
@@ -43,6 +44,7 @@ def sweep(
     progress: Progress = no_progress,
     judge: Judge | None = None,
     blocks: dict[str, GramSum] | None = None,
+    projected: Mapping[str, ProjectedCollector] | None = None,
 ) -> dict[str, Extract]:
     """Factors, gradient and columns of the layers named in `forms`, in one sweep.
 
@@ -57,6 +59,7 @@ def sweep(
         gradient_only: further layers of which only the gradient is wanted.
         progress: called after every backward pass.
         judge: given where the batch is a piece of the data; it learns what looks like padding here.
+        projected: collectors of layers that are to be squared in given bases, instead of those of `forms`.
         blocks: sums that formed columns are added to, and where those that are begun here are put.
     """
     wanted: dict[str, Form | None] = {**forms, **dict.fromkeys(gradient_only)}
@@ -68,6 +71,7 @@ def sweep(
         collector = collectors[name] = kind(spec, layouts, form, factors and listed, per_draw and listed)
         collector.block = (blocks or {}).get(name)
         collector.undecided = judge is not None
+    collectors |= projected or {}
     padding = Padding(graph, layouts, piece=judge is not None) if factors else None
     owners = {id(site.module): (site.target, site.layer) for site in graph.sites()}
     watched = [site.module for site in graph.sites() if site.layer in collectors or padding is not None]
@@ -108,7 +112,7 @@ def sweep(
                         continue  # a root whose layer this sweep does not watch, or that was given up
                     extension(modules[target], (None,), (torch.zeros_like(leaf) if end is None else end,))
                 for name, collector in collectors.items():
-                    if given is not None or name in forms:
+                    if given is not None or name in forms or name in (projected or {}):
                         collector.finish()
                 progress("backward passes", f"column {index + 1} of {len(passes)}", index + 1, len(passes))
         masks = padding.masks(tensors, output, judge) if padding is not None else {}

@@ -13,11 +13,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TypeVar
 
+from torch import Tensor
+
+from curvscope.curvature.kronecker import Kronecker
 from curvscope.errors import out_of_memory
 from curvscope.extract.collector import Columns, Extract, Form
 from curvscope.extract.footprint import release
 from curvscope.extract.passes import Passes
-from curvscope.extract.plan import Plan
+from curvscope.extract.plan import PIECES_AT_ONCE, Plan
 from curvscope.extract.sweep import Progress
 from curvscope.measure.layer import Wishes, measure_layer
 from curvscope.records import Layer
@@ -41,6 +44,7 @@ def measure_layers(
     first: dict[str, Extract] = {}
     measured: dict[str, Layer] = {}
     squared = 0.0
+    projected: Mapping[str, Mapping[str, Tensor]] = {}
     for number, group in enumerate(plan.groups):
         reasons = {name: plan.layers[name].reason for name in group}
         forms: dict[str, Form | None] = {name: plan.layers[name].form for name in group}
@@ -57,6 +61,7 @@ def measure_layers(
                 gradients = [extract.gradient for extract in extracts.values()] + list(passes.rest.values())
                 squared = sum(float(g.double().square().sum()) for g in gradients if g is not None)
                 first = {name: extracts[name] for name in later}
+                projected = _projected(passes, plan, extracts, wishes, report)
             else:
                 more = attempt(partial(passes.sweep, forms, first=False, progress=report))
                 if more is None:
@@ -68,7 +73,7 @@ def measure_layers(
             report("measure", name, len(measured), len(names))
             with timed(seconds, "measure"):
                 # popped: its columns are gone before the next layer's are worked on
-                measured[name] = _measured([extracts.pop(name)], wishes, reasons[name])
+                measured[name] = _measured([extracts.pop(name)], wishes, reasons[name], projected.get(name))
                 release()
     report("measure", "", len(names), len(names))
     return {name: measured[name] for name in names}, squared
@@ -88,10 +93,30 @@ def _first_sweep(
     )
 
 
-def _measured(held: list[Extract], wishes: Wishes, reason: str) -> Layer:
+def _projected(
+    passes: Passes, plan: Plan, extracts: Mapping[str, Extract], wishes: Wishes, report: Progress
+) -> Mapping[str, Mapping[str, Tensor]]:
+    """A second sweep for the layers whose exact columns can't be kept: EKFAC's diagonals in the final bases."""
+    if wishes.fisher not in ("exact", "empirical"):
+        return {}
+    bases = {}
+    for name, extract in extracts.items():
+        spec = extract.spec
+        wanted = plan.layers[name].form is None if name in plan.layers else False
+        fits = 64 * spec.parameters <= PIECES_AT_ONCE * wishes.piece_bytes
+        if wanted and fits and extract.factors and spec.groups == 1:
+            flavours = ("expand",) if extract.positions == 1 else ("expand", "reduce")
+            found = {flavour: Kronecker(*extract.factors[flavour]).bases for flavour in flavours}
+            bases[name] = {flavour: (U_A, U_B) for flavour, (_, U_A, _, U_B) in found.items()}
+    if not bases:
+        return {}
+    return attempt(partial(passes.project, bases, wishes.piece_bytes, report)) or {}
+
+
+def _measured(held: list[Extract], wishes: Wishes, reason: str, projected: Mapping[str, Tensor] | None) -> Layer:
     """The record of the one extract that is held: in smaller slices, then on the CPU, then without its columns."""
     while True:
-        found = attempt(partial(measure_layer, held[0], wishes, why_no_columns=reason))
+        found = attempt(partial(measure_layer, held[0], wishes, why_no_columns=reason, projected=projected))
         if found is not None:
             return found
         release()

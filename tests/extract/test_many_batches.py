@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import curvscope
 from curvscope.errors import BatchError, CurvscopeError, LossError
+from curvscope.extract import choose
 from curvscope.extract.passes import Passes
 from curvscope.extract.pieces import Pieces
 from curvscope.graph.export import export_model
@@ -347,3 +348,30 @@ def test_class_axis_is_settled_for_all_batches() -> None:
     run = analyze(model, cut(batch, [3, 3]), named_loss("cross_entropy", {"class_axis": "last"}))
     assert "class_axis=last" in run.model.loss_name
     assert run.model.outputs == "[6, 6, 4]"
+
+
+@pytest.mark.parametrize("sizes", [None, [3, 3, 1]], ids=["one batch", "many"])
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+def test_what_a_second_sweep_gives_without_columns(
+    fisher: str, sizes: list[int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trace ratios and EKFAC's eigenvalues are those of the columns, where these are too many to be kept."""
+    torch.manual_seed(0)
+    model, batch = Tokens(), tokens()
+    whole = analyze(model, batch, "cross_entropy:class_axis=last", fisher=fisher)
+    original = choose.plan_layer
+    monkeypatch.setattr(choose, "plan_layer", lambda *args, **kw: original(*args, **{**kw, "limit": 1}))
+    data = batch if sizes is None else cut(batch, [3, 2, 1])
+    second = analyze(model, data, "cross_entropy:class_axis=last", fisher=fisher)
+    for name in ("qkv", "out", "head"):
+        layer, again = whole.layers[name], second.layers[name]
+        assert again.row.status == "not_assessed"
+        assert again.spectra["ggn"].trace == pytest.approx(layer.spectra["ggn"].trace, rel=1e-10)
+        for approximation in ("kfac_expand", "kfac_reduce", "ekfac_expand", "ekfac_reduce", "diag"):
+            row, got = layer.errors[approximation], again.errors[approximation]
+            assert got.status == "not_assessed"
+            assert torch.tensor(got.rel_frobenius).isnan()
+            assert got.trace_ratio == pytest.approx(row.trace_ratio, rel=1e-10)
+            if "not unique" not in row.reason:
+                top = again.spectra[approximation].lambda_max
+                assert top == pytest.approx(layer.spectra[approximation].lambda_max, rel=1e-9), (name, approximation)

@@ -36,7 +36,7 @@ def test_groups_of_layers_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch)
         return result
 
     monkeypatch.setattr("curvscope.extract.choose.plan_sweeps", spy)
-    pieces = run(16_000)
+    pieces = run(66_000)
     assert sweeps[0] > 1
     assert list(pieces.layers) == list(whole.layers)
     for name, layer in whole.layers.items():
