@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -273,13 +274,19 @@ def _run(messages: Output, quiet: bool, dry_run: bool, **arguments: Any) -> Any:
     """The analysis, with progress bars, or the plan of it."""
     from curvscope.cli.progress import ProgressBars
 
-    if messages.is_terminal and not quiet:
-        with messages.status("loading torch"):
-            from curvscope import pipeline
-    else:
-        from curvscope import pipeline
+    loading = messages.status("loading torch") if messages.is_terminal and not quiet else contextlib.nullcontext()
+    call: Callable[..., Any]
+    with loading:
+        if dry_run:
+            from curvscope.pipeline import plan
+
+            call = plan
+        else:
+            from curvscope.pipeline import analyze as run_analysis
+
+            call = run_analysis
     with ProgressBars(messages, quiet=quiet) as bars:
-        return (pipeline.plan if dry_run else pipeline.analyze)(**arguments, progress=bars)
+        return call(**arguments, progress=bars)
 
 
 def _report(run: Run, target: Path, messages: Output, *, format: str, quiet: bool) -> None:

@@ -36,8 +36,12 @@ def test_groups_of_layers_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch)
         return result
 
     monkeypatch.setattr("curvscope.extract.choose.plan_sweeps", spy)
-    pieces = run(66_000)
-    assert sweeps[0] > 1
+    # which bound takes several sweeps depends on what the passes were measured to take
+    for memory in range(54_000, 74_000, 2_000):
+        pieces = run(memory)
+        if sweeps[-1] > 1:
+            break
+    assert sweeps[-1] > 1
     assert list(pieces.layers) == list(whole.layers)
     for name, layer in whole.layers.items():
         other = pieces.layers[name]
