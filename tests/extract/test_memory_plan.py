@@ -30,8 +30,8 @@ def test_groups_of_layers_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch)
     sweeps: list[int] = []
     original = plan.plan_sweeps
 
-    def spy(layers: Any, budget: int, **bytes_taken: int) -> Any:
-        result = original(layers, budget)
+    def spy(layers: Any, budget: int, **bytes_taken: Any) -> Any:
+        result = original(layers, budget, **bytes_taken)
         sweeps.append(len(result.groups))
         return result
 
