@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -43,8 +43,8 @@ class Extract:
     [K, d_out, d_out] (only for probe and mc). With groups, factors have a leading axis of groups and there are columns
     for each. `gradient` is dL/dW as [d_out, d_in(+1)]; `positions` the mean
     number of real positions an example; `padded` the share of rows found to be padding. Columns, B and `probe_B` are in
-    multiples of `unit` (`Root.unit`); the gradient is not. With groups, factors have a leading axis of groups and there
-    are columns for each.
+    multiples of `unit` (`Root.unit`); the gradient is not. `unmasked` holds A of all rows where some look like
+    padding and data that comes later may tell otherwise.
     """
 
     spec: LayerSpec
@@ -56,6 +56,7 @@ class Extract:
     columns: Columns | list[Columns] | None
     probe_B: dict[str, Tensor] = field(default_factory=dict)
     unit: float = 1.0
+    unmasked: dict[str, Tensor] = field(default_factory=dict)
 
 
 def mean_positions(counts: Tensor) -> float:
@@ -123,9 +124,10 @@ class Collector:
         self.reduce: _Buffered | None = None
         self.draws: dict[str, list[Tensor]] = {"expand": [], "reduce": []}
         self.gradient: Tensor | None = None
-        self.kept: list[Tensor] = []
+        self.gradients: Tensor | None = None
         self.values: Tensor | None = None
         self.block: GramSum | None = None
+        self.undecided = False
         self._joined: Tensor | None = None
         self.present: dict[str, Tensor] = {}
 
@@ -200,7 +202,10 @@ class Collector:
         if self.form is None:
             return
         if self.form in ("outer", "factored"):
-            self.kept.append(g)
+            if self.gradients is None:
+                self.gradients = g.new_empty(self.count, *g.shape)
+            assert self.column is not None
+            self.gradients[self.column] = g
             return
         a = self._a()
         d_in = a.shape[-1] + (self.spec.bias is not None)
@@ -227,24 +232,33 @@ class Collector:
         there, real = self._real({}), self._real(masks)
         counts = torch.full((examples,), float(positions), device=a.device) if real is None else real.sum(1).to(a.dtype)
         factors = {}
+        unmasked: dict[str, Tensor] = {}
         if self.factors and self.reduce is not None:
             B_reduce = self.reduce.result()
             B_expand = B_reduce if self.expand is None else self.expand.result()
-            bias = self.spec.bias is not None
-            masked = a if real is None else a * real.unsqueeze(-1)
-            A_expand = input_gram(masked.reshape(-1, a.shape[-1]), float(counts.sum()), bias=bias)
-            if positions == 1:
-                A_reduce = A_expand
-            else:
-                means = masked.sum(1) / counts.clamp(min=1).unsqueeze(1).to(a.dtype)
-                A_reduce = input_gram(means[counts > 0], float((counts > 0).sum()), bias=bias)
-            factors = {"expand": (A_expand, B_expand), "reduce": (A_reduce, B_reduce)}
+            A = self._input_factors(a, real, counts)
+            factors = {"expand": (A["expand"], B_expand), "reduce": (A["reduce"], B_reduce)}
+            if real is not None and self.undecided:
+                whole = None if there is None else there.sum(1).to(a.dtype)
+                unmasked = self._input_factors(a, there, torch.full_like(counts, positions) if whole is None else whole)
         rows = examples * positions if there is None else int(there.sum())
         padded = 0.0 if real is None else 1.0 - float(counts.sum()) / rows
         draws = {name: torch.stack(each) for name, each in self.draws.items() if each}
-        return Extract(
+        found = Extract(
             self.spec, examples, mean_positions(counts), padded, factors, self.gradient, self._columns(a), draws
         )
+        return replace(found, unmasked=unmasked)
+
+    def _input_factors(self, a: Tensor, real: Tensor | None, counts: Tensor) -> dict[str, Tensor]:
+        """A of both flavours, over the rows that are real."""
+        bias = self.spec.bias is not None
+        masked = a if real is None else a * real.unsqueeze(-1)
+        expand = input_gram(masked.reshape(-1, a.shape[-1]), float(counts.sum()), bias=bias)
+        if a.shape[1] == 1:
+            return {"expand": expand, "reduce": expand}
+        means = masked.sum(1) / counts.clamp(min=1).unsqueeze(1).to(a.dtype)
+        held = counts > 0
+        return {"expand": expand, "reduce": input_gram(means[held], float(held.sum()), bias=bias)}
 
     def _real(self, masks: Mapping[str, Tensor]) -> Tensor | None:
         """Which rows count: those that are there (see `Ragged`), without the masked ones; None where all do."""
@@ -268,4 +282,4 @@ class Collector:
             return Columns("formed", self.examples, self.count, block=self.block.result())
         if self.spec.bias is not None:
             a = torch.cat([a, a.new_ones(*a.shape[:2], 1)], dim=-1)
-        return Columns(self.form, self.examples, self.count, inputs=a, gradients=torch.stack(self.kept))
+        return Columns(self.form, self.examples, self.count, inputs=a, gradients=self.gradients)
