@@ -101,7 +101,17 @@ def analyze(
             parser=one_of(MEASURES),
             metavar="NAME",
             help="What to measure although it is left out by default: spectral (relative spectral error of "
-            "all approximations), kron_best (also where it takes longest); may be repeated.",
+            "all approximations), kron_best (also where it takes longest), steps (of the whole network, also where "
+            "they take long); may be repeated.",
+            rich_help_panel=CURVATURE,
+        ),
+    ] = None,
+    dataset_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Examples of the whole training set: for the evidence and the weight decay it suggests.",
             rich_help_panel=CURVATURE,
         ),
     ] = None,
@@ -219,6 +229,7 @@ def analyze(
                 example_axes=axes or None,
                 seed=seed,
                 dump=tuple(dump or ()),
+                dataset_size=dataset_size,
             )
         from curvscope.present import hdf5
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from curvscope.curvature.grouped import GroupedApproximation, GroupedBlock
 from curvscope.curvature.kronecker import Diagonal, Kronecker
 from curvscope.extract.collector import Extract
 from curvscope.measure.accuracy import error_row
-from curvscope.measure.approximate import FLAVOURS, approximate, side_by_side
+from curvscope.measure.approximate import FLAVOURS, Built, approximate, side_by_side
 from curvscope.measure.estimate import estimated_rows
 from curvscope.measure.spectrum import STORED, Spectrum, approximation_spectrum, block_spectrum, spectrum_row
 from curvscope.records import NAN, ErrorRow, KroneckerFactors, Layer, LayerRow, SpectrumRow
@@ -26,15 +26,27 @@ from curvscope.settings import APPROXIMATIONS
 NO_KRONECKER = "no Kronecker form: the parameter is added or multiplied element by element"
 
 
+Keep = Callable[[Extract, Sequence[Block], Sequence[Mapping[str, Built]]], None]
+
+
+def keep_nothing(extract: Extract, blocks: Sequence[Block], built: Sequence[Mapping[str, Built]]) -> None:
+    """Keep nothing of a layer once it is measured."""
+
+
 @dataclass(frozen=True)
 class Wishes:
-    """What to measure beyond the default, and what to keep for the file."""
+    """What to measure beyond the default, and what to keep for the file.
+
+    `keep` is shown each layer's extract, its groups' blocks and their approximations (none where there are no exact
+    columns) before all of them are let go.
+    """
 
     fisher: str
     measure: tuple[str, ...]
     dump: tuple[str, ...]
     seed: int
     dtype: torch.dtype
+    keep: Keep = keep_nothing
 
 
 @dataclass
@@ -81,6 +93,7 @@ def measure_layer(extract: Extract, wishes: Wishes, *, why_no_columns: str = "")
     eigenvectors: dict[str, Any] = {}
     kept: dict[str, Any] = {}
     blocks = _blocks(extract)
+    built: Sequence[Mapping[str, Built]] = ()
     if not blocks:
         _not_assessed(spec.name, wishes.fisher, why_no_columns, found, APPROXIMATIONS)
         _factor_spectra(extract, wishes, found)
@@ -89,13 +102,14 @@ def measure_layer(extract: Extract, wishes: Wishes, *, why_no_columns: str = "")
         if wishes.fisher in ("probe", "mc"):
             _estimated(extract, blocks, wishes, found)
         else:
-            _exact(extract, blocks, block, wishes, found)
+            built = _exact(extract, blocks, block, wishes, found)
             if "spectra" in wishes.dump and isinstance(block, Block):
                 eigenvectors["ggn"] = _eigenvectors(block)
         if "columns" in wishes.dump and blocks[0].columns.form != "formed":
             kept["kept_columns"] = _scaled(block.stacked(), 1 / extract.unit)
         if "blocks" in wishes.dump:
             kept["block"] = _scaled(block.dense(), scale)
+    wishes.keep(extract, blocks, built)
     if "spectra" in wishes.dump:
         for name, (A, B) in extract.factors.items():
             for which, factor in (("A", A), ("B", B)):
@@ -184,7 +198,8 @@ def _blocks(extract: Extract) -> list[Block]:
 
 def _exact(
     extract: Extract, blocks: list[Block], block: Block | GroupedBlock, wishes: Wishes, found: _Findings
-) -> None:
+) -> Sequence[Mapping[str, Built]]:
+    """All measures against the exact block; what comes back are the approximations of each group."""
     layer = extract.spec.name
     found.add_spectrum(layer, "ggn", block_spectrum(block), block.trace)
     every = "spectral" in wishes.measure
@@ -196,7 +211,7 @@ def _exact(
             layer, "diag", wishes.fisher, block, diagonal, inner=diagonal.norm**2, spectral=every, seed=wishes.seed
         )
         found.add_spectrum(layer, "diag", approximation_spectrum(diagonal, wishes.dtype), diagonal.trace)
-        return
+        return ()
     parts = [
         approximate(
             one,
@@ -237,6 +252,7 @@ def _exact(
             found.spectra[name] = dataclasses.replace(found.spectra[source], approximation=name)
             found.values[name] = found.values[source]
     found.errors = {name: found.errors[name] for name in APPROXIMATIONS}
+    return [part for part, _ in parts]
 
 
 def _factor_spectra(extract: Extract, wishes: Wishes, found: _Findings) -> None:

@@ -1,0 +1,99 @@
+"""The whole network's part of an analysis: its steps and its evidence, as one stage around the layers' own measures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from curvscope.extract.choose import budget
+from curvscope.graph.functional import Graph
+from curvscope.load.decay import l2_decay, own_damping
+from curvscope.load.problem import Problem
+from curvscope.measure import whole
+from curvscope.measure.evidence import evidence_rows, likelihood
+from curvscope.measure.layer import Keep, keep_nothing
+from curvscope.measure.network import Network
+from curvscope.records import Row
+from curvscope.settings import Settings
+
+
+class NetworkStage:
+    """Steps and evidence of the whole network.
+
+    Steps are taken where they are estimated to cost less than `whole.SHARE_OF_TIME` of --time, or are asked for;
+    evidence where the size of the training set is given.
+
+    Args:
+        graph: the functional graph.
+        tensors: the batch, flat.
+        problem: loss (its class axis settled) and optimizer.
+        targets: the batch's targets.
+        examples: N.
+        outputs: the model's outputs on the batch.
+        settings: the run's.
+        fisher: how the loss Hessian's root is taken.
+        forward_seconds: of one forward pass.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        tensors: Sequence[Tensor],
+        problem: Problem,
+        targets: Any,
+        *,
+        examples: int,
+        outputs: Tensor,
+        settings: Settings,
+        fisher: str,
+        forward_seconds: float,
+    ) -> None:
+        self.fisher = fisher
+        self.likelihood_of = (problem.loss, outputs, targets, examples, settings.dataset_size)
+        self.found: whole.WholeNetwork | None = None
+        self.why_no_steps = ""
+        seconds, share = whole.estimated_seconds(forward_seconds), whole.SHARE_OF_TIME
+        if "steps" not in settings.measure and seconds > share * settings.time_seconds:
+            self.why_no_steps = (
+                f"they would take about {seconds:.0f} s, over {share:.0%} of --time {settings.time_seconds:g}: "
+                "--measure steps takes them all the same"
+            )
+        if not self.why_no_steps or settings.dataset_size is not None:
+            self.found = whole.begin(
+                graph,
+                Network(graph, tensors, problem.loss, targets),
+                l2_decay(problem.optimizer),
+                own_damping(problem.optimizer),
+                fisher=fisher,
+                seed=settings.seed,
+                memory_bytes=budget(settings),
+                why_no_steps=self.why_no_steps,
+            )
+
+    @property
+    def keep(self) -> Keep:
+        """What takes each layer's share while it is measured."""
+        return keep_nothing if self.found is None else self.found.keeper.keep
+
+    def tables(self) -> dict[str, list[Row]]:
+        """The tables steps, global_damping and evidence."""
+        loss, outputs, targets, examples, dataset_size = self.likelihood_of
+        if self.found is None:
+            steps, summaries = whole.no_steps(self.why_no_steps)
+            found = likelihood(loss, 0.0, outputs, targets, examples, dataset_size)
+            return {
+                "steps": list(steps),
+                "global_damping": list(summaries),
+                "evidence": list(evidence_rows([], {}, found, fisher=self.fisher)),
+            }
+        steps, summaries = self.found.finish()
+        value = self.found.objective.value
+        found = likelihood(loss, value, outputs, targets, examples, dataset_size)
+        parameters = self.found.objective.network.parameters
+        return {
+            "steps": list(steps),
+            "global_damping": list(summaries),
+            "evidence": list(evidence_rows(self.found.parts, parameters, found, fisher=self.fisher)),
+        }
