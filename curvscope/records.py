@@ -147,10 +147,10 @@ class GlobalDampingRow:
     """What the steps of one approximation and form say of damping: one value for all layers, the safe range, the gain.
 
     Changes are those of the objective by one step: `change` and `rho` at `damping`, the recommended one. Every damping
-    tried from `safe_from` on has rho >= 1/4 and a predicted decrease, the largest actual one of them being `safe_change`
-    at `safe_damping`; from `lowerable_from` on rho > 3/4; from `gradient_from` on the step points within 18 degrees of
-    the negative gradient. per_layer_*: every layer at the damping that its own block recommends, all times
-    `per_layer_factor`.
+    judged from `safe_from` on has rho >= 1/4 and a predicted decrease; of them `safe_damping` has the lowest objective,
+    `safe_change` below the present one. From `lowerable_from` on rho > 3/4; from `gradient_from` on the step points
+    within 18 degrees of the negative gradient. per_layer_*: every layer at the damping that its own block recommends,
+    all times `per_layer_factor`.
     """
 
     approximation: str

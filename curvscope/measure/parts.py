@@ -70,9 +70,8 @@ class LayerPart:
         weights, error = between(damping, tuple(sorted(self.exact)))
         if error > BETWEEN_ERROR:
             return None
-        return -sum(
-            weight * self.exact[node].double() for weight, node in zip(weights, sorted(self.exact), strict=True)
-        )
+        nodes = torch.stack([self.exact[node].double() for node in sorted(self.exact)])
+        return -torch.tensordot(torch.tensor(weights, dtype=nodes.dtype, device=nodes.device), nodes, dims=1)
 
 
 @dataclass

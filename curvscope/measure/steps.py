@@ -142,9 +142,9 @@ class Objective:
                 found[length] = self.change(step.vector, length)
         for _ in range(2):
             middle = _lowest(found)
-            length = _parabola(found, middle)
-            if length is not None and length not in found:
-                found[length] = self.change(step.vector, length)
+            between = _parabola(found, middle)
+            if between is not None and between not in found:
+                found[between] = self.change(step.vector, between)
         best = _lowest(found)
         limit, holds = _model_length(step, found, self.rounding)
         return LineSearch(best, found[best], limit, holds)

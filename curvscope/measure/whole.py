@@ -100,9 +100,10 @@ class WholeNetwork:
                 self.summaries.append(_no_summary(approximation, form, reason))
             elif twin != approximation and all(part.positions == 1 for part in self.parts if part.inverses):
                 # one position an example: both flavours are the same matrix
-                for rows in (self.rows, self.summaries):
-                    same = [row for row in rows if (row.approximation, row.form) == (twin, form)]
-                    rows += [dataclasses.replace(row, approximation=approximation, passes=0) for row in same]
+                rows = [row for row in self.rows if (row.approximation, row.form) == (twin, form)]
+                self.rows += [dataclasses.replace(row, approximation=approximation, passes=0) for row in rows]
+                whole = [row for row in self.summaries if (row.approximation, row.form) == (twin, form)]
+                self.summaries += [dataclasses.replace(row, approximation=approximation, passes=0) for row in whole]
             else:
                 self._series(approximation, form)
         return self.rows, self.summaries
@@ -250,7 +251,13 @@ class WholeNetwork:
             row = dataclasses.replace(row, current=self.current, current_change=judged[self.current].actual)
         own = self._own_dampings(approximation)
         if form == "eigenbasis" and own:
-            row = dataclasses.replace(row, **self._per_layer(approximation, best, own))
+            factor, together = self._per_layer(approximation, best, own)
+            row = dataclasses.replace(
+                row,
+                per_layer_predicted=together.predicted,
+                per_layer_change=together.actual,
+                per_layer_factor=factor,
+            )
         passes = self.objective.network.passes - start
         return dataclasses.replace(row, passes=passes, reason="; ".join(reasons))
 
@@ -263,20 +270,15 @@ class WholeNetwork:
                 found[part.spec.name] = min(own, key=lambda damping: own[damping])
         return found
 
-    def _per_layer(self, approximation: str, best: float, own: Mapping[str, float]) -> dict[str, float]:
-        """The joint step with each layer's own damping, all times the best common factor of `FACTORS`."""
+    def _per_layer(self, approximation: str, best: float, own: Mapping[str, float]) -> tuple[float, Step]:
+        """The best common factor on the layers' own dampings (around `FACTORS`), and the joint step with it."""
 
         def vector(factor: float) -> dict[str, Tensor]:
             given = {part.spec.name: best for part in self.parts} | {name: d * factor for name, d in own.items()}
             return self._joint(approximation, "eigenbasis", given)
 
         factor, changes = lowest(lambda f: self.objective.change(vector(f)), FACTORS, extend=0, halvings=2)
-        step = self.objective.model(vector(factor), changes[factor])
-        return {
-            "per_layer_predicted": step.predicted,
-            "per_layer_change": step.actual,
-            "per_layer_factor": factor,
-        }
+        return factor, self.objective.model(vector(factor), changes[factor])
 
     def _audible(self, step: Step) -> bool:
         """Whether the predicted change is well above the rounding of a change of the loss."""
@@ -376,7 +378,7 @@ def begin(
 
 
 def mean_eigenvalue(objective: Objective, seed: int) -> float:
-    """tr G / P over all trained parameters that the loss reaches, from `PROBES` probes with random signs."""
+    """Tr G / P over all trained parameters that the loss reaches, from `PROBES` probes with random signs."""
     parameters = objective.network.parameters
     device = next(iter(parameters.values())).device
     generator = torch.Generator(device=device).manual_seed(seed)
