@@ -160,7 +160,6 @@ def analyze(
             outputs=layouts.outputs,
             settings=settings,
             fisher=chosen,
-            forward_seconds=seconds["layout"] / 3,
         )
     wishes = Wishes(chosen, settings.measure, settings.dump, settings.seed, kind, stage.keep)
     measured, squared_gradient = _measure(graph, tensors, layouts, root, plan, wishes, report, seconds)

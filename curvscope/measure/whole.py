@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from curvscope.extract.choose import ASSUMED_RATE
 from curvscope.graph.functional import Graph
 from curvscope.measure.network import Network
 from curvscope.measure.parts import EXACT, Keeper, LayerPart
@@ -39,13 +40,19 @@ FACTORS = (0.1, 1.0, 10.0, 100.0, 1000.0)
 # Passes of the whole stage, in forward passes: per series 10 dampings with a product with J (three), 18 for the
 # recommendation, 3 line searches of 10, 13 for dampings of each layer's own.
 FORWARD_PASSES = len(SERIES) * (10 * 4 + 18 + 30 + 13)
+STEPS_A_SERIES = 41
 SHARE_OF_TIME = 0.2
 SHARE_OF_MEMORY = 0.25
 
 
-def estimated_seconds(forward_seconds: float) -> float:
-    """What the stage takes, from the seconds of one forward pass."""
-    return FORWARD_PASSES * forward_seconds
+def estimated_seconds(graph: Graph, forward_seconds: float) -> float:
+    """What the stage takes, from the seconds of one forward pass: the passes, and the products that make the steps."""
+    solves = sum(
+        4.0 * spec.parameters * (spec.d_in + spec.d_out // spec.groups)
+        for spec in graph.chosen()
+        if not spec.exact_only
+    )
+    return FORWARD_PASSES * forward_seconds + len(SERIES) * STEPS_A_SERIES * solves / ASSUMED_RATE
 
 
 def kept_bytes(graph: Graph, itemsize: int) -> int:

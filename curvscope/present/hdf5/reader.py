@@ -31,8 +31,6 @@ from curvscope.records import (
 )
 
 T = TypeVar("T")
-# Not in the first files of schema 1.0.
-LATER_TABLES = frozenset({"steps", "global_damping", "evidence"})
 
 
 def read(path: str | os.PathLike[str]) -> Run:
@@ -141,9 +139,7 @@ def _from_attributes(record: type[T], attributes: h5py.AttributeManager) -> T:
 
 
 def _read_table(file: h5py.File, name: str) -> list[Any]:
-    """A table's rows; a column that a later minor version added is left alone, a table it added is empty before."""
-    if name not in file["tables"] and name in LATER_TABLES:
-        return []
+    """A table's rows; a column that a later minor version added is left alone."""
     dataset = file["tables"][name]
     columns = [column for column in schema.field_types(TABLES[name]) if column in dataset.dtype.names]
     values = _values(dataset)
