@@ -12,12 +12,17 @@ GRADIENT_COSINE = 0.95
 
 
 def lowest(
-    change: Callable[[float], float], grid: Sequence[float], *, extend: int = 2, halvings: int = 3
+    change: Callable[[float], float],
+    grid: Sequence[float],
+    *,
+    extend: int = 2,
+    middles: bool = True,
+    halvings: int = 3,
 ) -> tuple[float, dict[float, float]]:
     """The damping with the lowest change, and all changes evaluated.
 
-    The grid (ascending, evenly spaced in log) and the middles between its points; up to `extend` points beyond an end
-    as long as the end is the lowest; then both neighbours of the lowest at each halving of the distance.
+    The grid (ascending, evenly spaced in log) and with `middles` those between its points; up to `extend` points beyond
+    an end as long as the end is the lowest; then both neighbours of the lowest at each halving of the distance.
     """
     ratio = (grid[-1] / grid[0]) ** (1 / (len(grid) - 1))
     found: dict[float, float] = {}
@@ -31,7 +36,7 @@ def lowest(
 
     for damping in grid:
         value(damping)
-    for damping in grid[:-1]:
+    for damping in grid[:-1] if middles else ():
         value(damping * ratio**0.5)
     for _ in range(extend):
         best = min(found, key=lambda damping: found[damping])

@@ -26,7 +26,7 @@ from curvscope.records import NAN
 NOISE_FACTOR = 10
 # The model has stopped describing a step where it is off by this share of the decrease that it predicts.
 MODEL_OFF = 0.25
-LENGTHS = tuple(2.0**power for power in range(-4, 5))
+LENGTHS = (1 / 16, 1 / 4, 1 / 2, 1.0, 2.0, 4.0, 16.0)
 
 
 @dataclass(frozen=True)

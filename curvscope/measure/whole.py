@@ -38,8 +38,8 @@ EXTRA_DECADES = 2
 PROBES = 4
 FACTORS = (0.1, 1.0, 10.0, 100.0, 1000.0)
 # Passes of the whole stage, in forward passes: per series 10 dampings with a product with J (three), 18 for the
-# recommendation, 3 line searches of 10, 13 for dampings of each layer's own.
-FORWARD_PASSES = len(SERIES) * (10 * 4 + 18 + 30 + 13)
+# recommendation, 3 line searches of 8, 9 for dampings of each layer's own.
+FORWARD_PASSES = len(SERIES) * (10 * 4 + 18 + 24 + 9)
 STEPS_A_SERIES = 41
 SHARE_OF_TIME = 0.2
 SHARE_OF_MEMORY = 0.25
@@ -156,8 +156,8 @@ class WholeNetwork:
             return judged[damping]
 
         def change(damping: float) -> float:
-            if damping in self.grid or damping == self.current:
-                return judge(damping).actual
+            if damping in judged:
+                return judged[damping].actual
             return self.objective.change(self._joint(approximation, form, damping))
 
         asked = [*self.grid, *([self.current] if self.current is not None else [])]
@@ -169,7 +169,8 @@ class WholeNetwork:
         judge(best)
         self._narrow(judge, judged)
         nearest = min(range(len(self.grid)), key=lambda index: abs(math.log(self.grid[index] / best)))
-        searched = self.grid[max(0, min(nearest - 1, len(self.grid) - 3)) :][:3]
+        # line searches along the steps of one form tell enough
+        searched = self.grid[max(0, min(nearest - 1, len(self.grid) - 3)) :][:3] if form == "eigenbasis" else ()
         for damping in sorted(judged):
             role = "recommended" if damping == best else "grid" if damping in self.grid else "boundary"
             role = "current" if damping == self.current else role
@@ -284,7 +285,9 @@ class WholeNetwork:
             given = {part.spec.name: best for part in self.parts} | {name: d * factor for name, d in own.items()}
             return self._joint(approximation, "eigenbasis", given)
 
-        factor, changes = lowest(lambda f: self.objective.change(vector(f)), FACTORS, extend=0, halvings=2)
+        factor, changes = lowest(
+            lambda f: self.objective.change(vector(f)), FACTORS, extend=0, middles=False, halvings=2
+        )
         return factor, self.objective.model(vector(factor), changes[factor])
 
     def _audible(self, step: Step) -> bool:
@@ -362,7 +365,13 @@ def begin(
     """
     objective = Objective(network, rates)
     current = current if current is not None and current > 0 else None
-    mean = 0.0 if why_no_steps or objective.flat else mean_eigenvalue(objective, seed)
+    mean = 0.0
+    if not why_no_steps and not objective.flat:
+        try:
+            mean = mean_eigenvalue(objective, seed)
+        except (RuntimeError, NotImplementedError) as error:
+            # an operation without a second derivative
+            why_no_steps = f"products with the network's GGN fail: {str(error).splitlines()[0]}"
     unit = 10.0 ** round(math.log10(mean)) if mean > 0 and math.isfinite(mean) else 1.0
     grid = tuple(unit * 10.0**decade for decade in DECADES)
     # one decade more than the search may reach

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 import curvscope
 from curvscope.curvature.inverse import between
+from curvscope.measure.recommend import holds_from, lowest
+from curvscope.measure.steps import Step, _model_length
 from curvscope.measure.whole import SERIES, WholeNetwork
 from tests import models
 from tests.measure.test_network import CASES, dense
@@ -329,3 +331,31 @@ def test_the_line_search_finds_the_length_of_a_parabola() -> None:
             assert row.best_step_length == pytest.approx(best, rel=0.1)
         assert row.model_length == 16.0
         assert "holds up to the longest step" in row.reason
+
+
+def test_the_model_stops_where_the_change_is_off_by_a_quarter_of_what_it_predicted() -> None:
+    """Actual change: the model's plus length^3 / 16, the model having its lowest point, -1/2, at 1."""
+    step = Step({}, -1.0, 1.0, 0.0, 1.0, 1.0)
+    lengths = [2.0 ** (power / 8) for power in range(-32, 33)]
+    found = {length: step.at(length) + length**3 / 16 for length in lengths}
+    length, holds = _model_length(step, found, 1e-12)
+    assert not holds
+    # beyond 1 the largest predicted decrease stays 1/2: t^3 / 16 = 1/8
+    assert length == pytest.approx(2 ** (1 / 3), rel=0.01)
+    assert _model_length(step, {t: step.at(t) for t in lengths}, 1e-12) == (max(lengths), True)
+    assert _model_length(step, found, 1.0)[0] > length
+
+
+def test_the_search_for_the_lowest_goes_beyond_the_ends_and_between_the_points() -> None:
+    grid = [10.0**k for k in range(-1, 6)]
+    for place in (-2.6, 0.3, 3.14, 5.9):
+        best, tried = lowest(lambda x, place=place: (math.log10(x) - place) ** 2, grid)  # type: ignore[misc]
+        assert abs(math.log10(best) - place) <= 0.07
+        assert len(tried) <= 21
+    assert lowest(lambda x: math.nan if x < 10 else x, grid)[0] == pytest.approx(10.0)
+
+
+def test_a_range_holds_from_the_last_failure_on() -> None:
+    assert holds_from({1.0: True, 2.0: False, 3.0: True, 4.0: True}) == 3.0
+    assert math.isnan(holds_from({1.0: True, 2.0: False}))
+    assert math.isnan(holds_from({}))
