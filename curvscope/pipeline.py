@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import functools
 import sys
 import time as clock
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,14 +18,17 @@ from torch import Tensor, nn
 from curvscope._version import __version__
 from curvscope.diagnose import rules
 from curvscope.errors import CurvscopeError, DeviceError, UsageError
-from curvscope.extract.choose import DTYPES, PROBES, choose, make_plan
+from curvscope.extract.choose import DTYPES, PROBES, choose, estimate_plan, make_plan
 from curvscope.extract.collector import Extract, Form
 from curvscope.extract.plan import Plan
+from curvscope.extract.positionwise import independent_positions, shared_note
 from curvscope.extract.roots import Root, make_root
 from curvscope.extract.sweep import Progress, no_progress, sweep
 from curvscope.graph.eager import build_eager
 from curvscope.graph.export import ExportFailure, FlatInputs, example_axes_of, export_model, flatten_inputs
 from curvscope.graph.functional import Graph, build
+from curvscope.graph.graph_inputs import batch_vector, edge_lists, owners
+from curvscope.graph.ownership import verify_graphs
 from curvscope.graph.shadow import moved, shadow
 from curvscope.graph.trial import refused, try_forward
 from curvscope.graph.verify import Layouts, verify
@@ -56,6 +60,7 @@ def analyze(
     memory: int | str | None = None,
     time: float = 60.0,
     example_axes: Mapping[str, int] | None = None,
+    example_index: str | int | None = None,
     seed: int = 0,
     dump: Sequence[str] | str = (),
     dataset_size: int | None = None,
@@ -76,9 +81,9 @@ def analyze(
         optimizer: the torch.optim optimizer that trains the model, kept for later diagnostics.
         factory: builds the nn.Module that a state_dict or safetensors file belongs to.
         trust: allow checkpoint formats that can run code when loaded.
-        fisher: exact; probe or mc (`samples` draws, with standard errors); empirical; auto chooses exact where the
-            estimated time stays under `time` seconds, the bytes under `memory`, and min(P, N K) <= 8192.
-        samples: draws of probe (8) and mc (1).
+        fisher: exact; probe or mc (`samples` draws, with standard errors); empirical; auto is exact for every layer for
+            which the estimated time stays under `time` seconds, the bytes under `memory`, and min(P, N K) <= 8192.
+        samples: draws of probe and mc (default 8; error bars take 4, EKFAC's 6).
         layers, skip: globs of layer names to keep, to leave out.
         measure: "spectral" for the relative spectral error of all approximations, "kron_best" to compute it always,
             "steps" for damped steps of the whole network even where they take long.
@@ -87,6 +92,8 @@ def analyze(
         memory: bound on the tool's own peak, bytes or "8GiB"; default half of what is free.
         time: seconds that `fisher="auto"` may spend on exact columns.
         example_axes: the example axis of an input (by keyword or position) where it is not axis 0.
+        example_index: for a batch of graphs, the input (by keyword or position) that holds the number of its graph for
+            every node. Without it a graph, known by its edge list, is one example.
         seed: of every random draw; the global random state is neither read nor changed.
         dump: "spectra" keeps eigenvectors, "columns" and "blocks" the matrices themselves.
         dataset_size: examples of the whole training set, which the evidence (and the weight decay it suggests) needs.
@@ -111,6 +118,7 @@ def analyze(
         dump=_words(dump),
         example_axes=dict(example_axes or {}),
         dataset_size=dataset_size,
+        example_index=None if example_index is None else str(example_index),
     )
     report = progress if callable(progress) else _print_progress if progress else no_progress
     seconds: dict[str, float] = {}
@@ -123,6 +131,7 @@ def analyze(
             factory=factory,
             trust=trust,
             example_axes=settings.example_axes,
+            example_index=settings.example_index,
         )
     run_on = _device(settings.device)
     kind = DTYPES[settings.dtype]
@@ -133,23 +142,29 @@ def analyze(
     tensors = [moved(tensor, run_on, kind) for tensor in flat.tensors]
     targets = moved(problem.targets, run_on, kind)
     with _timed(seconds, "layout"):
-        layouts = _verified(graph, flat, tensors, axes, examples)
+        layouts = _verified(graph, flat, tensors, axes, examples, problem.example_index)
         # the loss with its class axis settled
         problem = dataclasses.replace(problem, loss=check_targets(problem.loss, layouts.outputs, targets))
-    chosen, reason = choose(problem, graph, layouts, targets, settings, seconds["layout"] / 3)
-    samples_taken = settings.samples or (PROBES if chosen == "probe" else 1)
-    root = make_root(
+    if settings.fisher in ("auto", "exact"):
+        with _timed(seconds, "positions"):
+            apart = independent_positions(problem.loss, graph, tensors, layouts, targets)
+            layouts = dataclasses.replace(layouts, independent=apart)
+    chosen, reason, estimated = choose(problem, graph, layouts, targets, settings, seconds["layout"] / 3)
+    samples_taken = settings.samples or PROBES
+    make = functools.partial(
+        make_root,
         problem.loss,
         layouts.outputs,
         targets,
         layouts.output,
-        fisher=chosen,
         samples=samples_taken,
         seed=settings.seed,
     )
+    root = make(fisher=chosen, independent=layouts.independent)
+    if root.shared and layouts.independent is not None:
+        notes.append(shared_note(layouts.independent))
     if reason:
         notes.append(reason)
-    plan = make_plan(graph, layouts, root, settings)
     with _timed(seconds, "steps"):
         stage = NetworkStage(
             graph,
@@ -161,8 +176,11 @@ def analyze(
             settings=settings,
             fisher=chosen,
         )
+    plan = make_plan(graph, layouts, root, settings, estimated)
     wishes = Wishes(chosen, settings.measure, settings.dump, settings.seed, kind, stage.keep)
-    measured, squared_gradient = _measure(graph, tensors, layouts, root, plan, wishes, report, seconds)
+    probes = make(fisher="probe") if estimated else None
+    draws = None if probes is None else (probes, estimate_plan(graph, layouts, probes, settings, estimated))
+    measured, squared_gradient = _measure(graph, tensors, layouts, root, plan, draws, wishes, report, seconds)
     with _timed(seconds, "gradient"):
         squared_gradient += sum(float(g.double().square().sum()) for g in graph.rest(tensors, root.gradient).values())
     report("steps", "", 0, 1)
@@ -201,7 +219,7 @@ def analyze(
             dtype=settings.dtype,
             seed=settings.seed,
             fisher=chosen,
-            samples=samples_taken if chosen in ("probe", "mc") else 0,
+            samples=samples_taken if chosen in ("probe", "mc") or estimated else 0,
         ),
         model=info,
         config=settings.as_dict(),
@@ -225,17 +243,24 @@ def _measure(
     layouts: Layouts,
     root: Root,
     plan: Plan,
+    draws: tuple[Root, Plan] | None,
     wishes: Wishes,
     report: Progress,
     seconds: dict[str, float],
 ) -> tuple[dict[str, Layer], float]:
-    """Every chosen layer's record, in forward order, and the squared norm of all layers' gradient."""
+    """Every chosen layer's record, in forward order, and the squared norm of all layers' gradient.
+
+    The layers of the plan of `draws` get their columns from sweeps over that root: blocks estimated, factors exact.
+    """
     names = [spec.name for spec in graph.chosen()]
     first: dict[str, Extract] = {}
     measured: dict[str, Layer] = {}
     squared = 0.0
-    for number, group in enumerate(plan.groups):
-        forms: dict[str, Form | None] = {name: plan.layers[name].form for name in group}
+    sweeps = [(number, group, root, plan) for number, group in enumerate(plan.groups)]
+    if draws is not None:
+        sweeps += [(number, group, *draws) for number, group in enumerate(draws[1].groups, start=1)]
+    for number, group, source, of in sweeps:
+        forms: dict[str, Form | None] = {name: of.layers[name].form for name in group}
         with _timed(seconds, "passes"):
             if number == 0:
                 later: dict[str, Form | None] = {name: None for name in names if name not in forms}
@@ -254,16 +279,20 @@ def _measure(
                         squared += float(extract.gradient.double().square().sum())
                 first = {name: extracts[name] for name in later}
             else:
-                more = sweep(graph, tensors, layouts, root, forms, factors=False, progress=report)
+                more = sweep(graph, tensors, layouts, source, forms, factors=False, progress=report)
                 extracts = {
                     name: dataclasses.replace(first.pop(name), columns=extract.columns)
                     for name, extract in more.items()
                 }
+        wish = dataclasses.replace(wishes, fisher=source.fisher)
         for name in group:
+            if draws is not None and source is root and name in draws[1].layers:
+                first[name] = extracts.pop(name)
+                continue
             report("measure", name, len(measured), len(names))
             with _timed(seconds, "measure"):
                 # popped: its columns are gone before the next layer's are worked on
-                measured[name] = measure_layer(extracts.pop(name), wishes, why_no_columns=plan.layers[name].reason)
+                measured[name] = measure_layer(extracts.pop(name), wish, why_no_columns=of.layers[name].reason)
     report("measure", "", len(names), len(names))
     return {name: measured[name] for name in names}, squared
 
@@ -339,9 +368,10 @@ def _graph(
 ) -> tuple[Graph, FlatInputs, tuple[int | None, ...], int, list[str]]:
     """The functional graph (or the eager fallback), its inputs, their example axes, N, and notes."""
     flat = flatten_inputs(problem.inputs)
-    axes, examples = example_axes_of(flat.names, flat.tensors, problem.example_axes)
+    index = problem.example_index
+    axes, examples = example_axes_of(flat.names, flat.tensors, problem.example_axes, index)
     options: dict[str, Any] = {"layers": settings.layers, "skip": settings.skip}
-    notes = _precision_notes(problem, dtype)
+    notes = _precision_notes(problem, dtype) + _whole_graph_notes(flat, axes, index)
     if not isinstance(problem.model, nn.Module):
         graph = build(
             problem.model,
@@ -355,7 +385,9 @@ def _graph(
     tensors = tuple(moved(tensor, device, dtype) for tensor in flat.tensors)
     try_forward(twin, flat, tensors)
     try:
-        exported = export_model(problem.model, problem.inputs, problem.example_axes, device=device, dtype=dtype)
+        exported = export_model(
+            problem.model, problem.inputs, problem.example_axes, example_index=index, device=device, dtype=dtype
+        )
     except ExportFailure as failure:
         graph = build_eager(twin, flat, tensors, str(failure), **options)
         notes.append(f"torch.export refused the model, so only its own linear modules are seen: {failure}")
@@ -373,15 +405,35 @@ def _precision_notes(problem: Problem, dtype: torch.dtype) -> list[str]:
 
 
 def _verified(
-    graph: Graph, flat: FlatInputs, tensors: Sequence[Tensor], axes: Sequence[int | None], examples: int
+    graph: Graph,
+    flat: FlatInputs,
+    tensors: Sequence[Tensor],
+    axes: Sequence[int | None],
+    examples: int,
+    example_index: str | None,
 ) -> Layouts:
     """The layouts; a failure of the pass itself is told as a refusal of the batch."""
+    index = batch_vector(flat.names, tensors, example_index)
     try:
+        if index is not None and examples > 1:
+            edges = edge_lists(flat.names, tensors, len(index))
+            return verify_graphs(graph, tensors, owners(tensors, edges, index, examples))
         return verify(graph, tensors, axes, examples)
     except CurvscopeError:
         raise
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         raise refused(error, flat) from error
+
+
+def _whole_graph_notes(flat: FlatInputs, axes: Sequence[int | None], example_index: str | None) -> list[str]:
+    """Says so where a graph was taken for one example."""
+    edges = ", ".join(flat.names[position] for position in edge_lists(flat.names, flat.tensors))
+    if example_index is not None or not edges or any(axis is not None for axis in axes):
+        return []
+    return [
+        f"The inputs are a graph (edges in input {edges}), and the whole of it is one example. In a batch of graphs "
+        "--example-index names the input that holds the graph of every node."
+    ]
 
 
 def _mode_note(problem: Problem) -> str:

@@ -17,7 +17,7 @@ class Settings:
 
     Attributes:
         fisher: how the loss Hessian's root is taken: exact, probe, mc, empirical, or auto.
-        samples: draws of `probe` and `mc` (None: 8 for probe, 1 for mc).
+        samples: draws of `probe` and `mc` (None: 8; error bars take 4, EKFAC's 6).
         layers: glob patterns of layer names to keep; empty keeps all.
         skip: glob patterns of layer names to leave out.
         measure: extra measures beside the default ones: "spectral" (relative spectral error of every
@@ -32,6 +32,7 @@ class Settings:
         max_columns: `auto` is exact for a layer only where min(P, N K) is at most this.
         example_axes: example axis of an input by name or position, where it is not axis 0.
         dataset_size: examples of the whole training set, for the evidence.
+        example_index: the input, by name or position, that holds the graph of every node.
     """
 
     fisher: str = "auto"
@@ -48,6 +49,7 @@ class Settings:
     max_columns: int = 8192
     example_axes: dict[str, int] = field(default_factory=dict)
     dataset_size: int | None = None
+    example_index: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as plain values, as /config stores them."""

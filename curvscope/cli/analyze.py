@@ -65,6 +65,15 @@ def analyze(
             rich_help_panel=INPUT,
         ),
     ] = None,
+    example_index: Annotated[
+        str | None,
+        typer.Option(
+            "--example-index",
+            metavar="NAME",
+            help="In a batch of graphs, the input that holds the number of its graph for every node.",
+            rich_help_panel=INPUT,
+        ),
+    ] = None,
     trust: Annotated[
         bool,
         typer.Option("--trust", help="Load files that can run code of their own.", rich_help_panel=INPUT),
@@ -86,14 +95,14 @@ def analyze(
         typer.Option(
             parser=one_of(FISHERS),
             metavar="NAME",
-            help="How the loss Hessian's root is taken: exact, probe, mc or empirical; auto is exact where "
-            "time and memory allow, otherwise probe.",
+            help="How the loss Hessian's root is taken: exact, probe, mc or empirical; auto is exact for "
+            "the layers that time and memory allow, probe for the others.",
             rich_help_panel=CURVATURE,
         ),
     ] = "auto",
     samples: Annotated[
         int | None,
-        typer.Option(min=1, metavar="K", help="Draws of probe (default 8) and mc (1).", rich_help_panel=CURVATURE),
+        typer.Option(min=1, metavar="K", help="Draws of probe and mc (8).", rich_help_panel=CURVATURE),
     ] = None,
     measure: Annotated[
         list[str] | None,
@@ -227,6 +236,7 @@ def analyze(
                 memory=memory,
                 time=time,
                 example_axes=axes or None,
+                example_index=example_index,
                 seed=seed,
                 dump=tuple(dump or ()),
                 dataset_size=dataset_size,

@@ -58,6 +58,15 @@ class Extract:
     unit: float = 1.0
 
 
+def mean_positions(counts: Tensor) -> float:
+    """The mean number of positions over the examples that have any; 1 only where all of these have one."""
+    return float(counts[counts > 0].double().mean())
+
+
+def _both(left: Tensor | None, right: Tensor | None) -> Tensor | None:
+    return left if right is None else right if left is None else left & right
+
+
 class _Buffered:
     """The sum of g^T g over passes; small passes are gathered first, so that products stay large."""
 
@@ -86,6 +95,14 @@ class _Buffered:
         return self.total.result()
 
 
+def _placed(narrow: Tensor, index: Tensor | None, width: int) -> Tensor:
+    """Rows [N, R, d] of a site that reads a part of the weight, with zeros where it reads none: [N, R, width]."""
+    if index is None:
+        return narrow
+    wide = narrow.new_zeros(*narrow.shape[:-1], width)
+    return wide.index_add_(-1, index.to(narrow.device), narrow)
+
+
 class Collector:
     """One layer's sums while the passes run."""
 
@@ -97,6 +114,7 @@ class Collector:
         self.per_draw = per_draw
         self.examples = layouts.examples
         self.rows = {site.target: SiteRows(site.module, layouts.sites[site.target]) for site in spec.sites}
+        self.parts = {site.target: site.part for site in spec.sites}
         self.inputs: dict[str, Tensor] = {}
         self.shapes: dict[str, torch.Size] = {}
         self.pending: dict[str, Tensor] = {}
@@ -109,6 +127,7 @@ class Collector:
         self.values: Tensor | None = None
         self.block: GramSum | None = None
         self._joined: Tensor | None = None
+        self.present: dict[str, Tensor] = {}
 
     def begin(self, stored: Mapping[str, Any], columns: int) -> None:
         """Take what the forward pass left at the sites."""
@@ -122,7 +141,8 @@ class Collector:
 
     def receive(self, target: str, gradient: Tensor) -> None:
         """One site's output gradient of this pass."""
-        self.pending[target] = self.rows[target].outputs(gradient)
+        gradients = self.rows[target].outputs(gradient)
+        self.pending[target] = _placed(gradients, self.parts[target].rows, self.spec.d_out)
 
     def finish(self) -> None:
         """All sites of the layer have reported: add the pass up."""
@@ -164,7 +184,14 @@ class Collector:
     def _a(self) -> Tensor:
         """The layer's rows of all calls, [N, R, d_in]."""
         if self._joined is None:
-            parts = [rows.inputs(self.inputs.pop(target)) for target, rows in self.rows.items()]
+            width = self.spec.d_in * self.spec.groups
+            parts = []
+            for target, rows in self.rows.items():
+                tensor = self.inputs.pop(target)
+                parts.append(_placed(rows.inputs(tensor), self.parts[target].columns, width))
+                real = rows.real(tensor)
+                if real is not None:
+                    self.present[target] = real
             self.shapes = {target: part.shape[:2] for target, part in zip(self.rows, parts, strict=True)}
             self._joined = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         return self._joined
@@ -197,7 +224,7 @@ class Collector:
         """The layer's sums, scaled as records.CONVENTIONS says."""
         a = self._a()
         examples, positions = a.shape[:2]
-        real = self._real(masks)
+        there, real = self._real({}), self._real(masks)
         counts = torch.full((examples,), float(positions), device=a.device) if real is None else real.sum(1).to(a.dtype)
         factors = {}
         if self.factors and self.reduce is not None:
@@ -209,17 +236,19 @@ class Collector:
             if positions == 1:
                 A_reduce = A_expand
             else:
-                means = masked.sum(1) / counts.unsqueeze(1).to(a.dtype)
-                A_reduce = input_gram(means, float(examples), bias=bias)
+                means = masked.sum(1) / counts.clamp(min=1).unsqueeze(1).to(a.dtype)
+                A_reduce = input_gram(means[counts > 0], float((counts > 0).sum()), bias=bias)
             factors = {"expand": (A_expand, B_expand), "reduce": (A_reduce, B_reduce)}
-        padded = 0.0 if real is None else 1.0 - float(counts.sum()) / (examples * positions)
+        rows = examples * positions if there is None else int(there.sum())
+        padded = 0.0 if real is None else 1.0 - float(counts.sum()) / rows
         draws = {name: torch.stack(each) for name, each in self.draws.items() if each}
         return Extract(
-            self.spec, examples, float(counts.mean()), padded, factors, self.gradient, self._columns(a), draws
+            self.spec, examples, mean_positions(counts), padded, factors, self.gradient, self._columns(a), draws
         )
 
     def _real(self, masks: Mapping[str, Tensor]) -> Tensor | None:
-        parts = [masks.get(target) for target in self.rows]
+        """Which rows count: those that are there (see `Ragged`), without the masked ones; None where all do."""
+        parts = [_both(masks.get(target), self.present.get(target)) for target in self.rows]
         if all(part is None for part in parts):
             return None
         device = next(part.device for part in parts if part is not None)

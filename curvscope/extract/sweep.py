@@ -17,9 +17,11 @@ from curvscope.extract.collector import Collector, Extract, Form
 from curvscope.extract.extension import SiteExtension, active, extended
 from curvscope.extract.grouped import GroupedCollector
 from curvscope.extract.padding import Padding
+from curvscope.extract.positionwise import PositionwiseCollector, PositionwiseTapCollector
 from curvscope.extract.roots import Root
 from curvscope.extract.taps import TapCollector
 from curvscope.graph.functional import Graph
+from curvscope.graph.sites import LayerSpec
 from curvscope.graph.verify import Layouts
 
 Progress = Callable[[str, str, int, int], None]
@@ -56,14 +58,9 @@ def sweep(
     """
     wanted: dict[str, Form | None] = {**forms, **dict.fromkeys(gradient_only)}
     collectors: dict[str, Collector | TapCollector] = {}
-    for name, form in wanted.items():
-        spec = graph.layers[name]
-        kind = TapCollector if spec.exact_only else Collector if spec.groups == 1 else GroupedCollector
-        listed = name in forms
-        collectors[name] = kind(graph.layers[name], layouts, form, factors and listed, per_draw and listed)
     padding = Padding(graph, layouts) if factors else None
     owners = {id(site.module): (site.target, site.layer) for site in graph.sites()}
-    watched = [site.module for site in graph.sites() if site.layer in collectors or padding is not None]
+    watched = [site.module for site in graph.sites() if site.layer in wanted or padding is not None]
 
     def receive(module: nn.Module, tensor: Tensor, gradient: Tensor) -> None:
         target, layer = owners[id(module)]
@@ -79,6 +76,10 @@ def sweep(
         output = graph.run(*tensors)
         leaves = graph.leaves()
         taken: Root = root if isinstance(root, Root) else root(output.detach())
+        for name, form in wanted.items():
+            spec, listed = graph.layers[name], name in forms
+            kind = _collector(spec, taken)
+            collectors[name] = kind(spec, layouts, form, factors and listed, per_draw and listed)
         for collector in collectors.values():
             collector.begin(modules, taken.columns)
         with active(extension):
@@ -109,3 +110,10 @@ def sweep(
             name: dataclasses.replace(collector.result(masks), unit=taken.unit)
             for name, collector in collectors.items()
         }
+
+
+def _collector(spec: LayerSpec, root: Root) -> type[Collector] | type[TapCollector]:
+    """What collects a layer's columns."""
+    if root.shared:
+        return PositionwiseTapCollector if spec.exact_only else PositionwiseCollector
+    return TapCollector if spec.exact_only else Collector if spec.groups == 1 else GroupedCollector

@@ -43,7 +43,7 @@ def approximate(
             continue
         kronecker = Kronecker(*factors[flavour])
         corrected = _eigen_corrected(kronecker, block)
-        built[f"kfac_{flavour}"] = Built(kronecker, corrected.inner, _blindness(flavour, factors, positions))
+        built[f"kfac_{flavour}"] = Built(kronecker, corrected.inner, blindness(flavour, factors, positions))
         built[f"ekfac_{flavour}"] = Built(corrected, corrected.norm**2, _ambiguity(kronecker, dtype))
     diagonal = Diagonal(block)
     built["diag"] = Built(diagonal, diagonal.norm**2)
@@ -84,11 +84,11 @@ def _eigen_corrected(kronecker: Kronecker, block: Block) -> EigenCorrected:
     return quick if min(of_ekfac, of_kfac) > QUICK_ERROR**2 else EigenCorrected(kronecker, block)
 
 
-def _blindness(flavour: str, factors: Factors, positions: float) -> str:
-    """Says that B of reduce is zero to rounding: the gradients of an example's positions cancel."""
+def blindness(flavour: str, factors: Factors, positions: float) -> str:
+    """Says that B of reduce is zero to rounding, in all groups: the gradients of an example's positions cancel."""
     if flavour == "expand":
         return ""
-    expand, reduce = (float(factors[name][1].double().trace()) for name in FLAVOURS)
+    expand, reduce = (float(factors[name][1].double().diagonal(dim1=-2, dim2=-1).sum()) for name in FLAVOURS)
     eps = torch.finfo(factors["reduce"][1].dtype).eps
     if expand > 0 and reduce <= expand * positions * (100 * eps) ** 2:
         return "B is zero to rounding: the output gradients of an example's positions sum to zero"

@@ -18,18 +18,21 @@ from curvscope.curvature.kronecker import Diagonal, Kronecker
 from curvscope.extract.collector import Extract
 from curvscope.measure.accuracy import error_row
 from curvscope.measure.approximate import FLAVOURS, Built, approximate, side_by_side
-from curvscope.measure.estimate import estimated_rows
+from curvscope.measure.estimate import estimated_rows, estimated_spectra
 from curvscope.measure.spectrum import STORED, Spectrum, approximation_spectrum, block_spectrum, spectrum_row
-from curvscope.records import NAN, ErrorRow, KroneckerFactors, Layer, LayerRow, SpectrumRow
+from curvscope.records import ErrorRow, KroneckerFactors, Layer, LayerRow, SpectrumRow
 from curvscope.settings import APPROXIMATIONS
 
-NO_KRONECKER = "no Kronecker form: the parameter is added or multiplied element by element"
+BIASED = "no error bar but the trace's: eigenvalues of a factor made of few draws are biased, and so are their ratios"
+NO_KRONECKER = (
+    "no Kronecker form: the parameter is added or multiplied element by element, or used before any example comes in"
+)
 
 
-Keep = Callable[[Extract, Sequence[Block], Sequence[Mapping[str, Built]]], None]
+Keep = Callable[[Extract, Sequence[Block], Sequence[Mapping[str, Built]], str], None]
 
 
-def keep_nothing(extract: Extract, blocks: Sequence[Block], built: Sequence[Mapping[str, Built]]) -> None:
+def keep_nothing(extract: Extract, blocks: Sequence[Block], built: Sequence[Mapping[str, Built]], fisher: str) -> None:
     """Keep nothing of a layer once it is measured."""
 
 
@@ -38,7 +41,7 @@ class Wishes:
     """What to measure beyond the default, and what to keep for the file.
 
     `keep` is shown each layer's extract, its groups' blocks and their approximations (none where there are no exact
-    columns) before all of them are let go.
+    columns), and how its columns were taken, before all of them are let go.
     """
 
     fisher: str
@@ -109,7 +112,7 @@ def measure_layer(extract: Extract, wishes: Wishes, *, why_no_columns: str = "")
             kept["kept_columns"] = _scaled(block.stacked(), 1 / extract.unit)
         if "blocks" in wishes.dump:
             kept["block"] = _scaled(block.dense(), scale)
-    wishes.keep(extract, blocks, built)
+    wishes.keep(extract, blocks, built, wishes.fisher)
     if "spectra" in wishes.dump:
         for name, (A, B) in extract.factors.items():
             for which, factor in (("A", A), ("B", B)):
@@ -270,25 +273,12 @@ def _estimated(extract: Extract, blocks: list[Block], wishes: Wishes, found: _Fi
     layer = extract.spec.name
     found.errors.update(estimated_rows(layer, wishes.fisher, extract, blocks))
     _factor_spectra(extract, wishes, found)
-    for flavour in extract.factors:
-        row = found.spectra[f"kfac_{flavour}"]
-        biased = "the eigenvalues of a factor estimated from draws are biased"
-        found.spectra[f"kfac_{flavour}"] = dataclasses.replace(
-            row, status="estimated", reason="; ".join(filter(None, (biased, row.reason)))
-        )
-    draws = blocks[0].columns.count
-    stderr = NAN
-    if draws > 1 and blocks[0].columns.form != "formed":
-        each = sum(block.gram.diagonal().view(draws, -1).sum(1) for block in blocks) * draws * found.scale
-        stderr = float(torch.as_tensor(each).std() / draws**0.5)
-    found.spectra["ggn"] = SpectrumRow(
-        layer,
-        "ggn",
-        trace=sum(block.trace for block in blocks) * found.scale,
-        trace_stderr=stderr,
-        status="estimated",
-        reason="only the trace: the eigenvalues of a sum of few draws are biased",
-    )
+    for name, row in estimated_spectra(layer, extract, blocks, found.scale).items():
+        known = found.spectra.get(name)
+        if known is not None:
+            reasons = "; ".join(filter(None, (BIASED, known.reason)))
+            row = dataclasses.replace(known, trace_stderr=row.trace_stderr, status="estimated", reason=reasons)
+        found.spectra[name] = row
 
 
 def _eigenvectors(block: Block) -> Any:

@@ -84,7 +84,6 @@ class Keeper:
         rates: the optimizer's L2 decay of each parameter; empty without one.
         dampings: those at which the exact block's steps are kept; empty: none are.
         judged: those at which the layer's own decrease is predicted.
-        exact: whether columns are those of the exact block.
         eps: of the run's dtype.
         parts: what was kept, by layer.
     """
@@ -94,11 +93,12 @@ class Keeper:
     rates: Mapping[str, float]
     dampings: Sequence[float]
     judged: Sequence[float]
-    exact: bool
     eps: float
     parts: dict[str, LayerPart] = field(default_factory=dict)
 
-    def keep(self, extract: Extract, blocks: Sequence[Block], built: Sequence[Mapping[str, Built]]) -> None:
+    def keep(
+        self, extract: Extract, blocks: Sequence[Block], built: Sequence[Mapping[str, Built]], fisher: str
+    ) -> None:
         """Keep one layer; `built` are its groups' approximations, empty where there were no exact columns."""
         spec, scale = extract.spec, extract.unit**-2
         if not any(name in self.gradient for name in _parameters(spec)):
@@ -120,7 +120,7 @@ class Keeper:
             ]
         exact = None
         # drawn columns are good enough only where there is nothing else
-        usable = blocks and (self.exact or spec.exact_only) and self.dampings
+        usable = blocks and (fisher == "exact" or spec.exact_only) and self.dampings
         if usable:
             found = [
                 exact_inverses(block, one, other, self.dampings, scale=scale, eps=self.eps)
@@ -129,7 +129,7 @@ class Keeper:
             joined = torch.cat(found, dim=1).to(self.gradient[spec.weight].dtype)
             exact = dict(zip(self.dampings, joined, strict=True))
         part = LayerPart(spec, inverses, exact, {}, extract.positions, _notes(spec, inverses))
-        if blocks and self.exact and not spec.exact_only:
+        if blocks and fisher == "exact" and not spec.exact_only:
             part = dataclasses.replace(part, decrease=self._decrease(part, blocks, right, rates, scale))
         self.parts[spec.name] = part
 

@@ -387,7 +387,6 @@ def begin(
         objective.rates,
         () if why_no_steps else tuple(sorted(nodes | ({current} if current else set()))),
         () if why_no_steps else grid,
-        exact=fisher == "exact",
         eps=torch.finfo(dtype).eps,
     )
     return WholeNetwork(objective, mean, grid, current, keeper, fisher, why_no_steps)
