@@ -18,8 +18,7 @@ import curvscope
 from curvscope import pipeline
 from curvscope.measure.stage import NetworkStage
 from curvscope.measure.whole import WholeNetwork
-from sample_models.data import load_digits
-from sample_models.train import RECIPES, shuffled_batches
+from sample_models.train import RECIPES, Recipe
 
 FLAVOURS = ("kfac_expand", "kfac_reduce", "ekfac_expand", "ggn")
 SEEDS = range(4)
@@ -28,11 +27,10 @@ WITHIN = 0.05
 PAGE = Path(__file__).with_suffix(".md")
 HEAD = """# The recommended damping against the best
 
-For every sample, other batches of 64 training images (by the seed of their permutation) and every flavour, the damping
-that `curvscope.analyze` recommends for the whole network (table `global_damping`) is compared with the best of {fine}
+For every sample, other batches of its training data (by their seed) and every flavour, the damping that `curvscope.analyze` recommends for the whole network (table `global_damping`) is compared with the best of {fine}
 dampings, evenly spaced in log over the range of its own grid. Each damping is judged by the actual change of the loss
-after one step of all layers, a forward pass in float32. The digits_mlp has one position an example, where expand and
-reduce are the same. torch {torch}. This page is written by `python -m docs.damping`.
+(with the optimizer's L2 decay, which only graph_gnn has) after one step of all layers, a forward pass in float32.
+Where every layer has one position an example, expand and reduce are the same and are listed once. torch {torch}. This page is written by `python -m docs.damping`.
 
 **{good} of {total} runs ({share:.0%}) are within {within:.0%} of the best decrease** (worst: {worst:.1%} of it lost). A
 negative loss means that the recommendation, which is not bound to the fine grid, does better. Where `rho` is negative
@@ -52,7 +50,7 @@ def table_row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def analyzed(path: str, batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[curvscope.Run, WholeNetwork, list[float]]:
+def analyzed(name: str, recipe: Recipe, batch: Any) -> tuple[curvscope.Run, WholeNetwork, list[float]]:
     """The run, its whole network as it was when the run ended, and the fine grid."""
     stages: list[NetworkStage] = []
     grids: list[list[float]] = []
@@ -69,18 +67,19 @@ def analyzed(path: str, batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[curvs
         return stage
 
     with mock.patch.object(pipeline, "NetworkStage", recording):
-        run = curvscope.analyze(path, batch, measure="steps", fisher="exact")
+        path = f"sample_models/{name}.pt"
+        run = curvscope.analyze(path, batch, measure="steps", example_index=recipe.example_index)
     assert stages[0].found is not None
     return run, stages[0].found, grids[0]
 
 
 def runs() -> Iterator[tuple[str, float, list[str]]]:
     """For every run: what stands in its row, and the share of the best decrease that the recommendation loses."""
-    digits = load_digits()
-    for name in RECIPES:
+    for name, recipe in RECIPES.items():
+        given = recipe.data()
         for seed in SEEDS:
-            batch = next(shuffled_batches(digits, RECIPES[name].batch_size, 1000 + seed))
-            run, network, fine = analyzed(f"sample_models/{name}.pt", batch)
+            batch = next(given.batches(recipe.batch_size, 1000 + seed))
+            run, network, fine = analyzed(name, recipe, batch)
             single = all(row.positions == 1 for row in run.tables["layers"])
             for flavour in FLAVOURS:
                 if single and flavour.endswith("reduce"):
@@ -90,6 +89,9 @@ def runs() -> Iterator[tuple[str, float, list[str]]]:
                     for row in run.tables["global_damping"]
                     if (row.approximation, row.form) == (flavour, "eigenbasis")
                 )
+                if row.status not in ("ok", "estimated"):
+                    print(f"{name} {seed} {flavour}: {row.status}, {row.reason}", flush=True)
+                    continue
                 changes = {d: network.objective.change(network._joint(flavour, "eigenbasis", d)) for d in fine}
                 best = min(changes, key=lambda d: changes[d] if math.isfinite(changes[d]) else math.inf)
                 lost = 1 - row.change / changes[best]
