@@ -27,10 +27,12 @@ WITHIN = 0.05
 PAGE = Path(__file__).with_suffix(".md")
 HEAD = """# The recommended damping against the best
 
-For every sample, other batches of its training data (by their seed) and every flavour, the damping that `curvscope.analyze` recommends for the whole network (table `global_damping`) is compared with the best of {fine}
+For every sample, other batches of its training data (by their seed) and every flavour, the damping that
+`curvscope.analyze` recommends for the whole network (table `global_damping`) is compared with the best of {fine}
 dampings, evenly spaced in log over the range of its own grid. Each damping is judged by the actual change of the loss
 (with the optimizer's L2 decay, which only graph_gnn has) after one step of all layers, a forward pass in float32.
-Where every layer has one position an example, expand and reduce are the same and are listed once. torch {torch}. This page is written by `python -m docs.damping`.
+Where every layer has one position an example, expand and reduce are the same and are listed once. torch {torch}.
+This page is written by `python -m docs.damping`.
 
 **{good} of {total} runs ({share:.0%}) are within {within:.0%} of the best decrease** (worst: {worst:.1%} of it lost). A
 negative loss means that the recommendation, which is not bound to the fine grid, does better. Where `rho` is negative
@@ -97,7 +99,8 @@ def runs() -> Iterator[tuple[str, float, list[str]]]:
                 lost = 1 - row.change / changes[best]
                 cells = [
                     *(name, str(seed), f"{run.model.loss:.4f}", flavour, f"{row.damping:.3g}", f"{-row.change:.5f}"),
-                    *(f"{best:.3g}", f"{-changes[best]:.5f}", f"{lost + 0.0:.1%}".replace("-0.0%", "0.0%"), f"{row.rho:.2f}", f"{row.safe_from:.3g}"),
+                    *(f"{best:.3g}", f"{-changes[best]:.5f}", f"{lost + 0.0:.1%}".replace("-0.0%", "0.0%")),
+                    *(f"{row.rho:.2f}", f"{row.safe_from:.3g}"),
                     *(f"{-row.safe_change:.5f}", str(row.passes)),
                 ]
                 yield name, lost, cells
