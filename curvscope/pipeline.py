@@ -21,8 +21,9 @@ from curvscope.extract.ready import describe_plan, get_ready
 from curvscope.extract.sweep import Progress, no_progress
 from curvscope.load import load_problem
 from curvscope.load.problem import Problem
-from curvscope.measure.layer import Wishes
+from curvscope.measure.layer import Wishes, keep_nothing
 from curvscope.measure.layers import attempt, measure_layers, timed
+from curvscope.measure.stage import NetworkStage
 from curvscope.planned import PlannedRun
 from curvscope.records import CoverageRow, Layer, ModelInfo, RunInfo
 from curvscope.run import Run
@@ -53,6 +54,7 @@ def analyze(
     example_index: str | int | None = None,
     seed: int = 0,
     dump: Sequence[str] | str = (),
+    dataset_size: int | None = None,
     progress: bool | Progress = False,
 ) -> Run:
     """The curvature of every linear layer of a model on one batch, and how well K-FAC describes it.
@@ -76,7 +78,8 @@ def analyze(
             which the estimated time stays under `time` seconds, the bytes under `memory`, and min(P, N K) <= 8192.
         samples: draws of probe and mc (default 8; error bars take 4, EKFAC's 6).
         layers, skip: globs of layer names to keep, to leave out.
-        measure: "spectral" for the relative spectral error of all approximations, "kron_best" to compute it always.
+        measure: "spectral" for the relative spectral error of all approximations, "kron_best" to compute it always,
+            "steps" for damped steps of the whole network even where they take long.
         device: auto, cpu or cuda.
         dtype: float32 or float64, the arithmetic of the network's passes; reductions run in float64 either way.
         memory: bound on the tool's own peak, bytes or "8GiB"; default half of what is free.
@@ -86,6 +89,7 @@ def analyze(
             every node. Without it a graph, known by its edge list, is one example.
         seed: of every random draw; the global random state is neither read nor changed.
         dump: "spectra" keeps eigenvectors, "columns" and "blocks" the matrices themselves.
+        dataset_size: examples of the whole training set, which the evidence (and the weight decay it suggests) needs.
         progress: True for lines on stderr, or a callable `(stage, item, done, total)`.
 
     Raises:
@@ -113,6 +117,7 @@ def analyze(
             time=time,
             example_axes=example_axes,
             example_index=example_index,
+            dataset_size=dataset_size,
             seed=seed,
             dump=dump,
         ),
@@ -219,8 +224,41 @@ def _analyzed(given: _Given, run_on: torch.device) -> Run:
     problem, passes, notes = ready.problem, ready.passes, ready.notes
     graph, survey, chosen, samples_taken = passes.graph, passes.pieces.survey, ready.fisher, ready.samples
     kind = DTYPES[settings.dtype]
-    wishes = Wishes(chosen, settings.measure, settings.dump, settings.seed, kind, ready.plan.piece_bytes)
+    whole = passes.pieces.whole()
+    stage = None
+    if whole is None:
+        notes.append(
+            "There are several batches, so what follows the whole network (tables steps, evidence and stability) is "
+            "not assessed: analyze one batch for that."
+        )
+    else:
+        with timed(seconds, "steps"):
+            stage = NetworkStage(
+                graph,
+                whole.tensors,
+                problem,
+                whole.targets,
+                examples=survey.examples,
+                outputs=ready.layouts.outputs,
+                settings=settings,
+                fisher=chosen,
+            )
+    wishes = Wishes(
+        chosen,
+        settings.measure,
+        settings.dump,
+        settings.seed,
+        kind,
+        ready.plan.piece_bytes,
+        keep_nothing if stage is None else stage.keep,
+    )
     measured, squared_gradient = measure_layers(passes, ready.plan, wishes, report, seconds, ready.estimated)
+    of_network: Mapping[str, list[Any]] = {"steps": [], "global_damping": [], "evidence": []}
+    if stage is not None:
+        report("steps", "", 0, 1)
+        with timed(seconds, "steps"):
+            of_network = stage.tables()
+        report("steps", "", 1, 1)
     with timed(seconds, "findings"):
         coverage = [
             CoverageRow(use.parameter, use.layer, use.count, use.treatment, reason=use.reason) for use in graph.uses
@@ -263,6 +301,7 @@ def _analyzed(given: _Given, run_on: torch.device) -> Run:
             "coverage": coverage,
             "errors": [row for layer in measured.values() for row in layer.errors.values()],
             "spectra": [row for layer in measured.values() for row in layer.spectra.values()],
+            **of_network,
             "findings": findings,
         },
         notes=[*problem.notes, *notes],

@@ -11,13 +11,16 @@ from curvscope.records import (
     NAN,
     CoverageRow,
     ErrorRow,
+    EvidenceRow,
     FindingRow,
+    GlobalDampingRow,
     KroneckerFactors,
     Layer,
     LayerRow,
     ModelInfo,
     RunInfo,
     SpectrumRow,
+    StepRow,
 )
 from curvscope.run import Run
 from curvscope.settings import APPROXIMATIONS, Settings
@@ -112,6 +115,53 @@ def _layer(rng: np.random.Generator, spec: tuple[Any, ...], fisher: str, dumped:
     return layer
 
 
+SERIES = [
+    (name, form)
+    for name in ("kfac_expand", "kfac_reduce", "ekfac_expand", "ggn")
+    for form in ("eigenbasis", "factored")
+    if form == "eigenbasis" or name.startswith("kfac")
+]
+
+
+def _steps() -> list[StepRow]:
+    rows = []
+    for index, (name, form) in enumerate(SERIES[:-1]):
+        for decade in range(7):
+            damping, actual = 10.0 ** (decade - 3), -0.03 / (1 + (decade - 4) ** 2) + 0.01 * (decade < 2)
+            rho = 1.0 if decade > 3 else -0.3 * decade
+            rows.append(
+                StepRow(
+                    name, form, damping, "current" if decade == 2 else "recommended" if decade == 4 else "grid",
+                    damping / 0.011, actual * 1.1 + 0.001 * index, actual, rho, 3.1 / (1 + damping), 80.0 - 11 * decade,
+                    *((0.5, actual * 1.2, 0.31) if decade in (3, 4, 5) else (NAN, NAN, NAN)), passes=12,
+                    reason="rho: the changes are within rounding of the loss" if decade == 6 else "",
+                )
+            )  # fmt: skip
+    return [*rows, StepRow("ggn", "eigenbasis", NAN, "grid", status="not_assessed", reason=FORBIDDEN)]
+
+
+def _summaries() -> list[GlobalDampingRow]:
+    rows = [
+        GlobalDampingRow(
+            name, form, 10.0, 909.0, -0.03 - 0.001 * index, -0.033, 0.91, 10.0, 10.0, -0.03, 10.0, 100.0, -0.02, -0.021,
+            10.0, 0.1, 0.004, passes=70,
+        )
+        for index, (name, form) in enumerate(SERIES[:-1])
+    ]  # fmt: skip
+    return [*rows, GlobalDampingRow("ggn", "eigenbasis", status="not_assessed", reason=FORBIDDEN)]
+
+
+def _evidence() -> list[EvidenceRow]:
+    return [
+        EvidenceRow(
+            name, "grid" if decade else "maximum", 4.0 * 10.0**decade, -1178.1 - 700 * decade**2, 635.0 * 0.5**decade,
+            0.0028 * 10.0**decade, 98.2, 1437.0, 7030, reason="3 terms an example, as in the batch",
+        )
+        for name in ("kfac_expand", "ekfac_reduce")
+        for decade in range(-2, 3)
+    ]  # fmt: skip
+
+
 def make_run(fisher: str = "exact", *, dumped: bool = False, findings: bool = True, layers: int | None = None) -> Run:
     """A run of nine layers: better and worse flavours, padding, a layer not assessed, odd names, NaNs."""
     rng = np.random.default_rng(0)
@@ -158,6 +208,9 @@ def make_run(fisher: str = "exact", *, dumped: bool = False, findings: bool = Tr
         "coverage": coverage,
         "errors": [row for layer in made for row in layer.errors.values()],
         "spectra": [row for layer in made for row in layer.spectra.values()],
+        "steps": _steps(),
+        "global_damping": _summaries(),
+        "evidence": _evidence(),
         "findings": [f for f in found if f.layer in ("", *(layer.name for layer in made))] if findings else [],
     }
     return Run(

@@ -113,7 +113,17 @@ def analyze(
             parser=one_of(MEASURES),
             metavar="NAME",
             help="What to measure although it is left out by default: spectral (relative spectral error of "
-            "all approximations), kron_best (also where it takes longest); may be repeated.",
+            "all approximations), kron_best (also where it takes longest), steps (of the whole network, also where "
+            "they take long); may be repeated.",
+            rich_help_panel=CURVATURE,
+        ),
+    ] = None,
+    dataset_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Examples of the whole training set: for the evidence and the weight decay it suggests.",
             rich_help_panel=CURVATURE,
         ),
     ] = None,
@@ -242,6 +252,7 @@ def analyze(
                 example_index=example_index,
                 seed=seed,
                 dump=tuple(dump or ()),
+                dataset_size=dataset_size,
             )
         if dry_run:
             _print_plan(found, format)

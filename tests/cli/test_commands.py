@@ -70,7 +70,7 @@ def test_analyze_hands_on_every_option(pipeline: Pipeline) -> None:
         --example-index batch --trust --layers a.* --layers b --skip head --fisher probe --samples 4
         --measure spectral --measure kron_best --device cpu --dtype float64 --memory 1.5GiB --time 2min --seed 7
         --dump columns --dump blocks
-        -o out.h5 --quiet
+        --dataset-size 50000 -o out.h5 --quiet
     """
     result = call("analyze", "w.pt", *options.split())
     assert result.exit_code == 0, result.output
@@ -95,6 +95,7 @@ def test_analyze_hands_on_every_option(pipeline: Pipeline) -> None:
         "example_index": "batch",
         "seed": 7,
         "dump": ("columns", "blocks"),
+        "dataset_size": 50000,
     }
     assert Path("out.h5").exists()
     assert result.output == ""
@@ -104,7 +105,8 @@ def test_analyze_defaults(pipeline: Pipeline) -> None:
     call("analyze", "w.pt")
     kept = {key: value for key, value in pipeline.called_with.items() if key not in ("progress", "model")}
     assert {key for key, value in kept.items() if value is None} == {
-        "batch", "loss", "factory", "samples", "layers", "skip", "measure", "memory", "example_axes", "example_index"
+        "batch", "loss", "factory", "samples", "layers", "skip", "measure", "memory", "example_axes", "example_index",
+        "dataset_size",
     }  # fmt: skip
     assert kept["time"] == 60.0
     assert kept["fisher"] == kept["device"] == "auto"
