@@ -16,8 +16,9 @@ def _number(help: str) -> Any:
 Optimizer = Annotated[
     str | None,
     typer.Option(
-        metavar="NAME",
-        help="sgd, adam, adamw, nadam, rmsprop, adagrad, kfac or shampoo.",
+        metavar="NAME[:KEY=VALUE,...]",
+        help="sgd, adam, adamw, nadam, rmsprop, adagrad, kfac or shampoo; or with its numbers, as in "
+        "kfac:lr=1,damping=0.01,flavour=reduce.",
         rich_help_panel=OPTIMIZER,
     ),
 ]
