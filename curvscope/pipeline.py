@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from curvscope._version import __version__
 from curvscope.diagnose import rules
 from curvscope.errors import CurvscopeError, DeviceError, UsageError
-from curvscope.extract.choose import DTYPES, PROBES, choose, make_plan
+from curvscope.extract.choose import DTYPES, PROBES, budget, choose, make_plan
 from curvscope.extract.collector import Extract, Form
 from curvscope.extract.plan import Plan
 from curvscope.extract.roots import Root, make_root
@@ -171,6 +171,7 @@ def analyze(
                 seed=settings.seed,
                 full="stability" in settings.measure,
                 seconds=STABILITY_SHARE * settings.time_seconds,
+                memory_bytes=budget(settings),
             ),
         )
         notes += stability.notes

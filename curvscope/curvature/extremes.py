@@ -78,8 +78,7 @@ def extremes(
         known = basis[: filled + 1]
         overlaps = known @ image
         image = image - overlaps @ known
-        for _ in range(2):
-            image = image - (known @ image) @ known
+        image = image - (known @ image) @ known  # twice is enough (Parlett)
         projected[filled, : filled + 1] = projected[: filled + 1, filled] = overlaps.cpu()
         filled += 1
         beta = float(image.norm())

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvscope.curvature.extremes import Extremes
+from curvscope.curvature.extremes import LEAST_BASIS, Extremes
 from curvscope.graph.functional import Graph
 from curvscope.graph.layout import Layout
 from curvscope.graph.sites import LayerSpec
@@ -30,6 +30,9 @@ from curvscope.records import NAN, KroneckerFactors, StabilityRow
 LARGE_SHARE = 0.1
 MOST_PRODUCTS = 60
 TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-6}
+BASIS_BYTES = 256 * 2**20
+# The smallest basis of the iteration, and what a product and P^{-1/2} hold beside it.
+LEAST_VECTORS = 2 * (LEAST_BASIS + 2)
 NO_OPTIMIZER = "no optimizer is known: the checkpoint holds none, and none was given (--optimizer)"
 QUADRATIC = "full-batch threshold of the quadratic model; training on mini-batches can diverge below it"
 
@@ -44,6 +47,7 @@ class Wanted:
     seed: int = 0
     full: bool = False
     seconds: float = 15.0
+    memory_bytes: int = 2 * BASIS_BYTES
     tolerance: float | None = None
     most_products: int = MOST_PRODUCTS
 
@@ -122,6 +126,7 @@ class _Stage:
             tolerance=self.wanted.tolerance or TOLERANCES.get(kind, 1e-3),
             max_products=self.wanted.most_products,
             deadline=self.deadline,
+            basis_bytes=min(BASIS_BYTES, self.wanted.memory_bytes // 2),
             **options,
         )
 
@@ -158,6 +163,9 @@ def assess(
     the share is large or time is left. `wanted.seconds` bounds all of it; what it cut off says so.
     """
     started = time.monotonic()
+    if (least := 8 * Space.of(batch.network).size * LEAST_VECTORS) > wanted.memory_bytes:
+        reason = f"its vectors take {least / 2**30:.2g} GiB, over --memory ({wanted.memory_bytes / 2**30:.2g} GiB)"
+        return [StabilityRow("network", "", "preconditioned_sharpness", status="not_assessed", reason=reason)]
     spare = settings is None and not wanted.full
     found = NO_OPTIMIZER if spare else halves(batch, seed=wanted.seed)
     P: Preconditioner | None = None
