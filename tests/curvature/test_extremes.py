@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from curvscope.curvature.extremes import extremes
+from curvscope.errors import AnalysisError
 
 
 def symmetric(values: Tensor) -> Tensor:
@@ -73,3 +74,8 @@ def test_restarts_lose_nothing() -> None:
         assert pair.converged
         assert pair.value == pytest.approx(value, rel=1e-9)
         assert float((M @ pair.vector - pair.value * pair.vector).norm()) <= 1e-8
+
+
+def test_what_is_not_finite_is_an_error() -> None:
+    with pytest.raises(AnalysisError, match="NaN"):
+        extremes(lambda v: v / 0 * 0, 5)

@@ -237,6 +237,30 @@ def test_spent_time_is_told() -> None:
     assert all(row.status in ("ok", "skipped", "not_converged", "not_assessed") for row in found)
 
 
+class Kinked(nn.Module):
+    """A norm at 0: its first derivative is 0, its second is not finite."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.net(x)
+        return y + (y - y.detach()).abs().pow(1.5)
+
+
+def test_a_curvature_that_is_not_finite_is_told_and_the_rest_goes_on() -> None:
+    torch.manual_seed(0)
+    run = curvscope.analyze(
+        Kinked(), (torch.randn(8, 4), torch.randint(3, (8,))), loss="cross_entropy", optimizer="sgd:lr=0.1"
+    )
+    (row,) = run.tables["stability"]
+    assert (row.quantity, row.status) == ("preconditioned_sharpness", "not_assessed")
+    assert "NaN or infinite" in row.reason
+    assert "CS503" in {finding.code for finding in run.findings}
+    assert run.layers["net"].factors
+
+
 def test_a_memory_bound_is_kept_and_told() -> None:
     _, batch = problem()
     (row,) = rows_of(batch, settings_of(batch, "sgd:lr=0.1"), memory_bytes=1000)
