@@ -34,7 +34,7 @@ TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-4}
 BASIS_BYTES = 256 * 2**20
 # The smallest basis of the iteration, and what a product and P^{-1/2} hold beside it.
 LEAST_VECTORS = 2 * (LEAST_BASIS + 2)
-NO_OPTIMIZER = "no optimizer is known: the checkpoint holds none, and none was given (--optimizer)"
+NO_OPTIMIZER = "no optimizer is known: the checkpoint holds none that fits the model, and none was given (--optimizer)"
 QUADRATIC = "full-batch threshold of the quadratic model; training on mini-batches can diverge below it"
 
 
