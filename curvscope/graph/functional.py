@@ -231,8 +231,11 @@ def build(
                 leaf.cut = True
         return {name: grad.detach() for name, grad in zip(fresh, found, strict=True) if grad is not None}
 
+    # a parameter that the model never reads is no attribute of the graph
+    held = {str(node.target) for node in plain.graph.nodes if node.op == "get_attr"}
+
     def function(given: Mapping[str, Tensor], tensors: Sequence[Tensor]) -> Tensor:
-        return torch.func.functional_call(plain, dict(given), tuple(tensors))
+        return torch.func.functional_call(plain, {n: p for n, p in given.items() if n in held}, tuple(tensors))
 
     origin = "exported" if dynamic else "exported with a fixed batch size"
     return Graph(module, specs, uses, parameters, requires_grad, origin, leaves, rest, function, wanted)
