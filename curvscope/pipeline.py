@@ -23,6 +23,7 @@ from curvscope.load import load_problem
 from curvscope.load.problem import Problem
 from curvscope.measure.layer import Wishes, keep_nothing
 from curvscope.measure.layers import attempt, measure_layers, timed
+from curvscope.measure.stability_stage import Assessment, Wanted, stability_stage
 from curvscope.measure.stage import NetworkStage
 from curvscope.planned import PlannedRun
 from curvscope.records import CoverageRow, Layer, ModelInfo, RunInfo
@@ -31,6 +32,8 @@ from curvscope.settings import Settings, checked_settings
 from curvscope.units import parse_bytes
 
 T = TypeVar("T")
+# What the stability measures may take of --time.
+STABILITY_SHARE = 0.25
 
 
 def analyze(
@@ -71,7 +74,9 @@ def analyze(
         loss: "cross_entropy", "mse", "bce_with_logits" or "causal_lm" (settings after a colon, such as
             "cross_entropy:class_axis=last"), a torch loss module, or a callable `(outputs, targets) -> scalar`; None
             for a bundle's own.
-        optimizer: the torch.optim optimizer that trains the model, kept for later diagnostics.
+        optimizer: the torch.optim optimizer that trains the model, for the stability verdict; or words such as
+            "sgd:lr=0.1,momentum=0.9" or a mapping with the same keys, which come before the checkpoint's own state
+            (kinds: sgd, adam, adamw, nadam, rmsprop, adagrad, kfac, shampoo).
         factory: builds the nn.Module that a state_dict or safetensors file belongs to.
         trust: allow checkpoint formats that can run code when loaded.
         fisher: exact; probe or mc (`samples` draws, with standard errors); empirical; auto is exact for every layer for
@@ -79,7 +84,8 @@ def analyze(
         samples: draws of probe and mc (default 8; error bars take 4, EKFAC's 6).
         layers, skip: globs of layer names to keep, to leave out.
         measure: "spectral" for the relative spectral error of all approximations, "kron_best" to compute it always,
-            "steps" for damped steps of the whole network even where they take long.
+            "steps" for damped steps of the whole network even where they take long, "stability" for sharpness by layer
+            and on halves of the batch also where no optimizer is known.
         device: auto, cpu or cuda.
         dtype: float32 or float64, the arithmetic of the network's passes; reductions run in float64 either way.
         memory: bound on the tool's own peak, bytes or "8GiB"; default half of what is free.
@@ -259,6 +265,29 @@ def _analyzed(given: _Given, run_on: torch.device) -> Run:
         with timed(seconds, "steps"):
             of_network = stage.tables()
         report("steps", "", 1, 1)
+    stability = Assessment([])
+    if whole is not None:
+        report("stability", "", 0, 1)
+        with timed(seconds, "stability"):
+            stability = stability_stage(
+                problem,
+                graph,
+                whole.tensors,
+                whole.targets,
+                passes.pieces.axes,
+                ready.layouts.output,
+                survey.examples,
+                {name: layer.factors for name, layer in measured.items()},
+                squared_gradient**0.5,
+                Wanted(
+                    seed=settings.seed,
+                    full="stability" in settings.measure,
+                    seconds=STABILITY_SHARE * settings.time_seconds,
+                    memory_bytes=budget(settings),
+                ),
+            )
+        notes += stability.notes
+        report("stability", "", 1, 1)
     with timed(seconds, "findings"):
         coverage = [
             CoverageRow(use.parameter, use.layer, use.count, use.treatment, reason=use.reason) for use in graph.uses
@@ -278,8 +307,10 @@ def _analyzed(given: _Given, run_on: torch.device) -> Run:
             graph=graph.origin,
             mode_note=_mode_note(problem),
             step=-1 if problem.step is None else problem.step,
+            optimizer=stability.optimizer,
+            learning_rate=stability.learning_rate,
         )
-        findings = rules.find(info, measured, coverage)
+        findings = rules.find(info, measured, coverage, stability.rows)
         notes += _padding_note(measured)
     return Run(
         info=RunInfo(
@@ -302,6 +333,7 @@ def _analyzed(given: _Given, run_on: torch.device) -> Run:
             "errors": [row for layer in measured.values() for row in layer.errors.values()],
             "spectra": [row for layer in measured.values() for row in layer.spectra.values()],
             **of_network,
+            "stability": stability.rows,
             "findings": findings,
         },
         notes=[*problem.notes, *notes],

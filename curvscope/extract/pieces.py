@@ -220,6 +220,11 @@ class Pieces:
                 raise
             self._divisible = False
 
+    @property
+    def axes(self) -> tuple[int | None, ...]:
+        """The example axis of every input, None where it has none."""
+        return self._prepared.axes
+
     def whole(self) -> Piece | None:
         """The one batch in one piece, however many pieces the passes take it in; None where there are several."""
         if self.survey.batches > 1:

@@ -166,3 +166,12 @@ def test_vectors() -> None:
     assert norm({"a": left["a"]}) == 5.0
     assert dot(left, {"a": torch.tensor([1.0, 1.0])}) == 7.0
     assert torch.equal(combined(left, {"a": torch.tensor([1.0, 1.0])}, -2.0)["a"], torch.tensor([1.0, 2.0]))
+
+
+def test_a_parameter_that_is_never_read_is_no_part_of_the_network() -> None:
+    torch.manual_seed(0)
+    model = models.mlp(4, 5, 3).double()
+    model.unused = nn.Parameter(torch.ones(7, dtype=torch.float64))
+    _, network = graph_and_network(model, torch.randn(6, 4).double(), torch.randint(3, (6,)), "cross_entropy")
+    assert set(network.parameters) == set(dict(model.named_parameters())) - {"unused"}
+    assert set(network.gradient()) == set(network.parameters)
