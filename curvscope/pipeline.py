@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import math
 import sys
 import time as clock
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ from curvscope.graph.verify import Layouts, verify
 from curvscope.load import check_targets, load_problem
 from curvscope.load.problem import Problem
 from curvscope.measure.layer import Wishes, measure_layer
+from curvscope.measure.optimizer import damping_wishes
 from curvscope.records import CoverageRow, Layer, ModelInfo, RunInfo
 from curvscope.run import Run
 from curvscope.settings import DUMPS, FISHERS, MEASURES, Settings
@@ -57,6 +59,7 @@ def analyze(
     example_axes: Mapping[str, int] | None = None,
     seed: int = 0,
     dump: Sequence[str] | str = (),
+    damping: float | None = None,
     progress: bool | Progress = False,
 ) -> Run:
     """The curvature of every linear layer of a model on one batch, and how well K-FAC describes it.
@@ -78,7 +81,8 @@ def analyze(
             estimated time stays under `time` seconds, the bytes under `memory`, and min(P, N K) <= 8192.
         samples: draws of probe (8) and mc (1).
         layers, skip: globs of layer names to keep, to leave out.
-        measure: "spectral" for the relative spectral error of all approximations, "kron_best" to compute it always.
+        measure: "spectral" for the relative spectral error of all approximations, "kron_best" and "damping" to compute
+            them always.
         device: auto, cpu or cuda.
         dtype: float32 or float64, the arithmetic of the network's passes; reductions run in float64 either way.
         memory: bound on the tool's own peak, bytes or "8GiB"; default half of what is free.
@@ -86,6 +90,7 @@ def analyze(
         example_axes: the example axis of an input (by keyword or position) where it is not axis 0.
         seed: of every random draw; the global random state is neither read nor changed.
         dump: "spectra" keeps eigenvectors, "columns" and "blocks" the matrices themselves.
+        damping: the damping that the optimizer uses, in the loss's own scale; None for the checkpoint's, if it has one.
         progress: True for lines on stderr, or a callable `(stage, item, done, total)`.
 
     Raises:
@@ -106,6 +111,7 @@ def analyze(
         seed=seed,
         dump=_words(dump),
         example_axes=dict(example_axes or {}),
+        damping=damping,
     )
     report = progress if callable(progress) else _print_progress if progress else no_progress
     seconds: dict[str, float] = {}
@@ -145,7 +151,8 @@ def analyze(
     if reason:
         notes.append(reason)
     plan = make_plan(graph, layouts, root, settings)
-    wishes = Wishes(chosen, settings.measure, settings.dump, settings.seed, kind)
+    damped = damping_wishes(problem.optimizer, graph, settings)
+    wishes = Wishes(chosen, settings.measure, settings.dump, settings.seed, kind, damped)
     measured, squared_gradient = _measure(graph, tensors, layouts, root, plan, wishes, report, seconds)
     with _timed(seconds, "gradient"):
         squared_gradient += sum(float(g.double().square().sum()) for g in graph.rest(tensors, root.gradient).values())
@@ -191,6 +198,8 @@ def analyze(
             "coverage": coverage,
             "errors": [row for layer in measured.values() for row in layer.errors.values()],
             "spectra": [row for layer in measured.values() for row in layer.spectra.values()],
+            "damping": [row for layer in measured.values() for row in layer.damping],
+            "ranges": [row for layer in measured.values() for row in layer.ranges],
             "findings": findings,
         },
         notes=[*problem.notes, *notes],
@@ -272,6 +281,10 @@ def _settings(**given: Any) -> Settings:
         raise UsageError("seed must be a whole number from 0 to 2^63 - 1.", where="--seed", remedy="Choose another.")
     if given["samples"] is not None and given["samples"] < 1:
         raise UsageError("samples must be at least 1.", where="--samples", remedy="Leave it out for the default.")
+    if given["damping"] is not None and not 0 < given["damping"] < math.inf:
+        raise UsageError(
+            "damping must be positive and finite.", where="--damping", remedy="Leave it out if the optimizer has none."
+        )
     if given["memory_bytes"] is not None and given["memory_bytes"] <= 0:
         raise UsageError("memory must be positive.", where="--memory", remedy="Write bytes, or words such as 8GiB.")
     return Settings(**given)

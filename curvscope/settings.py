@@ -7,7 +7,7 @@ from typing import Any
 
 APPROXIMATIONS = ("kfac_expand", "kfac_reduce", "ekfac_expand", "ekfac_reduce", "kron_best", "diag")
 FISHERS = ("auto", "exact", "probe", "mc", "empirical")
-MEASURES = ("errors", "spectra", "spectral", "kron_best")
+MEASURES = ("errors", "spectra", "spectral", "kron_best", "damping")
 DUMPS = ("factors", "spectra", "columns", "blocks")
 
 
@@ -21,7 +21,8 @@ class Settings:
         layers: glob patterns of layer names to keep; empty keeps all.
         skip: glob patterns of layer names to leave out.
         measure: extra measures beside the default ones: "spectral" (relative spectral error of every
-            approximation, not only of the two K-FACs), "kron_best" (compute it even where it dominates).
+            approximation, not only of the two K-FACs), "kron_best" (compute it even where it dominates), "damping"
+            (steps and conditions even where they take long).
         device: auto, cpu or cuda.
         dtype: float32 or float64, the arithmetic of the network's own passes.
         memory_bytes: bound on the tool's own peak (None: half of what is free).
@@ -30,6 +31,7 @@ class Settings:
         dump: optional parts of the file: factors (always), spectra (eigenvectors), columns, blocks.
         max_columns: `auto` is exact for a layer only where min(P, N K) is at most this.
         example_axes: example axis of an input by name or position, where it is not axis 0.
+        damping: the optimizer's own damping, in the loss's scale (None: the checkpoint's, if it has one).
     """
 
     fisher: str = "auto"
@@ -45,6 +47,7 @@ class Settings:
     dump: tuple[str, ...] = ()
     max_columns: int = 8192
     example_axes: dict[str, int] = field(default_factory=dict)
+    damping: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as plain values, as /config stores them."""

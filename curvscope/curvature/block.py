@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from curvscope.curvature.eigen import eigvalsh
+from curvscope.curvature.eigen import eigh, eigvalsh
 from curvscope.extract.collector import Columns
 from curvscope.extract.symmetric import GramSum
 
@@ -117,7 +117,13 @@ class Block:
     @cached_property
     def eigenvalues(self) -> Float64[Tensor, " small"]:
         """The min(P, N K) leading eigenvalues of G, descending, float64, as the solver gave them."""
-        return eigvalsh(self.gram).flip(0)
+        values = self.eigenpairs[0] if "eigenpairs" in self.__dict__ else eigvalsh(self.gram)
+        return values.flip(0)
+
+    @cached_property
+    def eigenpairs(self) -> tuple[Float64[Tensor, " small"], Float64[Tensor, "small small"]]:
+        """Eigenvalues, ascending, and eigenvectors of `gram`."""
+        return eigh(self.gram)
 
     @cached_property
     def diagonal(self) -> Float64[Tensor, "d_out d_in"]:
@@ -180,6 +186,49 @@ class Block:
         assert self.columns.values is not None
         flat = self.columns.values.flatten(0, 1).flatten(1)
         return ((flat @ X.reshape(-1).to(flat.dtype)) @ flat).view(self.d_out, self.d_in).double()
+
+    def project(
+        self,
+        X: Float[Tensor, "m d_out d_in"],
+        U_B: Float64[Tensor, "d_out d_out"] | None = None,
+        U_A: Float64[Tensor, "d_in d_in"] | None = None,
+    ) -> Float64[Tensor, "m columns"]:
+        """`V^T vec(U_B X U_A^T)` of several X at once, [m, N K], columns ordered k, n; not of formed blocks.
+
+        Products in the columns' own dtype, sums over slices in float64.
+        """
+        kind = self.dtype
+        if self.columns.form == "outer":
+            assert self.columns.inputs is not None and self.columns.gradients is not None
+            # turning the rows once is cheaper than turning every X
+            a, g = self.columns.inputs.squeeze(1), self.columns.gradients.squeeze(2)
+            a = a if U_A is None else a @ U_A.to(kind)
+            g = g if U_B is None else g @ U_B.to(kind)
+            half = (a @ X.to(kind).flatten(0, 1).T).unflatten(1, X.shape[:2])  # [N, m, d_out]
+            each = torch.bmm(half, g.permute(1, 2, 0))  # [N, m, K]
+            return each.permute(1, 2, 0).flatten(1).double()
+        X = X.to(kind)
+        X = X if U_A is None else X @ U_A.T.to(kind)
+        X = X if U_B is None else U_B.to(kind) @ X
+        total = torch.zeros(X.shape[0], self.total_columns, dtype=torch.float64, device=self.device)
+        for low, high in self._ranges():
+            if self.columns.values is not None:
+                piece = self.columns.values[:, :, low:high].flatten(0, 1).flatten(1)
+            else:
+                assert self.columns.inputs is not None and self.columns.gradients is not None
+                piece = self._outer(self.columns.gradients[..., low:high], self.columns.inputs)
+            total += X[:, low:high].flatten(1) @ piece.T
+        return total
+
+    def combine(self, weights: Float64[Tensor, " columns"]) -> Float64[Tensor, "d_out d_in"]:
+        """`V weights` as [d_out, d_in]: the weighted sum of the columns, ordered k, n; not of formed blocks."""
+        if self.columns.values is not None:
+            flat = self.columns.values.flatten(0, 1).flatten(1)
+            return (weights.to(flat.dtype) @ flat).view(self.d_out, self.d_in).double()
+        a, g = self.columns.inputs, self.columns.gradients
+        assert a is not None and g is not None
+        mixed = torch.einsum("kn,knro->nro", weights.view(g.shape[:2]).to(g.dtype), g)
+        return (mixed.reshape(-1, self.d_out).T @ a.reshape(-1, self.d_in)).double()
 
     @cached_property
     def _gradients(self) -> Tensor:

@@ -16,11 +16,13 @@ from curvscope.curvature.eigen import eigh, eigvalsh
 from curvscope.curvature.grouped import GroupedApproximation, GroupedBlock
 from curvscope.curvature.kronecker import Diagonal, Kronecker
 from curvscope.extract.collector import Extract
+from curvscope.graph.matrix import to_matrix
 from curvscope.measure.accuracy import error_row
-from curvscope.measure.approximate import FLAVOURS, approximate, side_by_side
+from curvscope.measure.approximate import FLAVOURS, Built, approximate, side_by_side
+from curvscope.measure.damping import DampingWishes, Subject, damping_tables, not_assessed, why_skipped
 from curvscope.measure.estimate import estimated_rows
 from curvscope.measure.spectrum import STORED, Spectrum, approximation_spectrum, block_spectrum, spectrum_row
-from curvscope.records import NAN, ErrorRow, KroneckerFactors, Layer, LayerRow, SpectrumRow
+from curvscope.records import NAN, DampingRow, ErrorRow, KroneckerFactors, Layer, LayerRow, RangeRow, SpectrumRow
 from curvscope.settings import APPROXIMATIONS
 
 NO_KRONECKER = "no Kronecker form: the parameter is added or multiplied element by element"
@@ -35,6 +37,7 @@ class Wishes:
     dump: tuple[str, ...]
     seed: int
     dtype: torch.dtype
+    damping: DampingWishes = dataclasses.field(default_factory=DampingWishes)
 
 
 @dataclass
@@ -46,6 +49,8 @@ class _Findings:
     values: dict[str, Any] = dataclasses.field(default_factory=dict)
     attributes: dict[str, Any] = dataclasses.field(default_factory=dict)
     scale: float = 1.0
+    damping: list[DampingRow] = dataclasses.field(default_factory=list)
+    ranges: list[RangeRow] = dataclasses.field(default_factory=list)
 
     def add_spectrum(self, layer: str, name: str, spectrum: Spectrum, trace: float) -> None:
         """One matrix's spectrum, brought from the columns' unit to the loss's."""
@@ -84,10 +89,12 @@ def measure_layer(extract: Extract, wishes: Wishes, *, why_no_columns: str = "")
     if not blocks:
         _not_assessed(spec.name, wishes.fisher, why_no_columns, found, APPROXIMATIONS)
         _factor_spectra(extract, wishes, found)
+        found.damping = not_assessed(spec.name, why_no_columns)
     else:
         block: Block | GroupedBlock = blocks[0] if len(blocks) == 1 else GroupedBlock(blocks)
         if wishes.fisher in ("probe", "mc"):
             _estimated(extract, blocks, wishes, found)
+            found.damping = not_assessed(spec.name, "steps need exact columns: an estimated block has few of them")
         else:
             _exact(extract, blocks, block, wishes, found)
             if "spectra" in wishes.dump and isinstance(block, Block):
@@ -124,6 +131,8 @@ def measure_layer(extract: Extract, wishes: Wishes, *, why_no_columns: str = "")
         spectra=found.spectra,
         eigenvectors=eigenvectors,
         attributes=found.attributes,
+        damping=found.damping,
+        ranges=found.ranges,
         **kept,
     )
 
@@ -186,6 +195,10 @@ def _exact(
     extract: Extract, blocks: list[Block], block: Block | GroupedBlock, wishes: Wishes, found: _Findings
 ) -> None:
     layer = extract.spec.name
+    steps_refused = why_skipped(blocks, wishes.damping.always)
+    if not steps_refused:
+        for part in blocks:
+            _ = part.eigenpairs  # the spectrum takes its eigenvalues from them, instead of computing them alone
     found.add_spectrum(layer, "ggn", block_spectrum(block), block.trace)
     every = "spectral" in wishes.measure
     if extract.spec.exact_only:
@@ -196,6 +209,8 @@ def _exact(
             layer, "diag", wishes.fisher, block, diagonal, inner=diagonal.norm**2, spectral=every, seed=wishes.seed
         )
         found.add_spectrum(layer, "diag", approximation_spectrum(diagonal, wishes.dtype), diagonal.trace)
+        built = {"diag": Built(diagonal, diagonal.norm**2)}
+        _damped(extract, blocks, built, wishes, found, steps_refused)
         return
     parts = [
         approximate(
@@ -209,7 +224,7 @@ def _exact(
         for one, factors in zip(blocks, _group_factors(extract), strict=True)
     ]
     refusal = next((reason for _, reason in parts if reason), "")
-    built = parts[0][0]
+    built = dict(parts[0][0])
     if len(parts) > 1:
         built = side_by_side([part for part, _ in parts], [one.d_out for one in blocks])
     if refusal:
@@ -229,6 +244,7 @@ def _exact(
         )
         spectrum = approximation_spectrum(one.approximation, wishes.dtype)
         found.add_spectrum(layer, name, spectrum, one.approximation.trace)
+    _damped(extract, blocks, built, wishes, found, steps_refused)
     if extract.positions == 1:
         # One position an example: both flavours are the same matrix.
         for kind in ("kfac", "ekfac"):
@@ -236,7 +252,54 @@ def _exact(
             found.errors[name] = dataclasses.replace(found.errors[source], approximation=name)
             found.spectra[name] = dataclasses.replace(found.spectra[source], approximation=name)
             found.values[name] = found.values[source]
+            found.damping += [
+                dataclasses.replace(r, approximation=name) for r in found.damping if r.approximation == source
+            ]
+            found.ranges += [
+                dataclasses.replace(r, approximation=name) for r in found.ranges if r.approximation == source
+            ]
+        order = ("ggn", *APPROXIMATIONS)
+        found.damping.sort(key=lambda row: order.index(row.approximation))
+        found.ranges.sort(key=lambda row: order.index(row.approximation))
     found.errors = {name: found.errors[name] for name in APPROXIMATIONS}
+
+
+def _damped(
+    extract: Extract,
+    blocks: list[Block],
+    built: dict[str, Built],
+    wishes: Wishes,
+    found: _Findings,
+    refused: str,
+) -> None:
+    """tables/damping and tables/ranges of a layer with exact columns."""
+    spec, asked = extract.spec, wishes.damping
+    if refused or extract.gradient is None:
+        reason = refused or "the layer's gradient was not kept"
+        found.damping = not_assessed(spec.name, reason, "skipped" if refused else "not_assessed")
+        return
+    decay = asked.decay.get(spec.name, 0.0)
+    approximations = {
+        name: one.approximation.parts if isinstance(one.approximation, GroupedApproximation) else [one.approximation]
+        for name, one in built.items()
+    }
+    found.damping, found.ranges = damping_tables(
+        Subject(
+            layer=spec.name,
+            blocks=blocks,
+            approximations=approximations,
+            blind=frozenset(name for name, one in built.items() if name.startswith("kfac") and one.note),
+            gradient=extract.gradient.reshape(-1, blocks[0].d_in),
+            scale=found.scale,
+            dtype=wishes.dtype,
+            current=asked.current.get(spec.name),
+            decay=decay,
+            weights=to_matrix(spec, asked.weights) if decay else None,
+            seed=wishes.seed,
+            always=asked.always,
+            remark=asked.remarks.get(spec.name, ""),
+        )
+    )
 
 
 def _factor_spectra(extract: Extract, wishes: Wishes, found: _Findings) -> None:
@@ -277,7 +340,7 @@ def _estimated(extract: Extract, blocks: list[Block], wishes: Wishes, found: _Fi
 
 def _eigenvectors(block: Block) -> Any:
     """Eigenvectors of G for its nonzero eigenvalues, descending, [P, rank]."""
-    vectors = eigh(block.gram)[1]
+    vectors = block.eigenpairs[1]
     spectrum = block_spectrum(block)
     rank = spectrum.values.numel()
     leading = vectors.flip(1)[:, :rank]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -20,17 +20,21 @@ from curvscope.records import (
     SCHEMA_VERSION,
     TABLES,
     Array,
+    DampingRow,
     ErrorRow,
     KroneckerFactors,
     Layer,
     LayerRow,
     ModelInfo,
+    RangeRow,
     Run,
     RunInfo,
     SpectrumRow,
 )
 
 T = TypeVar("T")
+# Files of the first minor version lack these.
+ADDED_TABLES = ("damping", "ranges")
 
 
 def read(path: str | os.PathLike[str]) -> Run:
@@ -139,7 +143,9 @@ def _from_attributes(record: type[T], attributes: h5py.AttributeManager) -> T:
 
 
 def _read_table(file: h5py.File, name: str) -> list[Any]:
-    """A table's rows; a column that a later minor version added is left alone."""
+    """A table's rows; columns that a later minor version added are left alone, tables that it added are empty."""
+    if name in ADDED_TABLES and name not in file["tables"]:
+        return []
     dataset = file["tables"][name]
     columns = [column for column in schema.field_types(TABLES[name]) if column in dataset.dtype.names]
     values = _values(dataset)
@@ -162,6 +168,8 @@ def _layer(file: h5py.File, row: LayerRow, tables: dict[str, list[Any]]) -> Laye
         row,
         errors={line.approximation: line for line in tables["errors"] if line.layer == row.name},
         spectra={line.approximation: line for line in tables["spectra"] if line.layer == row.name},
+        damping=[line for line in tables["damping"] if line.layer == row.name],
+        ranges=[line for line in tables["ranges"] if line.layer == row.name],
     )
 
 
@@ -174,6 +182,8 @@ class StoredLayer(Layer):
         row: LayerRow,
         errors: Mapping[str, ErrorRow],
         spectra: Mapping[str, SpectrumRow],
+        damping: Sequence[DampingRow] = (),
+        ranges: Sequence[RangeRow] = (),
     ) -> None:
         self._group = group
         super().__init__(
@@ -190,6 +200,8 @@ class StoredLayer(Layer):
             ),
             errors=errors,
             spectra=spectra,
+            damping=damping,
+            ranges=ranges,
         )
 
     # Columns and blocks can be larger than everything else together: they are read anew rather than kept.
