@@ -101,7 +101,15 @@ def analyze(
             parser=one_of(MEASURES),
             metavar="NAME",
             help="What to measure although it is left out by default: spectral (relative spectral error of "
-            "all approximations), kron_best (also where it takes longest); may be repeated.",
+            "all approximations), kron_best and damping (also where they take longest); may be repeated.",
+            rich_help_panel=CURVATURE,
+        ),
+    ] = None,
+    damping: Annotated[
+        float | None,
+        typer.Option(
+            metavar="VALUE",
+            help="The damping that the optimizer uses, in the loss's own scale (default: the checkpoint's, if any).",
             rich_help_panel=CURVATURE,
         ),
     ] = None,
@@ -219,6 +227,7 @@ def analyze(
                 example_axes=axes or None,
                 seed=seed,
                 dump=tuple(dump or ()),
+                damping=damping,
             )
         from curvscope.present import hdf5
 

@@ -210,6 +210,12 @@ class Block:
         X = X.to(kind)
         X = X if U_A is None else X @ U_A.T.to(kind)
         X = X if U_B is None else U_B.to(kind) @ X
+        if self.columns.form == "factored" and self._few(X.shape[0]):
+            assert self.columns.inputs is not None and self.columns.gradients is not None
+            a, g = self.columns.inputs, self.columns.gradients
+            half = (a @ X.flatten(0, 1).T).unflatten(2, X.shape[:2])  # [N, R, m, d_out]
+            turned = half.transpose(1, 2).flatten(2)
+            return torch.bmm(turned, g.permute(1, 2, 3, 0).flatten(1, 2)).permute(1, 2, 0).flatten(1).double()
         total = torch.zeros(X.shape[0], self.total_columns, dtype=torch.float64, device=self.device)
         for low, high in self._ranges():
             if self.columns.values is not None:
@@ -219,6 +225,12 @@ class Block:
                 piece = self._outer(self.columns.gradients[..., low:high], self.columns.inputs)
             total += X[:, low:high].flatten(1) @ piece.T
         return total
+
+    def _few(self, count: int) -> bool:
+        """Whether going through the rows takes fewer operations for so many products than forming the columns."""
+        assert self.columns.inputs is not None
+        positions, draws = self.columns.inputs.shape[1], self.columns.count
+        return count * (positions - draws) < draws * positions
 
     def combine(self, weights: Float64[Tensor, " columns"]) -> Float64[Tensor, "d_out d_in"]:
         """`V weights` as [d_out, d_in]: the weighted sum of the columns, ordered k, n; not of formed blocks."""

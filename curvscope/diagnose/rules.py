@@ -1,7 +1,7 @@
 """Which layers deserve a look, and why: from the records alone.
 
 Codes: CS1xx speak of how well a Kronecker product can describe a layer, CS2xx of the block itself, CS3xx of what the
-report does not cover.
+report does not cover, CS4xx of damping.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from curvscope.diagnose import damping
 from curvscope.records import CoverageRow, ErrorRow, FindingRow, Layer, ModelInfo
 
 LARGE_ERROR = 0.5
@@ -26,6 +27,8 @@ def find(model: ModelInfo, layers: Mapping[str, Layer], coverage: Sequence[Cover
     ranked: list[tuple[int, float, FindingRow]] = []
     for layer in layers.values():
         ranked += _of_layer(layer)
+        ranked += damping.of_layer(layer)
+    ranked += damping.of_network(layers)
     ranked += _of_network(model, coverage)
     ranked.sort(key=lambda item: (item[0], -item[1]))
     return [row for _, _, row in ranked]

@@ -29,7 +29,7 @@ RELATIVE_GRID = tuple(10.0**exponent for exponent in range(-8, 3))
 # The eigenvectors of larger blocks take minutes, their eigenvalues a third of that.
 LARGEST = 4096
 # All conditions of a layer may take this many operations together.
-CONDITION_FREE = 5e9
+CONDITION_FREE = 2e10
 USE_EIGENBASIS = "pi is undefined, a factor being zero: use the eigenbasis form"
 
 

@@ -8,6 +8,7 @@ from rich.table import Table
 from curvscope.present.names import shorten
 from curvscope.present.numbers import count, number, percent
 from curvscope.present.sparkline import picture
+from curvscope.present.terminal.damping import layer_section
 from curvscope.present.terminal.page import STATUS_WORDS, Column, Page
 from curvscope.records import ErrorRow, Layer, Run, SpectrumRow
 
@@ -43,6 +44,7 @@ def layer_page(page: Page, run: Run, layer: Layer) -> None:
     _errors(page, layer)
     _spectra(page, layer)
     _picture(page, layer)
+    layer_section(page, layer)
     _factors(page, layer)
     _next(page, run, layer)
 
