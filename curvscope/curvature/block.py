@@ -192,16 +192,18 @@ class Block:
         X: Float[Tensor, "m d_out d_in"],
         U_B: Float64[Tensor, "d_out d_out"] | None = None,
         U_A: Float64[Tensor, "d_in d_in"] | None = None,
+        *,
+        fast: bool = True,
     ) -> Float64[Tensor, "m columns"]:
         """`V^T vec(U_B X U_A^T)` of several X at once, [m, N K], columns ordered k, n; not of formed blocks.
 
-        Products in the columns' own dtype, sums over slices in float64.
+        With `fast` the products run in the columns' own dtype (sums over slices in float64 all the same).
         """
-        kind = self.dtype
+        kind = self.dtype if fast else torch.float64
         if self.columns.form == "outer":
             assert self.columns.inputs is not None and self.columns.gradients is not None
             # turning the rows once is cheaper than turning every X
-            a, g = self.columns.inputs.squeeze(1), self.columns.gradients.squeeze(2)
+            a, g = (rows.squeeze(-2).to(kind) for rows in (self.columns.inputs, self.columns.gradients))
             a = a if U_A is None else a @ U_A.to(kind)
             g = g if U_B is None else g @ U_B.to(kind)
             half = (a @ X.to(kind).flatten(0, 1).T).unflatten(1, X.shape[:2])  # [N, m, d_out]
@@ -212,7 +214,7 @@ class Block:
         X = X if U_B is None else U_B.to(kind) @ X
         if self.columns.form == "factored" and self._few(X.shape[0]):
             assert self.columns.inputs is not None and self.columns.gradients is not None
-            a, g = self.columns.inputs, self.columns.gradients
+            a, g = self.columns.inputs.to(kind), self.columns.gradients.to(kind)
             half = (a @ X.flatten(0, 1).T).unflatten(2, X.shape[:2])  # [N, R, m, d_out]
             turned = half.transpose(1, 2).flatten(2)
             return torch.bmm(turned, g.permute(1, 2, 3, 0).flatten(1, 2)).permute(1, 2, 0).flatten(1).double()
@@ -223,7 +225,7 @@ class Block:
             else:
                 assert self.columns.inputs is not None and self.columns.gradients is not None
                 piece = self._outer(self.columns.gradients[..., low:high], self.columns.inputs)
-            total += X[:, low:high].flatten(1) @ piece.T
+            total += X[:, low:high].flatten(1) @ piece.to(kind).T
         return total
 
     def _few(self, count: int) -> bool:

@@ -38,8 +38,8 @@ def of_layer(layer: Layer) -> list[Ranked]:
             "CS402",
             "warning",
             layer.name,
-            f"With damping {first.current:.2g} {_words(name)} has become gradient descent with rate 1 / damping (so from "
-            f"{first.high:.2g} on): its step reaches {1 - first.gain:.0%} of the decrease that damping "
+            f"With damping {first.current:.2g} {_words(name)} has become gradient descent with rate 1 / damping (from "
+            f"{first.high:.2g} on so): its step reaches {1 - first.gain:.0%} of the decrease that damping "
             f"{first.recommended:.2g} gives in the exact quadratic model.",
             f"Lower the damping of this layer towards {first.recommended:.2g}.",
         )
@@ -64,9 +64,9 @@ def of_network(layers: Mapping[str, Layer]) -> list[Ranked]:
     best: dict[str, float] = {}
     for layer in layers.values():
         name = f"kfac_{'reduce' if layer.row.better_flavour == 'reduce' else 'expand'}"
-        for row in layer.ranges:
-            if (row.approximation, row.form, row.status) == (name, "eigenbasis", "ok"):
-                best[layer.name] = row.recommended
+        for found in layer.ranges:
+            if (found.approximation, found.form, found.status) == (name, "eigenbasis", "ok"):
+                best[layer.name] = found.recommended
     if len(best) < 2:
         return []
     low, high = min(best, key=lambda name: best[name]), max(best, key=lambda name: best[name])
@@ -91,8 +91,8 @@ def _too_small(layer: Layer, forms: list[RangeRow]) -> FindingRow:
     if step is not None:
         does = f"loses {step.predicted_decrease:.2g}" if step.predicted_decrease > 0 else "grows"
         words += (
-            f": by its step the exact quadratic model {does}, {step.rho:.2g} times what K-FAC promises, where 1/4 is the "
-            f"least that is safe; the best length is {step.alpha_star:.2g} of the step"
+            f": by its step the exact quadratic model {does}, {step.rho:.2g} times what K-FAC promises, where 1/4 is "
+            f"the least that is safe; the best length is {step.alpha_star:.2g} of the step"
         )
     if row.current <= row.noise_below:
         words += ", and directions that the batch says nothing about are amplified"

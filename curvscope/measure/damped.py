@@ -116,7 +116,8 @@ class ExactSteps:
 
     def _split(self, X: Tensor) -> tuple[Tensor, Tensor]:
         """The components of X along the eigenvectors, and what is left of it."""
-        along = self.coordinates(X.unsqueeze(0))[0]
+        # In float64 whatever the columns' dtype is: components along weak directions are small differences.
+        along = self.coordinates(X.unsqueeze(0), fast=False)[0]
         if self.block.columns.form == "formed":
             inside = (self._vectors @ along).view_as(X)
         else:
@@ -124,20 +125,27 @@ class ExactSteps:
         return along, X - inside
 
     def coordinates(
-        self, X: Float64[Tensor, "m d_out d_in"], U_B: Tensor | None = None, U_A: Tensor | None = None
+        self,
+        X: Float64[Tensor, "m d_out d_in"],
+        U_B: Tensor | None = None,
+        U_A: Tensor | None = None,
+        *,
+        fast: bool = True,
     ) -> Float64[Tensor, "m rank"]:
-        """u_i . vec(U_B X U_A^T) of several X."""
+        """u_i . vec(U_B X U_A^T) of several X; with `fast` multiplied in the columns' own dtype."""
         if self.block.columns.form == "formed":
             X = X if U_A is None else X @ U_A.T
             X = X if U_B is None else U_B @ X
             return X.flatten(1) @ self._vectors
         # unit length before the columns' own dtype, which may be float32
         each = _per_length(X.flatten(1).square().sum(1))
-        return self.of_unit(X * each[:, None, None], U_B, U_A) / each[:, None]
+        return self.of_unit(X * each[:, None, None], U_B, U_A, fast=fast) / each[:, None]
 
-    def of_unit(self, X: Tensor, U_B: Tensor | None = None, U_A: Tensor | None = None) -> Float64[Tensor, "m rank"]:
+    def of_unit(
+        self, X: Tensor, U_B: Tensor | None = None, U_A: Tensor | None = None, *, fast: bool = True
+    ) -> Float64[Tensor, "m rank"]:
         """`coordinates` of X whose size suits the columns' dtype; columns that are kept, not formed."""
-        return (self.block.project(X, U_B, U_A) @ self._vectors) / self.values.sqrt()
+        return (self.block.project(X, U_B, U_A, fast=fast) @ self._vectors) / self.values.sqrt()
 
     def inverse(self, X: Float64[Tensor, "d_out d_in"], shift: float) -> Float64[Tensor, "d_out d_in"]:
         """(G + shift I)^{-1} vec(X), by Woodbury: good to eps / shift, which is what the largest results need."""

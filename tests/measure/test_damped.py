@@ -41,6 +41,7 @@ BLOCKS: dict[str, Callable[[], Block]] = {
     "outer": lambda: made("outer"),
     "outer_wide": lambda: made("outer", 2, 6),
     "factored": lambda: made("factored", positions=2),
+    "factored_long": lambda: made("factored", 3, 4, positions=7),
     "dense": lambda: made("dense", positions=3),
     "dependent": lambda: made("dense", positions=2, rank=3),
     "formed": lambda: made("formed", 2, 2, positions=3),
@@ -195,3 +196,183 @@ def test_rows_are_their_definitions(name: str, decay: float, inside: bool) -> No
     for row in by_place(rows, "ggn", "eigenbasis")[::5]:
         want = dense.row(dense.G, dense.damped(dense.G, row.damping + decay), row.damping)
         compare(row, want, max(1e-8, 3e-14 * block.norm / (row.damping + decay)))
+
+
+@pytest.mark.parametrize("name", ["outer", "factored", "dense", "formed"])
+def test_condition_is_the_dense_one(name: str) -> None:
+    block = BLOCKS[name]()
+    given = subject(block, gradients(block, True), current=0.7, decay=0.01, weights=gradients(block, False))
+    rows, _ = damping_tables(given)
+    seen = 0
+    for matrix, (one,) in given.approximations.items():
+        forms = ("eigenbasis", "factored") if isinstance(one, Kronecker) else ("eigenbasis",)
+        for row in (row for form in forms for row in by_place(rows, matrix, form)):
+            assert np.isfinite(row.condition) == bool(row.mark)
+            if not row.mark:
+                continue
+            shift = row.damping + 0.01
+            damped = one.dense() + shift * torch.eye(block.parameters)
+            if row.form == "factored":
+                A, B = one.A, one.B  # type: ignore[union-attr]
+                pi = ((A.trace() / A.shape[0]) / (B.trace() / B.shape[0])) ** 0.5
+                eyes = torch.eye(A.shape[0]), torch.eye(B.shape[0])
+                damped = torch.kron(B + shift**0.5 / pi * eyes[1], A + pi * shift**0.5 * eyes[0])
+            values, vectors = torch.linalg.eigh(damped)
+            root = (vectors / values.sqrt()) @ vectors.T
+            inner = torch.linalg.eigvalsh(root @ (block.dense() + shift * torch.eye(block.parameters)) @ root)
+            assert row.condition == pytest.approx(float(inner[-1] / inner[0]), rel=1e-5)
+            seen += 1
+    assert seen >= 6
+
+
+def test_groups_are_one_block_diagonal_layer() -> None:
+    """Two groups against one dense layer of both."""
+    blocks = [made("dense", 2, 3, positions=2), made("dense", 2, 3)]
+    gradient = torch.cat([gradients(block, True) for block in blocks])
+    weights = torch.randn(gradient.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    each = [approximations(block) for block in blocks]
+    given = Subject(
+        "layer", blocks, {name: [one[name][0] for one in each] for name in each[0]}, frozenset(), gradient, 1.0,
+        torch.float64, current=0.2, decay=0.01, weights=weights,
+    )  # fmt: skip
+    rows, ranges = damping_tables(given)
+    V = torch.block_diag(*[columns(block) for block in blocks])
+    whole = Block(Columns("dense", V.shape[1], 1, values=V.T.reshape(1, -1, 4, 3)), 4, 3)
+    dense = Dense(whole, gradient, 0.01, weights)
+    for name in each[0]:
+        M = precise(torch.block_diag(*[one[name][0].dense() for one in each]))
+        for row in by_place(rows, name, "eigenbasis")[3::4]:
+            compare(row, dense.row(M, dense.damped(M, row.damping + 0.01), row.damping), 1e-7)
+    assert {(row.approximation, row.form) for row in ranges} >= {("kfac_expand", "factored"), ("diag", "eigenbasis")}
+
+
+def test_the_unit_of_the_columns_drops_out() -> None:
+    """Columns in multiples of a unit give the same rows as columns in the loss's own scale."""
+    block = made("dense", positions=2)
+    assert block.columns.values is not None
+    unit = 1e3
+    large = Block(Columns("dense", N, K, values=block.columns.values * unit), block.d_out, block.d_in)
+    gradient, weights = gradients(block, True), gradients(block, False)
+    options: dict[str, Any] = {"current": 0.3, "decay": 0.02, "weights": weights, "always": False}
+    plain = damping_tables(subject(block, gradient, approximations={"diag": [Diagonal(block)]}, **options))
+    scaled = damping_tables(
+        subject(large, gradient, approximations={"diag": [Diagonal(large)]}, scale=unit**-2, **options)
+    )
+    for left, right in zip([*plain[0], *plain[1]], [*scaled[0], *scaled[1]], strict=True):
+        for name, value in vars(left).items():
+            if isinstance(value, float):
+                assert getattr(right, name) == pytest.approx(value, rel=1e-6, abs=1e-5, nan_ok=True), name
+
+
+def statuses(rows: list[DampingRow], name: str, form: str = "eigenbasis") -> tuple[set[str], set[str]]:
+    found = by_place(rows, name, form)
+    return {row.status for row in found}, {row.reason for row in found}
+
+
+def test_a_zero_factor_has_no_factored_form() -> None:
+    block = made("factored", positions=2)
+    zero = Kronecker(factor(block.d_in, 1), torch.zeros(block.d_out, block.d_out, dtype=torch.float64))
+    rows, ranges = damping_tables(
+        subject(block, gradients(block, True), approximations={"kfac_reduce": [zero]}, current=0.1)
+    )
+    assert statuses(rows, "kfac_reduce", "factored") == (
+        {"not_assessed"},
+        {"pi is undefined, a factor being zero: use the eigenbasis form"},
+    )
+    for row in by_place(rows, "kfac_reduce", "eigenbasis"):
+        # the step is the gradient over the damping
+        assert row.status == "ok"
+        assert row.effective_dimension == 0.0
+        assert row.gradient_distance == pytest.approx(0.0, abs=1e-12)
+        assert row.angle_to_gradient_degrees == pytest.approx(0.0, abs=3e-6)
+    assert [row.status for row in ranges if row.form == "factored"] == ["not_assessed"]
+
+
+def test_blind_to_rounding_counts_as_zero() -> None:
+    block = made("factored", positions=2)
+    given = subject(block, gradients(block, True), blind=frozenset({"kfac_reduce"}))
+    rows, _ = damping_tables(given)
+    assert statuses(rows, "kfac_reduce", "factored")[0] == {"not_assessed"}
+    assert statuses(rows, "kfac_expand", "factored")[0] == {"ok"}
+
+
+def test_a_zero_gradient_has_no_step() -> None:
+    block = made("dense", positions=2)
+    rows, ranges = damping_tables(
+        subject(block, torch.zeros(block.d_out, block.d_in, dtype=torch.float64), current=0.1)
+    )
+    assert {row.status for row in rows} == {"not_assessed"}
+    assert {row.reason for row in rows} == {"the layer's gradient is zero, so there is no step"}
+    assert all(np.isfinite(row.effective_dimension) and np.isnan(row.predicted_decrease) for row in rows)
+    assert {row.status for row in ranges} == {"not_assessed"}
+
+
+@pytest.mark.parametrize("current", [None, 0.1])
+def test_a_zero_block_has_no_scale(current: float | None) -> None:
+    values = torch.zeros(K, N, 3, 2, dtype=torch.float64)
+    block = Block(Columns("dense", N, K, values=values), 3, 2)
+    gradient = torch.ones(3, 2, dtype=torch.float64)
+    rows, ranges = damping_tables(subject(block, gradient, approximations={"diag": [Diagonal(block)]}, current=current))
+    if current is None:
+        assert [row.status for row in rows] == ["not_assessed"]
+        assert "zero on this batch" in rows[0].reason
+        assert ranges == []
+    else:
+        for row in rows:
+            assert row.damping == current
+            assert row.length_ratio == pytest.approx(1.0)
+            assert row.predicted_decrease == pytest.approx(6 / current)
+
+
+def test_an_indefinite_approximation_is_not_assessed_at_small_damping() -> None:
+    block = made("dense", positions=2)
+    A = torch.diag(torch.tensor([1.0, 0.5, -0.01], dtype=torch.float64))
+    one = Kronecker(A, torch.eye(block.d_out, dtype=torch.float64))
+    rows, _ = damping_tables(subject(block, gradients(block, True), approximations={"kron_best": [one]}))
+    for row in by_place(rows, "kron_best", "eigenbasis"):
+        safe = row.damping > 0.02
+        assert row.status == ("ok" if safe else "not_assessed")
+        assert np.isfinite(row.predicted_decrease) == safe
+        assert safe or "eigenvalues down to -1.0e-02" in row.reason
+
+
+def test_float32_columns_are_summed_in_float64() -> None:
+    """The same float32 numbers as float32 columns and as float64 ones."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(4, 30, 10, 12, generator=generator) * torch.logspace(0, -3, 12)
+    blocks = [Block(Columns("dense", 30, 4, values=each), 10, 12) for each in (values, values.double())]
+    full = Kronecker(factor(12, 1), factor(10, 2))
+    gradient = blocks[1].combine(torch.randn(120, dtype=torch.float64, generator=generator))
+    low, high = (
+        damping_tables(
+            subject(block, gradient.float() if i == 0 else gradient, dtype=block.dtype, always=False,
+                    approximations={"kfac_expand": [full], "diag": [Diagonal(block)]})
+        )[0]
+        for i, block in enumerate(blocks)
+    )  # fmt: skip
+    high = [row for row in high if "recommended" not in row.mark or row.relative in {r.relative for r in low}]
+    compared = 0
+    for row in low:
+        match = [
+            r
+            for r in high
+            if (r.approximation, r.form) == (row.approximation, row.form)
+            and np.isclose(r.damping, row.damping, rtol=1e-6)
+        ]
+        if match and not row.reason:
+            compared += 1
+            assert row.predicted_decrease == pytest.approx(match[0].predicted_decrease, rel=1e-3)
+            assert row.angle_degrees == pytest.approx(match[0].angle_degrees, abs=0.05)
+    assert compared > 20
+    assert any("float32" in row.reason for row in low)
+    assert not any("float32" in row.reason for row in high)
+
+
+def test_recommended_beats_the_grid() -> None:
+    block = made("factored", 3, 4, positions=7)
+    rows, ranges = damping_tables(subject(block, gradients(block, True)))
+    for found in ranges:
+        own = by_place(rows, found.approximation, found.form)
+        assert found.decrease == max(row.predicted_decrease for row in own)
+        assert found.recommended in [row.damping for row in own if "recommended" in row.mark]
+        assert sum("recommended" in row.mark for row in own) == 1

@@ -33,8 +33,6 @@ from curvscope.records import (
 )
 
 T = TypeVar("T")
-# Files of the first minor version lack these.
-ADDED_TABLES = ("damping", "ranges")
 
 
 def read(path: str | os.PathLike[str]) -> Run:
@@ -143,9 +141,7 @@ def _from_attributes(record: type[T], attributes: h5py.AttributeManager) -> T:
 
 
 def _read_table(file: h5py.File, name: str) -> list[Any]:
-    """A table's rows; columns that a later minor version added are left alone, tables that it added are empty."""
-    if name in ADDED_TABLES and name not in file["tables"]:
-        return []
+    """A table's rows; a column that a later minor version added is left alone."""
     dataset = file["tables"][name]
     columns = [column for column in schema.field_types(TABLES[name]) if column in dataset.dtype.names]
     values = _values(dataset)

@@ -48,8 +48,8 @@ def overview_section(page: Page, layers: Sequence[Layer]) -> None:
         Column("\nbest", [(page.measured(row.recommended), "bold") for _, row in known], 9),
     ]
     if standing:
-        words = [(STANDING_WORDS[row.standing], STANDING_STYLES[row.standing]) for _, row in known]
-        columns.append(Column("\nnow", words, 6, left=True))
+        places = [(STANDING_WORDS[row.standing], STANDING_STYLES[row.standing]) for _, row in known]
+        columns.append(Column("\nnow", places, 6, left=True))
     names = [page.safe(layer.name) for layer, _ in known]
     longest = max(len(name) for name in names)
     columns = page.fitting(columns, page.width - 2 - GAP - min(longest, max(12, page.width // 4)))
@@ -106,24 +106,22 @@ def _ranges(page: Page, layer: Layer) -> None:
     lines = []
     for reason in dict.fromkeys(row.reason for row in rows if row.reason):
         concerned = [row for row in rows if row.reason == reason]
-        who = ", ".join(dict.fromkeys(f"{row.approximation} {row.form}" for row in concerned))
-        lines.append(_reason(page, "all " if len(concerned) == len(rows) > 1 else who + " ", concerned[0]))
+        who = ", ".join(f"{row.approximation} {row.form}" for row in concerned)
+        lines.append(_reason(page, "all " if len(concerned) == len(rows) > 1 else f"{who} ", concerned[0]))
     page.lines(lines)
 
 
 def _grid(page: Page, rows: Sequence[DampingRow]) -> None:
-    marks = [("best" if "recommended" in row.mark else "", "now" if "current" in row.mark else "") for row in rows]
-    cells = [(" ".join(filter(None, each)), "bold") for each in marks]
+    marks = [(row.mark.replace("recommended", "best").replace("current", "now"), "bold") for row in rows]
     columns = [Column("\ndamping", [(page.measured(row.damping), "") for row in rows], 100)]
-    columns.append(Column("\n", cells, 99, left=True))
+    columns.append(Column("\n", marks, 99, left=True))
     for name, header, worth in GRID_COLUMNS:
         columns.append(Column(header, [(page.measured(getattr(row, name)), "") for row in rows], worth))
     page.table(columns)
     lines = []
     for reason in dict.fromkeys(row.reason for row in rows if row.reason):
-        row = next(row for row in rows if row.reason == reason)
-        count = sum(other.reason == reason for other in rows)
-        lines.append(_reason(page, f"{count} of {len(rows)} ", row))
+        concerned = [row for row in rows if row.reason == reason]
+        lines.append(_reason(page, f"{len(concerned)} of {len(rows)} ", concerned[0]))
     page.lines(lines)
 
 
