@@ -9,7 +9,7 @@ from curvscope.present.sparkline import ASCII_BLOCKS, BLOCKS
 from curvscope.records import DampingRow, RangeRow
 
 HARM = ("×", "x")
-UNKNOWN = ("–", "-")
+UNKNOWN = ("–", "?")
 LOW, HIGH, NOW = "[", "]", "|"
 
 
