@@ -51,9 +51,23 @@ class Block:
                 piece = values[:, :, low:high].double().flatten(0, 1).flatten(1)
             else:
                 # formed in the columns' own dtype, whose rounding they carry anyway; summed in float64
-                assert self.columns.inputs is not None and self.columns.gradients is not None
-                piece = self._outer(self.columns.gradients[..., low:high], self.columns.inputs).double()
+                piece = self._formed(low, high).double()
             yield low, high, piece
+
+    def _formed(self, low: int, high: int) -> Tensor:
+        """Columns kept as rows, formed for a range of outputs: [N K, (high - low) d_in], in their own dtype."""
+        if self._small is not None:
+            return self._small[:, low * self.d_in : high * self.d_in]
+        assert self.columns.inputs is not None and self.columns.gradients is not None
+        return self._outer(self.columns.gradients[..., low:high], self.columns.inputs)
+
+    @cached_property
+    def _small(self) -> Tensor | None:
+        """All columns, formed once [N K, P], where they fit in a piece or two; None where they don't."""
+        if self.columns.form != "factored" or self.total_columns * self.parameters * 4 > 2 * self.piece_bytes:
+            return None
+        assert self.columns.inputs is not None and self.columns.gradients is not None
+        return self._outer(self.columns.gradients, self.columns.inputs)
 
     @cached_property
     def _inputs(self) -> Tensor:
@@ -212,24 +226,25 @@ class Block:
         X = X.to(kind)
         X = X if U_A is None else X @ U_A.T.to(kind)
         X = X if U_B is None else U_B.to(kind) @ X
-        if self.columns.form == "factored" and self._few(X.shape[0]):
+        if self.columns.form == "factored" and self._few(X.shape[0], formed=fast and self._small is not None):
             assert self.columns.inputs is not None and self.columns.gradients is not None
             a, g = self.columns.inputs.to(kind), self.columns.gradients.to(kind)
             half = (a @ X.flatten(0, 1).T).unflatten(2, X.shape[:2])  # [N, R, m, d_out]
-            turned = half.transpose(1, 2).flatten(2)
-            return torch.bmm(turned, g.permute(1, 2, 3, 0).flatten(1, 2)).permute(1, 2, 0).flatten(1).double()
+            each = torch.bmm(g.transpose(0, 1).flatten(2), half.transpose(1, 2).flatten(2).transpose(1, 2))
+            return each.permute(2, 1, 0).flatten(1).double()
         total = torch.zeros(X.shape[0], self.total_columns, dtype=torch.float64, device=self.device)
         for low, high in self._ranges():
             if self.columns.values is not None:
                 piece = self.columns.values[:, :, low:high].flatten(0, 1).flatten(1)
             else:
-                assert self.columns.inputs is not None and self.columns.gradients is not None
-                piece = self._outer(self.columns.gradients[..., low:high], self.columns.inputs)
+                piece = self._formed(low, high)
             total += X[:, low:high].flatten(1) @ piece.to(kind).T
         return total
 
-    def _few(self, count: int) -> bool:
+    def _few(self, count: int, *, formed: bool) -> bool:
         """Whether going through the rows takes fewer operations for so many products than forming the columns."""
+        if formed:
+            return False
         assert self.columns.inputs is not None
         positions, draws = self.columns.inputs.shape[1], self.columns.count
         return count * (positions - draws) < draws * positions

@@ -23,7 +23,7 @@ from curvscope.curvature.block import Block
 from curvscope.curvature.rotated import Rotated
 
 # Steps of so many bytes are worked on at a time.
-CHUNK_BYTES = 192 * 2**20
+CHUNK_BYTES = 96 * 2**20
 
 
 @dataclass(frozen=True)
@@ -213,11 +213,16 @@ def step_sums(
     """
     parts: list[_Part] = []
     waiting: list[_Part] = []
+    # the forms of a K-FAC and its EKFAC share their basis
+    turned: dict[tuple[int, int], tuple[Tensor, Tensor | None]] = {}
     limit = max(1, CHUNK_BYTES // (32 * exact.block.parameters))
     for index, (damped, grid) in enumerate(zip(matrices, damping, strict=True)):
         basis = damped.matrix
-        gradient = basis.turned(exact.gradient)
-        outside = None if exact.outside is None else basis.turned(exact.outside)
+        key = (id(basis.U_B), id(basis.U_A))
+        if key not in turned:
+            outside = None if exact.outside is None else basis.turned(exact.outside)
+            turned[key] = basis.turned(exact.gradient), outside
+        gradient, outside = turned[key]
         for values in grid.split(limit):
             part = _in_eigenbasis(index, damped, gradient, outside, values + exact.decay)
             parts.append(part)

@@ -117,7 +117,7 @@ def refined(curve: Curve) -> float | None:
     return math.exp(found)
 
 
-def golden_section(function: Callable[[float], float], low: float, high: float, tolerance: float = 1e-3) -> float:
+def golden_section(function: Callable[[float], float], low: float, high: float, tolerance: float = 5e-3) -> float:
     """The place of the largest value of a unimodal function between two ends, to within the tolerance."""
     left, right = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
     at_left, at_right = function(left), function(right)
@@ -134,14 +134,17 @@ def golden_section(function: Callable[[float], float], low: float, high: float, 
 
 
 def _polynomial(places: Values, values: Values) -> Callable[[float], float]:
-    """The polynomial through the points, by Neville's scheme."""
+    """The polynomial through the points, in Newton's form."""
+    xs, coefficients = places.tolist(), values.tolist()
+    for step in range(1, len(xs)):
+        for i in range(len(xs) - 1, step - 1, -1):
+            coefficients[i] = (coefficients[i] - coefficients[i - 1]) / (xs[i] - xs[i - step])
 
     def at(place: float) -> float:
-        column = values.copy()
-        for step in range(1, len(places)):
-            wide = places[step:] - places[:-step]
-            column = ((place - places[:-step]) * column[1:] - (place - places[step:]) * column[:-1]) / wide
-        return float(column[0])
+        value = 0.0
+        for x, coefficient in zip(reversed(xs), reversed(coefficients), strict=True):
+            value = value * (place - x) + coefficient
+        return float(value)
 
     return at
 
