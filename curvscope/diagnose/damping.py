@@ -50,9 +50,8 @@ def of_layer(layer: Layer) -> list[Ranked]:
             "CS404",
             "info",
             layer.name,
-            f"How damping is added to {_words(name)} matters here: at {place:.2g} the decrease in the exact quadratic "
-            f"model is {_gap(first.form_gap)} in one form (M + damping, or damping split between the factors) than in "
-            f"the other. The best values are {_recommended(forms)}.",
+            f"How damping is added to {_words(name)} matters here, as M + damping or split between the factors: at "
+            f"{place:.2g} {_gap(first.form_gap)}. The best values are {_recommended(forms)}.",
             "Do not carry a damping over from one form to the other: tune each by its own safe range.",
         )
         found.append((2, min(1.0, first.form_gap) / 4, row))
@@ -114,7 +113,10 @@ def _words(name: str) -> str:
 
 
 def _gap(gap: float) -> str:
-    return f"{gap:.0%} smaller" if gap <= 1 else "harmful, rather than a gain,"
+    """What a form gap says of the two steps."""
+    if gap > 1:
+        return "the step of one form lowers the exact quadratic model, that of the other raises it"
+    return f"one form's step lowers the exact quadratic model {gap:.0%} less than the other's"
 
 
 def _recommended(forms: list[RangeRow]) -> str:
