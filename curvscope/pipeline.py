@@ -23,6 +23,7 @@ from curvscope.load import load_problem
 from curvscope.load.problem import Problem
 from curvscope.measure.layer import Wishes, keep_nothing
 from curvscope.measure.layers import attempt, measure_layers, timed
+from curvscope.measure.optimizer import damping_wishes
 from curvscope.measure.stability_stage import Assessment, Wanted, stability_stage
 from curvscope.measure.stage import NetworkStage
 from curvscope.planned import PlannedRun
@@ -58,6 +59,7 @@ def analyze(
     seed: int = 0,
     dump: Sequence[str] | str = (),
     dataset_size: int | None = None,
+    damping: float | None = None,
     progress: bool | Progress = False,
 ) -> Run:
     """The curvature of every linear layer of a model on one batch, and how well K-FAC describes it.
@@ -83,9 +85,9 @@ def analyze(
             which the estimated time stays under `time` seconds, the bytes under `memory`, and min(P, N K) <= 8192.
         samples: draws of probe and mc (default 8; error bars take 4, EKFAC's 6).
         layers, skip: globs of layer names to keep, to leave out.
-        measure: "spectral" for the relative spectral error of all approximations, "kron_best" to compute it always,
-            "steps" for damped steps of the whole network even where they take long, "stability" for sharpness by layer
-            and on halves of the batch also where no optimizer is known.
+        measure: "spectral" for the relative spectral error of all approximations, "kron_best" and "damping" to compute
+            them always, "steps" for damped steps of the whole network even where they take long, "stability" for
+            sharpness by layer and on halves of the batch also where no optimizer is known.
         device: auto, cpu or cuda.
         dtype: float32 or float64, the arithmetic of the network's passes; reductions run in float64 either way.
         memory: bound on the tool's own peak, bytes or "8GiB"; default half of what is free.
@@ -96,6 +98,7 @@ def analyze(
         seed: of every random draw; the global random state is neither read nor changed.
         dump: "spectra" keeps eigenvectors, "columns" and "blocks" the matrices themselves.
         dataset_size: examples of the whole training set, which the evidence (and the weight decay it suggests) needs.
+        damping: the damping that the optimizer uses, in the loss's own scale; None for the checkpoint's, if it has one.
         progress: True for lines on stderr, or a callable `(stage, item, done, total)`.
 
     Raises:
@@ -124,6 +127,7 @@ def analyze(
             example_axes=example_axes,
             example_index=example_index,
             dataset_size=dataset_size,
+            damping=damping,
             seed=seed,
             dump=dump,
         ),
@@ -189,7 +193,17 @@ def _given(
             example_axes=settings.example_axes,
             example_index=settings.example_index,
         )
-    return _Given(problem, settings, report, seconds)
+    return _Given(*_one_damping(problem, settings), report, seconds)
+
+
+def _one_damping(problem: Problem, settings: Settings) -> tuple[Problem, Settings]:
+    """The optimizer's damping, wherever it was said, for the damping of layers and for the stability verdict alike."""
+    options = problem.optimizer_options
+    if settings.damping is None and "damping" in options:
+        settings = dataclasses.replace(settings, damping=options["damping"])
+    elif settings.damping is not None and options.get("kind") in ("kfac", "shampoo"):
+        problem = dataclasses.replace(problem, optimizer_options={"damping": settings.damping, **options})
+    return problem, settings
 
 
 def _with_fallback(given: _Given, call: Callable[[_Given, torch.device], T]) -> T:
@@ -257,6 +271,7 @@ def _analyzed(given: _Given, run_on: torch.device) -> Run:
         kind,
         ready.plan.piece_bytes,
         keep_nothing if stage is None else stage.keep,
+        damping_wishes(problem.optimizer, graph, settings),
     )
     measured, squared_gradient = measure_layers(passes, ready.plan, wishes, report, seconds, ready.estimated)
     of_network: Mapping[str, list[Any]] = {"steps": [], "global_damping": [], "evidence": []}
@@ -332,6 +347,8 @@ def _analyzed(given: _Given, run_on: torch.device) -> Run:
             "coverage": coverage,
             "errors": [row for layer in measured.values() for row in layer.errors.values()],
             "spectra": [row for layer in measured.values() for row in layer.spectra.values()],
+            "damping": [row for layer in measured.values() for row in layer.damping],
+            "ranges": [row for layer in measured.values() for row in layer.ranges],
             **of_network,
             "stability": stability.rows,
             "findings": findings,

@@ -6,7 +6,7 @@ Conventions (vec order, where 1/N sits) are those of `CONVENTIONS`; nothing else
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -110,6 +110,68 @@ class SpectrumRow:
     stable_rank_stderr: float = NAN
     effective_rank: float = NAN
     effective_rank_stderr: float = NAN
+    status: str = "ok"
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class DampingRow:
+    """One damped step of one layer: what the optimizer would do with this approximation and this damping.
+
+    With g the layer's gradient (plus weight decay times the weights, where the optimizer adds it), mu = damping +
+    weight decay, delta = -(M + mu I)^{-1} g (form eigenbasis; factored: -((B + sqrt(mu)/pi I) (x) (A + pi sqrt(mu)
+    I))^{-1} g) and exact = -(G + mu I)^{-1} g: angle and length ratio of delta and exact; predicted_decrease =
+    -(g.delta + delta^T (G + decay) delta / 2), damping left out of the model; decrease_share = that over exact's; rho =
+    that over what M in place of G predicts; effective_dimension = tr M (M + mu)^{-1}; gradient_distance = ||mu delta +
+    g|| / ||g||; alpha_star = -g.delta / (delta^T (G + mu) delta); condition = that of (M + mu)^{-1/2} (G + mu) (M +
+    mu)^{-1/2}, at the marked values only. `relative` is damping / (tr G / P); `mark` says current (the optimizer's
+    own), recommended, or nothing.
+    """
+
+    layer: str
+    approximation: str
+    form: str
+    damping: float = NAN
+    relative: float = NAN
+    mark: str = ""
+    angle_degrees: float = NAN
+    length_ratio: float = NAN
+    predicted_decrease: float = NAN
+    decrease_share: float = NAN
+    rho: float = NAN
+    effective_dimension: float = NAN
+    angle_to_gradient_degrees: float = NAN
+    gradient_distance: float = NAN
+    alpha_star: float = NAN
+    condition: float = NAN
+    status: str = "ok"
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class RangeRow:
+    """Which damping one layer's approximation can take.
+
+    From `low` on the Levenberg-Marquardt ratio rho stays at 1/4 or more; up to `high` gradient_distance is 1/10 or
+    more: the step still differs from plain gradient descent. NaN: as far as the grid goes. `recommended` has the
+    largest decrease of the exact quadratic model, `decrease`; `gain` = 1 - (decrease at `current`) / `decrease`.
+    Below `noise_below` noise is amplified: effective_dimension >= 0.9 min(P, N K) and alpha_star < 1/4. `standing` is
+    where the current value is: too_small, safe, too_large, or empty. `form_gap` = 1 - smaller / larger decrease of the
+    forms eigenbasis and factored, at the current value (unknown: at the one recommended for the eigenbasis).
+    """
+
+    layer: str
+    approximation: str
+    form: str
+    current: float = NAN
+    low: float = NAN
+    high: float = NAN
+    recommended: float = NAN
+    decrease: float = NAN
+    gain: float = NAN
+    noise_below: float = NAN
+    standing: str = ""
+    form_gap: float = NAN
     status: str = "ok"
     reason: str = ""
 
@@ -247,6 +309,8 @@ Row = (
     | CoverageRow
     | ErrorRow
     | SpectrumRow
+    | DampingRow
+    | RangeRow
     | StepRow
     | GlobalDampingRow
     | EvidenceRow
@@ -259,6 +323,8 @@ TABLES: dict[str, type[Row]] = {
     "coverage": CoverageRow,
     "errors": ErrorRow,
     "spectra": SpectrumRow,
+    "damping": DampingRow,
+    "ranges": RangeRow,
     "steps": StepRow,
     "global_damping": GlobalDampingRow,
     "evidence": EvidenceRow,
@@ -294,6 +360,8 @@ class Layer:
         kept_columns: with dump="columns": [N*K, d_out, d_in(+1)].
         block: with dump="blocks": [P, P].
         attributes: raw extremes and solver facts, stored as attributes of the layer's group.
+        damping: its lines in tables/damping.
+        ranges: its lines in tables/ranges.
     """
 
     row: LayerRow
@@ -305,6 +373,8 @@ class Layer:
     kept_columns: Array | None = None
     block: Array | None = None
     attributes: Mapping[str, Any] = field(default_factory=dict)
+    damping: Sequence[DampingRow] = ()
+    ranges: Sequence[RangeRow] = ()
 
     @property
     def name(self) -> str:

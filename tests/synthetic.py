@@ -10,6 +10,7 @@ import numpy as np
 from curvscope.records import (
     NAN,
     CoverageRow,
+    DampingRow,
     ErrorRow,
     EvidenceRow,
     FindingRow,
@@ -18,6 +19,7 @@ from curvscope.records import (
     Layer,
     LayerRow,
     ModelInfo,
+    RangeRow,
     RunInfo,
     SpectrumRow,
     StabilityRow,
@@ -180,10 +182,48 @@ def _stability(made: list[Layer]) -> list[StabilityRow]:
     return rows
 
 
+def damping_rows(layer: str, mistrust: float, current: float | None) -> tuple[list[DampingRow], list[RangeRow]]:
+    """Steps of a made-up diagonal G with M = G / mistrust, in closed form, at the grid and the current value."""
+    g = 10.0 ** -np.linspace(0, 4, 40)
+    mean, rows, ranges = float(g.mean()), [], []
+    places = sorted({10.0**e * mean for e in range(-8, 3)} | ({current} if current else set()))
+    for name in ("kfac_expand", "kfac_reduce", "diag"):
+        for form in ("eigenbasis", "factored") if name.startswith("kfac") else ("eigenbasis",):
+            m, found = g / mistrust / (1.5 if form == "factored" else 1), []
+            for place in places:
+                p, x = g / (m + place), g / (g + place)
+                decrease, best = g @ p - (g * p) @ p / 2, g @ x - (g * x) @ x / 2
+                found.append(DampingRow(
+                    layer, name, form, place, place / mean, "current" if place == current else "",
+                    float(np.degrees(np.arccos(min(1.0, p @ x / np.linalg.norm(p) / np.linalg.norm(x))))),
+                    float(np.linalg.norm(p) / np.linalg.norm(x)), float(decrease), float(decrease / best),
+                    float(decrease / (g @ p - (m * p) @ p / 2)), float((m / (m + place)).sum()),
+                    float(np.degrees(np.arccos(min(1.0, p @ g / np.linalg.norm(p) / np.linalg.norm(g))))),
+                    float(np.linalg.norm(place * p - g) / np.linalg.norm(g)),
+                    float(g @ p / (((g + place) * p) @ p)), 3.4 if place == current else NAN,
+                ))  # fmt: skip
+            top = max(range(len(found)), key=lambda i: found[i].predicted_decrease)
+            marks = ", ".join(filter(None, (found[top].mark, "recommended")))
+            found[top] = dataclasses.replace(found[top], mark=marks)
+            rows += found
+            low, high = 0.02 * mistrust * mean, 9.0 * mean
+            standing = "" if not current else "too_small" if current < low else "safe"
+            ranges.append(RangeRow(
+                layer, name, form, current or NAN, low, high, found[top].damping, found[top].predicted_decrease,
+                0.2 if current else NAN, NAN, standing, 0.1 if name != "diag" else NAN,
+            ))  # fmt: skip
+    return rows, ranges
+
+
 def make_run(fisher: str = "exact", *, dumped: bool = False, findings: bool = True, layers: int | None = None) -> Run:
     """A run of nine layers: better and worse flavours, padding, a layer not assessed, odd names, NaNs."""
     rng = np.random.default_rng(0)
     made = [_layer(rng, spec, fisher, dumped) for spec in LAYERS[:layers]]
+    for layer in made:
+        if layer.row.status == "ok" and fisher == "exact":
+            layer.damping, layer.ranges = damping_rows(layer.name, 1 + 9 * layer.row.padded, 0.03)
+        else:
+            layer.damping = [DampingRow(layer.name, "ggn", "eigenbasis", status="not_assessed", reason=FORBIDDEN)]
     coverage = [
         CoverageRow(f"{layer.name}.{part}", layer.name, count, "kronecker")
         for layer in made
@@ -235,6 +275,8 @@ def make_run(fisher: str = "exact", *, dumped: bool = False, findings: bool = Tr
         "coverage": coverage,
         "errors": [row for layer in made for row in layer.errors.values()],
         "spectra": [row for layer in made for row in layer.spectra.values()],
+        "damping": [row for layer in made for row in layer.damping],
+        "ranges": [row for layer in made for row in layer.ranges],
         "steps": _steps(),
         "global_damping": _summaries(),
         "evidence": _evidence(),

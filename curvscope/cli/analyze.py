@@ -113,8 +113,9 @@ def analyze(
             parser=one_of(MEASURES),
             metavar="NAME",
             help="What to measure although it is left out by default: spectral (relative spectral error of "
-            "all approximations), kron_best (also where it takes longest), steps (of the whole network, also where "
-            "they take long), stability (by layer and on halves also without an optimizer); may be repeated.",
+            "all approximations), kron_best and damping (also where they take longest), steps (of the whole network, "
+            "also where they take long), stability (by layer and on halves also without an optimizer); "
+            "may be repeated.",
             rich_help_panel=CURVATURE,
         ),
     ] = None,
@@ -257,7 +258,6 @@ def analyze(
                     beta2=beta2,
                     eps=eps,
                     weight_decay=weight_decay,
-                    damping=damping,
                 ),
                 fisher=fisher,
                 samples=samples,
@@ -273,6 +273,7 @@ def analyze(
                 seed=seed,
                 dump=tuple(dump or ()),
                 dataset_size=dataset_size,
+                damping=damping,
             )
         if dry_run:
             _print_plan(found, format)

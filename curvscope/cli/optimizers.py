@@ -31,7 +31,7 @@ Beta1 = Annotated[float | None, _number("Smoothing of Adam's first moment.")]
 Beta2 = Annotated[float | None, _number("Smoothing of Adam's second moment.")]
 Eps = Annotated[float | None, _number("What Adam, RMSprop and Adagrad add to the root.")]
 WeightDecay = Annotated[float | None, _number("Weight decay (decoupled for adamw, L2 otherwise).")]
-Damping = Annotated[float | None, _number("Damping of kfac and shampoo.")]
+Damping = Annotated[float | None, _number("Its damping (kfac, shampoo), in the loss's own scale.")]
 
 
 def given(kind: str | None, **numbers: Any) -> dict[str, Any] | None:

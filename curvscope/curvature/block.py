@@ -50,9 +50,23 @@ class Block:
                 piece = values[:, :, low:high].double().flatten(0, 1).flatten(1)
             else:
                 # formed in the columns' own dtype, whose rounding they carry anyway; summed in float64
-                assert self.columns.inputs is not None and self.columns.gradients is not None
-                piece = self._outer(self.columns.gradients[..., low:high], self.columns.inputs).double()
+                piece = self._formed(low, high).double()
             yield low, high, piece
+
+    def _formed(self, low: int, high: int) -> Tensor:
+        """Columns kept as rows, formed for a range of outputs: [N K, (high - low) d_in], in their own dtype."""
+        if self._small is not None:
+            return self._small[:, low * self.d_in : high * self.d_in]
+        assert self.columns.inputs is not None and self.columns.gradients is not None
+        return self._outer(self.columns.gradients[..., low:high], self.columns.inputs)
+
+    @cached_property
+    def _small(self) -> Tensor | None:
+        """All columns, formed once [N K, P], where they fit in a piece or two; None where they don't."""
+        if self.columns.form != "factored" or self.total_columns * self.parameters * 4 > 2 * self.piece_bytes:
+            return None
+        assert self.columns.inputs is not None and self.columns.gradients is not None
+        return self._outer(self.columns.gradients, self.columns.inputs)
 
     @cached_property
     def _inputs(self) -> Tensor:
@@ -116,7 +130,13 @@ class Block:
     @cached_property
     def eigenvalues(self) -> Float64[Tensor, " small"]:
         """The min(P, N K) leading eigenvalues of G, descending, float64, as the solver gave them."""
-        return eigvalsh(self.gram).flip(0)
+        values = self.eigenpairs[0] if "eigenpairs" in self.__dict__ else eigvalsh(self.gram)
+        return values.flip(0)
+
+    @cached_property
+    def eigenpairs(self) -> tuple[Float64[Tensor, " small"], Float64[Tensor, "small small"]]:
+        """Eigenvalues, ascending, and eigenvectors of `gram`."""
+        return eigh(self.gram)
 
     @cached_property
     def diagonal(self) -> Float64[Tensor, "d_out d_in"]:
@@ -178,17 +198,65 @@ class Block:
         flat = self.columns.values.flatten(0, 1).flatten(1)
         return ((flat @ X.reshape(-1).to(flat.dtype)) @ flat).view(self.d_out, self.d_in).double()
 
-    @cached_property
-    def gram_basis(self) -> tuple[Float64[Tensor, " small"], Float64[Tensor, "small small"]]:
-        """Eigenvalues, ascending, and eigenvectors of `gram`, as the solver gave them."""
-        return eigh(self.gram)
+    def project(
+        self,
+        X: Float[Tensor, "m d_out d_in"],
+        U_B: Float64[Tensor, "d_out d_out"] | None = None,
+        U_A: Float64[Tensor, "d_in d_in"] | None = None,
+        *,
+        fast: bool = True,
+    ) -> Float64[Tensor, "m columns"]:
+        """`V^T vec(U_B X U_A^T)` of several X at once, [m, N K], columns ordered k, n; not of formed blocks.
 
-    def project(self, X: Float64[Tensor, "m d_out d_in"]) -> Float64[Tensor, "columns m"]:
-        """`V^T vec(X)` for each of m matrices, [N K, m], the columns ordered k, n as in `gram`; float64."""
-        parts = [piece @ X[:, low:high].flatten(1).T for low, high, piece in self.slices()]
-        return torch.stack(parts).sum(0)
+        With `fast` the products run in the columns' own dtype (sums over slices in float64 all the same).
+        """
+        kind = self.dtype if fast else torch.float64
+        if self.columns.form == "outer":
+            assert self.columns.inputs is not None and self.columns.gradients is not None
+            # turning the rows once is cheaper than turning every X
+            a, g = (rows.squeeze(-2).to(kind) for rows in (self.columns.inputs, self.columns.gradients))
+            a = a if U_A is None else a @ U_A.to(kind)
+            g = g if U_B is None else g @ U_B.to(kind)
+            half = (a @ X.to(kind).flatten(0, 1).T).unflatten(1, X.shape[:2])  # [N, m, d_out]
+            each = torch.bmm(half, g.permute(1, 2, 0))  # [N, m, K]
+            return each.permute(1, 2, 0).flatten(1).double()
+        X = X.to(kind)
+        X = X if U_A is None else X @ U_A.T.to(kind)
+        X = X if U_B is None else U_B.to(kind) @ X
+        if self.columns.form == "factored" and self._few(X.shape[0], formed=fast and self._small is not None):
+            assert self.columns.inputs is not None and self.columns.gradients is not None
+            a, g = self.columns.inputs.to(kind), self.columns.gradients.to(kind)
+            half = (a @ X.flatten(0, 1).T).unflatten(2, X.shape[:2])  # [N, R, m, d_out]
+            each = torch.bmm(g.transpose(0, 1).flatten(2), half.transpose(1, 2).flatten(2).transpose(1, 2))
+            return each.permute(2, 1, 0).flatten(1).double()
+        total = torch.zeros(X.shape[0], self.total_columns, dtype=torch.float64, device=self.device)
+        for low, high in self._ranges():
+            if self.columns.values is not None:
+                piece = self.columns.values[:, :, low:high].flatten(0, 1).flatten(1)
+            else:
+                piece = self._formed(low, high)
+            total += X[:, low:high].flatten(1) @ piece.to(kind).T
+        return total
 
-    def combine(self, weights: Float64[Tensor, "columns m"]) -> Float64[Tensor, "m d_out d_in"]:
+    def _few(self, count: int, *, formed: bool) -> bool:
+        """Whether going through the rows takes fewer operations for so many products than forming the columns."""
+        if formed:
+            return False
+        assert self.columns.inputs is not None
+        positions, draws = self.columns.inputs.shape[1], self.columns.count
+        return count * (positions - draws) < draws * positions
+
+    def combine(self, weights: Float64[Tensor, " columns"]) -> Float64[Tensor, "d_out d_in"]:
+        """`V weights` as [d_out, d_in]: the weighted sum of the columns, ordered k, n; not of formed blocks."""
+        if self.columns.values is not None:
+            flat = self.columns.values.flatten(0, 1).flatten(1)
+            return (weights.to(flat.dtype) @ flat).view(self.d_out, self.d_in).double()
+        a, g = self.columns.inputs, self.columns.gradients
+        assert a is not None and g is not None
+        mixed = torch.einsum("kn,knro->nro", weights.view(g.shape[:2]).to(g.dtype), g)
+        return (mixed.reshape(-1, self.d_out).T @ a.reshape(-1, self.d_in)).double()
+
+    def combinations(self, weights: Float64[Tensor, "columns m"]) -> Float64[Tensor, "m d_out d_in"]:
         """`V weights` as m matrices, [m, d_out, d_in]; float64."""
         parts = [(piece.T @ weights).T.unflatten(1, (high - low, self.d_in)) for low, high, piece in self.slices()]
         return torch.cat(parts, dim=1)

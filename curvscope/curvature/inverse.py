@@ -99,7 +99,7 @@ def exact_inverses(
     where it is rounding (relative size below sqrt(P) eps, eps that of the run): for softmax and squared errors the
     gradient lies in the span, and a division by lam would let its rounding grow.
     """
-    values, vectors = block.gram_basis
+    values, vectors = block.eigenpairs
     top = max(float(values[-1]), 0.0)
     kept = values > top * max(block.parameters, block.total_columns) * torch.finfo(torch.float64).eps
     values, vectors = values[kept], vectors[:, kept]
@@ -111,10 +111,10 @@ def exact_inverses(
             return (vectors @ weights).T.unflatten(1, (block.d_out, block.d_in))
     else:
         roots = values.sqrt().unsqueeze(1)
-        components = vectors.T @ block.project(sides) / roots
+        components = vectors.T @ block.project(sides, fast=False).T / roots
 
         def spanned(weights: Tensor) -> Tensor:
-            return block.combine(vectors @ (weights / roots))
+            return block.combinations(vectors @ (weights / roots))
 
     outside = sides - spanned(components)
     bound = block.parameters**0.5 * 10 * eps * float(torch.linalg.norm(gradient))

@@ -1,7 +1,7 @@
 """Which layers deserve a look, and why: from the records alone.
 
 Codes: CS1xx speak of how well a Kronecker product can describe a layer, CS2xx of the block itself, CS3xx of what the
-report does not cover, CS5xx of stability.
+report does not cover, CS4xx of damping, CS5xx of stability.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from curvscope.diagnose import damping
 from curvscope.diagnose.stability import stability_findings
 from curvscope.diagnose.titles import finding
 from curvscope.records import CoverageRow, ErrorRow, FindingRow, Layer, ModelInfo, StabilityRow
@@ -34,6 +35,8 @@ def find(
     ranked: list[tuple[int, float, FindingRow]] = []
     for layer in layers.values():
         ranked += _of_layer(layer)
+        ranked += damping.of_layer(layer)
+    ranked += damping.of_network(layers)
     ranked += _of_network(model, coverage)
     ranked += stability_findings(model, stability)
     ranked.sort(key=lambda item: (item[0], -item[1]))

@@ -17,8 +17,10 @@ from curvscope.curvature.grouped import GroupedApproximation, GroupedBlock
 from curvscope.curvature.kronecker import Diagonal, Kronecker
 from curvscope.extract.collector import Extract
 from curvscope.extract.plan import PIECE_BYTES
+from curvscope.graph.matrix import to_matrix
 from curvscope.measure.accuracy import error_row
 from curvscope.measure.approximate import FLAVOURS, Built, approximate, side_by_side
+from curvscope.measure.damping import DampingWishes, Subject, damping_tables, not_assessed, why_skipped
 from curvscope.measure.estimate import estimated_rows, estimated_spectra
 from curvscope.measure.spectrum import (
     STORED,
@@ -28,7 +30,7 @@ from curvscope.measure.spectrum import (
     diagonal_spectrum,
     spectrum_row,
 )
-from curvscope.records import NAN, ErrorRow, KroneckerFactors, Layer, LayerRow, SpectrumRow
+from curvscope.records import NAN, DampingRow, ErrorRow, KroneckerFactors, Layer, LayerRow, RangeRow, SpectrumRow
 from curvscope.settings import APPROXIMATIONS
 
 BIASED = "no error bar but the trace's: eigenvalues of a factor made of few draws are biased, and so are their ratios"
@@ -59,6 +61,7 @@ class Wishes:
     dtype: torch.dtype
     piece_bytes: int = PIECE_BYTES
     keep: Keep = keep_nothing
+    damping: DampingWishes = dataclasses.field(default_factory=DampingWishes)
 
 
 @dataclass
@@ -70,6 +73,8 @@ class _Findings:
     values: dict[str, Any] = dataclasses.field(default_factory=dict)
     attributes: dict[str, Any] = dataclasses.field(default_factory=dict)
     scale: float = 1.0
+    damping: list[DampingRow] = dataclasses.field(default_factory=list)
+    ranges: list[RangeRow] = dataclasses.field(default_factory=list)
 
     def add_spectrum(self, layer: str, name: str, spectrum: Spectrum, trace: float) -> None:
         """One matrix's spectrum, brought from the columns' unit to the loss's."""
@@ -113,10 +118,12 @@ def measure_layer(
         _factor_spectra(extract, wishes, found)
         if projected is not None:
             _add_projected(extract, projected, wishes, found, why_no_columns)
+        found.damping = not_assessed(spec.name, why_no_columns)
     else:
         block: Block | GroupedBlock = blocks[0] if len(blocks) == 1 else GroupedBlock(blocks)
         if wishes.fisher in ("probe", "mc"):
             _estimated(extract, blocks, wishes, found)
+            found.damping = not_assessed(spec.name, "steps need exact columns: an estimated block has few of them")
         else:
             built = _exact(extract, blocks, block, wishes, found)
             if "spectra" in wishes.dump and isinstance(block, Block):
@@ -154,6 +161,8 @@ def measure_layer(
         spectra=found.spectra,
         eigenvectors=eigenvectors,
         attributes=found.attributes,
+        damping=found.damping,
+        ranges=found.ranges,
         **kept,
     )
 
@@ -218,6 +227,10 @@ def _exact(
 ) -> Sequence[Mapping[str, Built]]:
     """All measures against the exact block; what comes back are the approximations of each group."""
     layer = extract.spec.name
+    steps_refused = why_skipped(blocks, wishes.damping.always)
+    if not steps_refused:
+        for part in blocks:
+            _ = part.eigenpairs  # the spectrum takes its eigenvalues from them, instead of computing them alone
     found.add_spectrum(layer, "ggn", block_spectrum(block), block.trace)
     every = "spectral" in wishes.measure
     if extract.spec.exact_only:
@@ -228,6 +241,8 @@ def _exact(
             layer, "diag", wishes.fisher, block, diagonal, inner=diagonal.norm**2, spectral=every, seed=wishes.seed
         )
         found.add_spectrum(layer, "diag", approximation_spectrum(diagonal, wishes.dtype), diagonal.trace)
+        built = {"diag": Built(diagonal, diagonal.norm**2)}
+        _damped(extract, blocks, built, wishes, found, steps_refused)
         return ()
     parts = [
         approximate(
@@ -241,7 +256,7 @@ def _exact(
         for one, factors in zip(blocks, _group_factors(extract), strict=True)
     ]
     refusal = next((reason for _, reason in parts if reason), "")
-    built = parts[0][0]
+    built = dict(parts[0][0])
     if len(parts) > 1:
         built = side_by_side([part for part, _ in parts], [one.d_out for one in blocks])
     if refusal:
@@ -261,6 +276,7 @@ def _exact(
         )
         spectrum = approximation_spectrum(one.approximation, wishes.dtype)
         found.add_spectrum(layer, name, spectrum, one.approximation.trace)
+    _damped(extract, blocks, built, wishes, found, steps_refused)
     if extract.positions == 1:
         # One position an example: both flavours are the same matrix.
         for kind in ("kfac", "ekfac"):
@@ -268,6 +284,15 @@ def _exact(
             found.errors[name] = dataclasses.replace(found.errors[source], approximation=name)
             found.spectra[name] = dataclasses.replace(found.spectra[source], approximation=name)
             found.values[name] = found.values[source]
+            found.damping += [
+                dataclasses.replace(r, approximation=name) for r in found.damping if r.approximation == source
+            ]
+            found.ranges += [
+                dataclasses.replace(r, approximation=name) for r in found.ranges if r.approximation == source
+            ]
+        order = ("ggn", *APPROXIMATIONS)
+        found.damping.sort(key=lambda row: order.index(row.approximation))
+        found.ranges.sort(key=lambda row: order.index(row.approximation))
     found.errors = {name: found.errors[name] for name in APPROXIMATIONS}
     return [part for part, _ in parts]
 
@@ -303,6 +328,44 @@ def _add_projected(
         found.errors[name] = dataclasses.replace(found.errors[name], trace_ratio=ratio, reason=why)
 
 
+def _damped(
+    extract: Extract,
+    blocks: list[Block],
+    built: dict[str, Built],
+    wishes: Wishes,
+    found: _Findings,
+    refused: str,
+) -> None:
+    """tables/damping and tables/ranges of a layer with exact columns."""
+    spec, asked = extract.spec, wishes.damping
+    if refused or extract.gradient is None:
+        reason = refused or "the layer's gradient was not kept"
+        found.damping = not_assessed(spec.name, reason, "skipped" if refused else "not_assessed")
+        return
+    decay = asked.decay.get(spec.name, 0.0)
+    approximations = {
+        name: one.approximation.parts if isinstance(one.approximation, GroupedApproximation) else [one.approximation]
+        for name, one in built.items()
+    }
+    found.damping, found.ranges = damping_tables(
+        Subject(
+            layer=spec.name,
+            blocks=blocks,
+            approximations=approximations,
+            blind=frozenset(name for name, one in built.items() if name.startswith("kfac") and one.note),
+            gradient=extract.gradient.reshape(-1, blocks[0].d_in),
+            scale=found.scale,
+            dtype=wishes.dtype,
+            current=asked.current.get(spec.name),
+            decay=decay,
+            weights=to_matrix(spec, asked.weights) if decay else None,
+            seed=wishes.seed,
+            always=asked.always,
+            remark=asked.remarks.get(spec.name, ""),
+        )
+    )
+
+
 def _factor_spectra(extract: Extract, wishes: Wishes, found: _Findings) -> None:
     """The spectra of both K-FACs, from the factors alone."""
     groups = _group_factors(extract)
@@ -328,7 +391,7 @@ def _estimated(extract: Extract, blocks: list[Block], wishes: Wishes, found: _Fi
 
 def _eigenvectors(block: Block) -> Any:
     """Eigenvectors of G for its nonzero eigenvalues, descending, [P, rank]."""
-    vectors = eigh(block.gram)[1]
+    vectors = block.eigenpairs[1]
     spectrum = block_spectrum(block)
     rank = spectrum.values.numel()
     leading = vectors.flip(1)[:, :rank]

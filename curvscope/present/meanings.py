@@ -50,6 +50,51 @@ MEANINGS: dict[str, dict[str, str]] = {
         "stable_rank": "||.||_F^2 / lambda_max^2, dimensionless",
         "effective_rank": "exp of the entropy of the eigenvalues' shares of the trace, dimensionless",
     },
+    "damping": {
+        "layer": LAYER,
+        "approximation": f"ggn (the block itself, whose step is the exact one), {APPROXIMATION}",
+        "form": "how damping is added: eigenbasis, M + mu I; factored, (B + sqrt(mu)/pi I) (x) (A + pi sqrt(mu) I), "
+        "pi = sqrt((tr A / d_A) / (tr B / d_B)); mu = damping + L2 weight decay of the optimizer",
+        "damping": "the damping, in units of loss / parameter^2",
+        "relative": "damping / (tr G / P), the mean of all P eigenvalues of the block; dimensionless",
+        "mark": "current: the optimizer's own; recommended: the largest predicted_decrease; else empty",
+        "angle_degrees": "angle between the step delta = -(damped M)^{-1} g and the exact -(G + mu I)^{-1} g, degrees; "
+        "g is the layer's gradient, plus weight decay times the weights",
+        "length_ratio": "length of delta over that of the exact step, dimensionless",
+        "predicted_decrease": "-(g.delta + delta^T (G + decay I) delta / 2): what the exact quadratic model loses by "
+        "the step, damping not part of the model; in units of the loss; negative where it grows",
+        "decrease_share": "predicted_decrease over that of the exact step at the same damping, dimensionless; the "
+        "exact step is shorter than it could be by its own damping, so that more than 1 is possible",
+        "rho": "predicted_decrease over what M in place of G predicts for the same step, damping in neither; "
+        "dimensionless",
+        "effective_dimension": "tr M (damped M)^{-1}, eigenbasis: sum lambda / (lambda + mu): directions in which "
+        "curvature rather than damping decides",
+        "angle_to_gradient_degrees": "angle between delta and -g, degrees",
+        "gradient_distance": "||mu delta + g|| / ||g||, dimensionless; near 0 delta is a step of gradient descent with "
+        "rate 1 / mu",
+        "alpha_star": "-g.delta / (delta^T (G + mu I) delta): the multiple of delta that is best for the exact damped "
+        "model; below 1 the step is too long",
+        "condition": "condition number of (M + mu)^{-1/2} (G + mu) (M + mu)^{-1/2} (factored: with the damped M); "
+        "computed at the marked values only",
+    },
+    "ranges": {
+        "layer": LAYER,
+        "approximation": APPROXIMATION,
+        "form": "how damping is added: eigenbasis or factored, as in the damping table",
+        "current": "the optimizer's own damping, in units of loss / parameter^2; NaN if unknown",
+        "low": "the safe range begins here: from here on rho >= 1/4; NaN: no such edge on the grid",
+        "high": "the safe range ends here: up to here gradient_distance >= 1/10, beyond it the step is gradient "
+        "descent; NaN: no such edge on the grid; low > high: there is no safe range",
+        "recommended": "the damping with the largest decrease of the exact quadratic model",
+        "decrease": "that decrease, in units of the loss",
+        "gain": "1 - (decrease at the current damping) / decrease: 0, nothing to gain; 1, the current step gains "
+        "nothing; more, it does harm",
+        "noise_below": "the largest damping with effective_dimension >= 0.9 min(P, N K) and alpha_star < 1/4; "
+        "NaN: none",
+        "standing": "too_small (below low), safe, too_large (above high); empty if the current value is unknown",
+        "form_gap": "1 - smaller / larger decrease of the two forms of a K-FAC at the current damping (unknown: at the "
+        "one recommended for the eigenbasis form); more than 1: one of them does harm",
+    },
     "steps": {
         "approximation": WHOLE,
         "form": FORM,

@@ -88,7 +88,6 @@ def test_analyze_hands_on_every_option(pipeline: Pipeline) -> None:
             "momentum": 0.9,
             "nesterov": True,
             "weight_decay": 1e-4,
-            "damping": 0.5,
         },
         "fisher": "probe",
         "samples": 4,
@@ -104,6 +103,7 @@ def test_analyze_hands_on_every_option(pipeline: Pipeline) -> None:
         "seed": 7,
         "dump": ("columns", "blocks"),
         "dataset_size": 50000,
+        "damping": 0.5,
     }
     assert Path("out.h5").exists()
     assert result.output == ""
@@ -114,7 +114,7 @@ def test_analyze_defaults(pipeline: Pipeline) -> None:
     kept = {key: value for key, value in pipeline.called_with.items() if key not in ("progress", "model")}
     assert {key for key, value in kept.items() if value is None} == {
         "batch", "loss", "factory", "optimizer", "samples", "layers", "skip", "measure", "memory", "example_axes",
-        "example_index", "dataset_size",
+        "example_index", "dataset_size", "damping",
     }  # fmt: skip
     assert kept["time"] == 60.0
     assert kept["fisher"] == kept["device"] == "auto"

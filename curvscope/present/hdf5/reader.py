@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -20,11 +20,13 @@ from curvscope.records import (
     SCHEMA_VERSION,
     TABLES,
     Array,
+    DampingRow,
     ErrorRow,
     KroneckerFactors,
     Layer,
     LayerRow,
     ModelInfo,
+    RangeRow,
     Run,
     RunInfo,
     SpectrumRow,
@@ -162,6 +164,8 @@ def _layer(file: h5py.File, row: LayerRow, tables: dict[str, list[Any]]) -> Laye
         row,
         errors={line.approximation: line for line in tables["errors"] if line.layer == row.name},
         spectra={line.approximation: line for line in tables["spectra"] if line.layer == row.name},
+        damping=[line for line in tables["damping"] if line.layer == row.name],
+        ranges=[line for line in tables["ranges"] if line.layer == row.name],
     )
 
 
@@ -174,6 +178,8 @@ class StoredLayer(Layer):
         row: LayerRow,
         errors: Mapping[str, ErrorRow],
         spectra: Mapping[str, SpectrumRow],
+        damping: Sequence[DampingRow] = (),
+        ranges: Sequence[RangeRow] = (),
     ) -> None:
         self._group = group
         super().__init__(
@@ -190,6 +196,8 @@ class StoredLayer(Layer):
             ),
             errors=errors,
             spectra=spectra,
+            damping=damping,
+            ranges=ranges,
         )
 
     # Columns and blocks can be larger than everything else together: they are read anew rather than kept.
