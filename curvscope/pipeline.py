@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib import metadata
 from typing import Any, TypeVar
 
@@ -33,6 +34,7 @@ from curvscope.settings import Settings, checked_settings
 from curvscope.units import parse_bytes
 
 T = TypeVar("T")
+WHOLE_MEMORY = "memory ran out over the whole batch, which they need at once; give a smaller batch."
 # What the stability measures may take of --time.
 STABILITY_SHARE = 0.25
 
@@ -253,15 +255,18 @@ def _analyzed(given: _Given, run_on: torch.device) -> Run:
         )
     else:
         with timed(seconds, "steps"):
-            stage = NetworkStage(
-                graph,
-                whole.tensors,
-                problem,
-                whole.targets,
-                examples=survey.examples,
-                outputs=ready.layouts.outputs,
-                settings=settings,
-                fisher=chosen,
+            stage = attempt(
+                partial(
+                    NetworkStage,
+                    graph,
+                    whole.tensors,
+                    problem,
+                    whole.targets,
+                    examples=survey.examples,
+                    outputs=ready.layouts.outputs.new_zeros(()).expand(ready.outputs),
+                    settings=settings,
+                    fisher=chosen,
+                )
             )
     wishes = Wishes(
         chosen,
@@ -278,29 +283,37 @@ def _analyzed(given: _Given, run_on: torch.device) -> Run:
     if stage is not None:
         report("steps", "", 0, 1)
         with timed(seconds, "steps"):
-            of_network = stage.tables()
+            of_network = attempt(stage.tables) or of_network
         report("steps", "", 1, 1)
+    if whole is not None and not of_network["steps"]:
+        notes.append(f"Tables steps and evidence are not assessed: {WHOLE_MEMORY}")
     stability = Assessment([])
     if whole is not None:
         report("stability", "", 0, 1)
         with timed(seconds, "stability"):
-            stability = stability_stage(
-                problem,
-                graph,
-                whole.tensors,
-                whole.targets,
-                passes.pieces.axes,
-                ready.layouts.output,
-                survey.examples,
-                {name: layer.factors for name, layer in measured.items()},
-                squared_gradient**0.5,
-                Wanted(
-                    seed=settings.seed,
-                    full="stability" in settings.measure,
-                    seconds=STABILITY_SHARE * settings.time_seconds,
-                    memory_bytes=budget(settings),
-                ),
+            assessed = attempt(
+                partial(
+                    stability_stage,
+                    problem,
+                    graph,
+                    whole.tensors,
+                    whole.targets,
+                    passes.pieces.axes,
+                    ready.layouts.output,
+                    survey.examples,
+                    {name: layer.factors for name, layer in measured.items()},
+                    squared_gradient**0.5,
+                    Wanted(
+                        seed=settings.seed,
+                        full="stability" in settings.measure,
+                        seconds=STABILITY_SHARE * settings.time_seconds,
+                        memory_bytes=budget(settings),
+                    ),
+                )
             )
+        if assessed is None:
+            notes.append(f"Stability is not assessed: {WHOLE_MEMORY}")
+        stability = assessed or stability
         notes += stability.notes
         report("stability", "", 1, 1)
     with timed(seconds, "findings"):
