@@ -57,6 +57,7 @@ def layer_plans(
             itemsize=DTYPES[settings.dtype].itemsize,
             keep_draws=keep_draws or "columns" in settings.dump,
             limit=settings.max_columns,
+            tokens=layouts.tokens[spec.name].numel() if spec.name in layouts.tokens else None,
         )
         for spec in graph.chosen()
     }

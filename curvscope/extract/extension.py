@@ -26,6 +26,7 @@ SITE_CLASSES = (
     nn.ConvTranspose1d,
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
+    nn.Embedding,
     Tap,
 )
 

@@ -44,13 +44,18 @@ def plan_layer(
     itemsize: int,
     keep_draws: bool,
     limit: int,
+    tokens: int | None = None,
 ) -> LayerPlan:
-    """The cheapest form of one layer's columns.
+    """The cheapest form of one layer's columns; those of an embedding run over the `tokens` that occur.
 
     G itself where P <= N K (not where single draws are needed); inputs and gradients for R = 1; otherwise the smaller
     of inputs with gradients and the columns themselves. None where min(P, N K) is over `limit`.
     """
     d_in = spec.d_in + (spec.bias is not None)
+    if spec.roles:
+        return _plan_tied(spec, examples * columns, itemsize, keep_draws, limit)
+    if tokens is not None:
+        d_in = tokens
     if spec.exact_only:
         return _plan_exact_only(spec.d_in, examples * columns, itemsize, keep_draws, limit)
     if spec.groups > 1:
@@ -90,6 +95,20 @@ def _plan_grouped(spec: LayerSpec, NK: int, d_in: int, itemsize: int, keep_draws
         return LayerPlan("formed", 8 * spec.groups * P * P, 8 * spec.groups * P * P, measure_flops=flops)
     dense = spec.groups * NK * P * itemsize
     return LayerPlan("dense", dense, 4 * 8 * small * small + dense, measure_flops=flops)
+
+
+def _plan_tied(spec: LayerSpec, NK: int, itemsize: int, keep_draws: bool, limit: int) -> LayerPlan:
+    """The same for a weight of several roles, whose columns are sums: formed where P is smaller, else dense."""
+    P = spec.parameters
+    small = NK if keep_draws else min(P, NK)
+    if small > limit:
+        return LayerPlan(None, 0, 0, _too_large(small, limit))
+    products = 2.0 * NK * P * (spec.d_out + spec.d_in)
+    flops = 2.0 * NK * P * small + 10.0 * small**3 + products + LANCZOS_STEPS * 8.0 * NK * P
+    square = 32 * small * small
+    if NK >= P and not keep_draws:
+        return LayerPlan("formed", 8 * P * P, square, measure_flops=flops)
+    return LayerPlan("dense", NK * P * itemsize, square, measure_flops=flops)
 
 
 def _plan_exact_only(P: int, NK: int, itemsize: int, keep_draws: bool, limit: int) -> LayerPlan:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from curvscope.graph.layout import Layout
@@ -31,11 +31,16 @@ class SiteRows:
         """The inputs a without the constant 1, [N, R, d_in]; a view for linear sites wherever strides allow."""
         if isinstance(self.module, nn.Linear):
             return self.layout.rows(tensor)
+        assert not isinstance(self.module, nn.Embedding)
         return _merge(patches(self.module, tensor), self.layout)
+
+    def tokens(self, index: Tensor) -> Int64[Tensor, "N R"]:
+        """The rows that an embedding looks up, [N, R]."""
+        return self.layout.rows(index.long().unsqueeze(-1)).squeeze(-1)
 
     def outputs(self, tensor: Tensor) -> Float[Tensor, "N R d_out"]:
         """The output gradients g, [N, R, d_out]."""
-        if isinstance(self.module, nn.Linear):
+        if isinstance(self.module, nn.Linear | nn.Embedding):
             return self.layout.rows(tensor)
         # [B, d_out, *spatial] as [B, L, d_out], a view: rows run along memory
         return _merge(tensor.flatten(2).transpose(1, 2), self.layout)

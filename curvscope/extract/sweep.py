@@ -14,12 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from curvscope.extract.collector import Collector, Extract, Form
+from curvscope.extract.embedding import EmbeddingCollector
 from curvscope.extract.extension import SiteExtension, active, extended
 from curvscope.extract.grouped import GroupedCollector
 from curvscope.extract.padding import Padding
 from curvscope.extract.roots import Root
 from curvscope.extract.taps import TapCollector
+from curvscope.extract.tied import TiedCollector
 from curvscope.graph.functional import Graph
+from curvscope.graph.sites import LayerSpec
 from curvscope.graph.verify import Layouts
 
 Progress = Callable[[str, str, int, int], None]
@@ -55,10 +58,9 @@ def sweep(
         progress: called after every backward pass.
     """
     wanted: dict[str, Form | None] = {**forms, **dict.fromkeys(gradient_only)}
-    collectors: dict[str, Collector | TapCollector] = {}
+    collectors: dict[str, Collector | TapCollector | TiedCollector] = {}
     for name, form in wanted.items():
-        spec = graph.layers[name]
-        kind = TapCollector if spec.exact_only else Collector if spec.groups == 1 else GroupedCollector
+        kind = _collector(graph.layers[name])
         listed = name in forms
         collectors[name] = kind(graph.layers[name], layouts, form, factors and listed, per_draw and listed)
     padding = Padding(graph, layouts) if factors else None
@@ -109,3 +111,14 @@ def sweep(
             name: dataclasses.replace(collector.result(masks), unit=taken.unit)
             for name, collector in collectors.items()
         }
+
+
+def _collector(spec: LayerSpec) -> type[Collector] | type[TapCollector] | type[TiedCollector]:
+    """The class that adds this layer's passes up."""
+    if spec.exact_only:
+        return TapCollector
+    if spec.roles:
+        return TiedCollector
+    if spec.kind == "embedding":
+        return EmbeddingCollector
+    return Collector if spec.groups == 1 else GroupedCollector

@@ -51,11 +51,11 @@ class Graph:
     free: list[str] = field(default_factory=list)
 
     def drop(self, layer: str, reason: str) -> None:
-        """Give an exact-only layer up: its parameters count as uncovered, and `rest` has their gradients again."""
-        spec = self.layers.pop(layer)
-        self.free += spec.members
+        """Give a layer up: its parameters count as uncovered, and `rest` has their gradients again."""
+        lost = self.layers.pop(layer).trained
+        self.free += lost
         self.uses = [
-            ParameterUse(use.parameter, "", use.count, "uncovered", reason) if use.parameter in spec.members else use
+            ParameterUse(use.parameter, "", use.count, "uncovered", reason) if use.parameter in lost else use
             for use in self.uses
         ]
 
@@ -119,22 +119,23 @@ def build(
     tidy(graph, device, dtype)
     plain = fx.GraphModule(module, copy.deepcopy(graph))
     shapes = {name: tensor.shape for name, tensor in parameters.items()}
-    operations = finding.find_operations(graph, set(parameters))
+    readers = _readers(graph, set(parameters))
+    operations = _without_tables(finding.find_operations(graph, set(parameters)), readers)
     weights = list(dict.fromkeys(operation.weight for operation in operations))
     names = layer_names(weights)
-    readers = _readers(graph, set(parameters))
     require_trainable(weights, requires_grad)
     specs: dict[str, LayerSpec] = {}
     reasons: dict[str, tuple[str, str, str]] = {}  # parameter -> (layer, treatment, reason)
     blocked = _mixed_roles(operations, readers)
     chosen = []
+    constant = {operation.weight for operation in operations if not _depends_on_inputs(operation.node)}
     for operation in operations:
         weight, name = operation.weight, names[operation.weight]
         if weight in blocked:
             reasons[weight] = ("", "uncovered", blocked[weight])
         elif not requires_grad[weight]:
             reasons[weight] = (name, "frozen", "its weight does not require a gradient")
-        elif not _depends_on_inputs(operation.node):
+        elif weight in constant:
             reasons[weight] = (
                 "",
                 "uncovered",
@@ -143,29 +144,39 @@ def build(
         else:
             chosen.append(operation)
 
-    biases = _biases(chosen, parameters, requires_grad, readers, shapes)
+    roles = _roles(chosen)
+    biases = _biases(
+        [operation for operation in chosen if operation.weight not in roles], parameters, requires_grad, readers, shapes
+    )
     replaced: dict[fx.Node, Site] = {}
     outputs: dict[fx.Node, fx.Node] = {}
     roots: list[tuple[str, Leaf]] = []
+    copies: dict[str, list[tuple[str, bool]]] = {}  # weight -> where sites hold it, and whether transposed
     for index, operation in enumerate(chosen):
         weight = operation.weight
         value = parameters[weight]
-        if operation.kind == "linear" and operation.transposed:
+        turned = operation.kind == "linear" and operation.transposed
+        if turned:
             value = value.t()
+        copies.setdefault(weight, []).append((f"curvscope_site_{index}.weight", turned))
         bias_tensor = _plain_bias(operation.bias, parameters, requires_grad, biases.get(weight))
         site_bias = bias_tensor if isinstance(bias_tensor, Tensor) else None
         name = names[weight]
         spec = specs.get(name)
         if spec is None:
-            d_out = value.shape[1 if "transpose" in operation.kind else 0]
+            d_out = finding.output_size(operation.kind, value.shape)
             d_in = value.numel() // d_out
             spec = specs[name] = LayerSpec(
                 name, operation.kind, weight, biases.get(weight), d_in, d_out, operation.transposed
             )
             spec.groups = operation.options.get("groups", 1)
             spec.selected = selected(name, layers, skip)
+            if weight in roles:
+                spec.roles = {role: flipped for _, _, role, flipped in roles[weight]}
+                spec.kind = "+".join(spec.roles)
         shared = finding.site_module(operation.kind, value, site_bias, operation.options)
-        site = Site(f"curvscope_site_{index}", name, operation.kind, shared)
+        role = next((known[2] for known in roles.get(weight, []) if known[:2] == _form(operation)), "")
+        site = Site(f"curvscope_site_{index}", name, operation.kind, shared, role)
         spec.sites.append(site)
         module.add_submodule(site.target, site.module)
         with graph.inserting_before(operation.node):
@@ -224,7 +235,13 @@ def build(
             leaf.cut = False
         try:
             with torch.enable_grad():
-                output = torch.func.functional_call(module, fresh, tuple(tensors))
+                # the sites of a layer that was given up hold its weight themselves
+                held = {
+                    key: fresh[name].t() if turned else fresh[name]
+                    for name in fresh
+                    for key, turned in copies.get(name, [])
+                }
+                output = torch.func.functional_call(module, fresh | held, tuple(tensors))
                 found = torch.autograd.grad(output, list(fresh.values()), cotangent, allow_unused=True)
         finally:
             for _, leaf in roots:
@@ -306,7 +323,8 @@ def require_trainable(weights: Sequence[str], requires_grad: dict[str, bool]) ->
         raise ModelError(
             "The model has no linear layer whose weight is a parameter.",
             where=f"{len(requires_grad)} parameters",
-            remedy="curvscope analyzes nn.Linear, nn.Conv1d/2d/3d and products with a parameter; this model has none.",
+            remedy="curvscope analyzes nn.Linear, nn.Conv1d/2d/3d, nn.Embedding and products with a parameter; this "
+            "model has none.",
         )
     if not any(requires_grad[weight] for weight in weights):
         raise ModelError(
@@ -332,20 +350,58 @@ def _readers(graph: fx.Graph, parameters: set[str]) -> dict[str, list[fx.Node]]:
     return readers
 
 
+def _without_tables(operations: Sequence[Any], readers: dict[str, list[fx.Node]]) -> list[Any]:
+    """The operations without look-ups in weights that nothing but taps can serve.
+
+    Those are tables of positions, whose rows belong to no example, and parameters that are also read otherwise.
+    """
+    nodes = {operation.node for operation in operations}
+    linear = {operation.weight for operation in operations if operation.kind != "embedding"}
+    tables = {
+        operation.weight
+        for operation in operations
+        if operation.weight not in linear
+        and (not _depends_on_inputs(operation.node) or not nodes.issuperset(readers[operation.weight]))
+    }
+    return [operation for operation in operations if operation.weight not in tables]
+
+
+def _form(operation: Any) -> tuple[str, bool]:
+    return operation.kind, operation.transposed
+
+
+def _roles(operations: Sequence[Any]) -> dict[str, list[tuple[str, bool, str, bool]]]:
+    """Weights used in several ways -> (kind, transposed, role, whether that is the transpose of the first use)."""
+    forms: dict[str, list[tuple[str, bool]]] = {}
+    for operation in operations:
+        known = forms.setdefault(operation.weight, [])
+        if _form(operation) not in known:
+            known.append(_form(operation))
+    return {
+        weight: [
+            (kind, transposed, finding.role_name(kind, transposed, [k for k, _ in known]), transposed != known[0][1])
+            for kind, transposed in known
+        ]
+        for weight, known in forms.items()
+        if len(known) > 1
+    }
+
+
 def _mixed_roles(operations: Sequence[Any], readers: dict[str, list[fx.Node]]) -> dict[str, str]:
-    """Weights that are read by something else than linear operations, or both plain and transposed."""
+    """Weights that are read by something else than linear operations, or as kernels of two kinds of convolution."""
     blocked = {}
     nodes = {operation.node for operation in operations}
     forms: dict[str, set[tuple[str, bool]]] = {}
     for operation in operations:
-        forms.setdefault(operation.weight, set()).add((operation.kind, operation.transposed))
+        forms.setdefault(operation.weight, set()).add(_form(operation))
         others = [reader for reader in readers[operation.weight] if reader not in nodes]
         if others:
             other = str(others[0].target).removeprefix("aten.").split(".")[0]
             blocked[operation.weight] = f"tied in two roles (also read by {other}): not covered yet"
     for weight, seen in forms.items():
-        if len(seen) > 1:
-            blocked.setdefault(weight, "tied in two roles (plain and transposed): not covered yet")
+        kinds = sorted({kind for kind, _ in seen})
+        if len(seen) > 1 and not {"linear", "embedding"}.issuperset(kinds):
+            blocked.setdefault(weight, f"tied in two roles ({' and '.join(kinds)}): not covered yet")
     return blocked
 
 
@@ -379,7 +435,7 @@ def _biases(
     for operation in operations:
         found = finding.parameter_of(operation.bias, names)
         bias = found[0] if found is not None else None
-        if operation.bias is None and not operation.x_transposed:
+        if operation.bias is None and not operation.x_transposed and operation.kind != "embedding":
             d_out = shapes[operation.weight][1 if operation.transposed else 0]
             bias = finding.added_bias(operation.node, operation.kind, d_out, names, shapes)
         per_weight.setdefault(operation.weight, []).append(bias)

@@ -1,7 +1,8 @@
 """Finding the linear operations of a functional graph and making each one a module: a site.
 
-A site is exactly an nn.Linear or nn.ConvNd that shares the model's parameter, called where the graph had the
-operation. BackPACK looks its rules up by exact class, so nothing else will do.
+A site is exactly an nn.Linear, nn.ConvNd or nn.Embedding that shares the model's parameter, called where the graph had
+the operation. BackPACK looks its rules up by exact class, so nothing else will do. A look-up counts as linear: its
+inputs are one-hot.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor, fx, nn
 aten = torch.ops.aten
 
 ConvModule = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
-SiteModule = nn.Linear | ConvModule
+SiteModule = nn.Linear | ConvModule | nn.Embedding
 
 CONVOLUTIONS = {
     aten.conv1d.default: 1,
@@ -51,14 +52,16 @@ class Site:
     Attributes:
         target: the site's name as a submodule of the graph.
         layer: the name of the layer, that is the weight, it belongs to.
-        kind: linear, conv1d, ..., conv_transpose3d; for a tap the operation it stands behind.
-        module: the nn.Linear or nn.ConvNd that shares the parameter, or a `Tap`.
+        kind: linear, conv1d, ..., conv_transpose3d, embedding; for a tap the operation it stands behind.
+        module: the nn.Linear, nn.ConvNd or nn.Embedding that shares the parameter, or a `Tap`.
+        role: what the weight is used as here, in a layer of several roles (`role_name`).
     """
 
     target: str
     layer: str
     kind: str
     module: Any
+    role: str = ""
 
 
 @dataclass
@@ -68,7 +71,8 @@ class LayerSpec:
     `transposed` says that the parameter is stored [d_in, d_out]; `bias` is None where the linear has none, where
     it is frozen, or where it is shared with something else. `selected` is whether --layers and --skip keep it.
     A layer that is `exact_only` has no Kronecker form: its weight is a row of all its `members` (name to size), and
-    d_out is 1.
+    d_out is 1. `roles` is empty but where the weight is used in several ways: then it maps each role to whether its
+    weight is the transpose of the layer's, which has the orientation of the first role; such a layer has no bias.
     """
 
     name: str
@@ -83,6 +87,19 @@ class LayerSpec:
     selected: bool = True
     exact_only: bool = False
     members: dict[str, int] = field(default_factory=dict)
+    roles: dict[str, bool] = field(default_factory=dict)
+
+    def role(self, name: str) -> LayerSpec:
+        """One role as a layer of its own: the sites that use the weight so."""
+        sites = [site for site in self.sites if site.role == name]
+        d_in, d_out = (self.d_out, self.d_in) if self.roles[name] else (self.d_in, self.d_out)
+        transposed = self.transposed != self.roles[name]
+        return LayerSpec(self.name, sites[0].kind, self.weight, None, d_in, d_out, transposed, sites)
+
+    @property
+    def trained(self) -> list[str]:
+        """The names of its parameters."""
+        return list(self.members) or [name for name in (self.weight, self.bias) if name is not None]
 
     @property
     def parameters(self) -> int:
@@ -141,7 +158,12 @@ def find_operations(graph: fx.Graph, parameters: set[str]) -> list[_Operation]:
     found = []
     for node in graph.nodes:
         if node.op == "call_function":
-            operation = _linear(node, parameters) or _product(node, parameters) or _convolution(node, parameters)
+            operation = (
+                _linear(node, parameters)
+                or _product(node, parameters)
+                or _convolution(node, parameters)
+                or _lookup(node, parameters)
+            )
             if operation is not None:
                 found.append(operation)
     return found
@@ -242,13 +264,41 @@ def _convolution(node: fx.Node, parameters: set[str]) -> _Operation | None:
     return _Operation(node, kind, weight[0], transposed, given["input"], False, given.get("bias"), options)
 
 
+def _lookup(node: fx.Node, parameters: set[str]) -> _Operation | None:
+    if node.target is not aten.embedding.default:
+        return None
+    args: list[Any] = list(node.args)
+    weight = parameter_of(args[0], parameters)
+    index = args[1].meta.get("val")
+    if weight is None or weight[1] or not isinstance(index, Tensor) or index.ndim == 0:
+        return None
+    given: Any = args[2] if len(args) > 2 else node.kwargs.get("padding_idx", -1)
+    row = int(given)
+    return _Operation(
+        node, "embedding", weight[0], True, args[1], False, None, {"padding_idx": row if row >= 0 else None}
+    )
+
+
+def role_name(kind: str, transposed: bool, beside: Sequence[str]) -> str:
+    """What a weight is used as, for weights with several uses (`beside`: their kinds).
+
+    embedding: rows are looked up. head: the linear layer y = W x beside an embedding that stores W. linear and
+    transposed: y = W x and y = W^T x, W as it is stored.
+    """
+    if kind != "linear":
+        return kind
+    if transposed:
+        return "transposed"
+    return "head" if "embedding" in beside else "linear"
+
+
 def _tuple(value: Any, dims: int) -> tuple[int, ...]:
     values = [int(v) for v in _sequence(value)]
     return tuple(values * dims) if len(values) == 1 else tuple(values)
 
 
 def site_module(kind: str, weight: Tensor, bias: Tensor | None, options: dict[str, Any]) -> SiteModule:
-    """An nn.Linear or nn.ConvNd around these tensors, which it shares; the weight as the module itself stores it."""
+    """A module of the kind around these tensors, which it shares; the weight as the module itself stores it."""
     classes: dict[str, Any] = {
         "conv1d": nn.Conv1d,
         "conv2d": nn.Conv2d,
@@ -261,6 +311,8 @@ def site_module(kind: str, weight: Tensor, bias: Tensor | None, options: dict[st
     with torch.device("meta"):
         if kind == "linear":
             module: SiteModule = nn.Linear(weight.shape[1], weight.shape[0], bias=has_bias)
+        elif kind == "embedding":
+            module = nn.Embedding(weight.shape[0], weight.shape[1], **options)
         else:
             channels = weight.shape[1] * options.get("groups", 1), weight.shape[0]
             if "transpose" in kind:
@@ -268,8 +320,13 @@ def site_module(kind: str, weight: Tensor, bias: Tensor | None, options: dict[st
             module = classes[kind](*channels, tuple(weight.shape[2:]), bias=has_bias, **options)
     module.weight = nn.Parameter(weight.detach(), requires_grad=False)
     if bias is not None:
-        module.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        module.register_parameter("bias", nn.Parameter(bias.detach(), requires_grad=False))
     return module.eval()
+
+
+def output_size(kind: str, shape: torch.Size) -> int:
+    """d_out of a weight as the module itself stores it."""
+    return shape[1 if "transpose" in kind or kind == "embedding" else 0]
 
 
 def added_bias(node: fx.Node, kind: str, d_out: int, parameters: set[str], shapes: dict[str, torch.Size]) -> str | None:
@@ -291,8 +348,8 @@ def added_bias(node: fx.Node, kind: str, d_out: int, parameters: set[str], shape
 
 
 def spatial_dims(kind: str) -> int:
-    """1, 2 or 3 for convolutions of either kind, 0 for linear."""
-    return 0 if kind == "linear" else int(kind[-2])
+    """1, 2 or 3 for convolutions of either kind, 0 for linear and embedding."""
+    return int(kind[-2]) if "conv" in kind else 0
 
 
 def why_uncovered(users: Sequence[fx.Node]) -> str:
@@ -303,7 +360,7 @@ def why_uncovered(users: Sequence[fx.Node]) -> str:
     if any(norm in name for norm in NORMALISATIONS):
         return f"normalisation ({name}): no Kronecker form; its exact block is not computed yet"
     if name == "embedding":
-        return "embedding: not covered yet"
+        return "an embedding whose rows are looked up in a way that is not covered yet"
     if "conv" in name:
         return f"{name} of a form that is not covered yet (grouped transposed, computed weight)"
     if name in ("add", "mul", "sub", "expand", "cat"):

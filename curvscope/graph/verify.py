@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from curvscope.errors import LayoutError, ModelError
 from curvscope.graph.functional import Graph
 from curvscope.graph.layout import Layout, candidates, holds
-from curvscope.graph.sites import SiteModule, spatial_dims
+from curvscope.graph.sites import SiteModule, output_size, spatial_dims
 from curvscope.graph.taps import Tap
 
 
@@ -26,6 +26,7 @@ class Layouts:
         sites: site target -> layout of its rows (of axis 0 for convolutions).
         outputs: the model's output on the batch, detached.
         positions: site target -> rows an example, R of that call.
+        tokens: layer -> the rows of its embedding that the batch looks up [U], ascending, without `padding_idx`.
     """
 
     examples: int
@@ -33,6 +34,7 @@ class Layouts:
     sites: dict[str, Layout]
     outputs: Tensor
     positions: dict[str, int]
+    tokens: dict[str, Tensor] = field(default_factory=dict)
 
 
 def verify(graph: Graph, tensors: Sequence[Tensor], axes: Sequence[int | None], examples: int) -> Layouts:
@@ -46,7 +48,7 @@ def verify(graph: Graph, tensors: Sequence[Tensor], axes: Sequence[int | None], 
         LayoutError: no candidate holds for some layer, or for the output.
         ModelError: NaN or Inf appears along the way; the first layer is named.
     """
-    output, inputs, rows = _observe(graph, tensors)
+    output, inputs, rows, tokens = _observe(graph, tensors)
     if examples == 1:
         return Layouts(
             1,
@@ -54,6 +56,7 @@ def verify(graph: Graph, tensors: Sequence[Tensor], axes: Sequence[int | None], 
             {target: _whole(tensor) for target, tensor in inputs.items()},
             output,
             _positions(rows, 1),
+            tokens,
         )
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(examples, generator=generator)
@@ -63,11 +66,12 @@ def verify(graph: Graph, tensors: Sequence[Tensor], axes: Sequence[int | None], 
     permuted = [
         tensor if axis is None else tensor.index_select(axis, order) for tensor, axis in zip(tensors, axes, strict=True)
     ]
-    output_permuted, inputs_permuted, _ = _observe(graph, permuted)
+    output_permuted, inputs_permuted, *_ = _observe(graph, permuted)
     tolerance = float(torch.finfo(output.dtype).eps) ** 0.5
     passing: dict[str, list[Layout]] = {}
     for site in graph.sites():
         is_tap = isinstance(site.module, Tap)
+        can_go = is_tap or isinstance(site.module, nn.Embedding)
         allowed = inputs[site.target].ndim - (not is_tap)
         if not is_tap and spatial_dims(site.kind):
             allowed = 1
@@ -75,15 +79,14 @@ def verify(graph: Graph, tensors: Sequence[Tensor], axes: Sequence[int | None], 
         try:
             passing[site.target] = _holding(*pair, order, examples, allowed, tolerance, f"layer {site.layer}")
         except LayoutError:
-            if not is_tap:
+            if not can_go:
                 raise
             if site.layer in graph.layers:
-                graph.drop(
-                    site.layer, "what it is combined with belongs to no example; its exact block is not computed"
-                )
+                what = "what it is combined with belongs" if is_tap else "the rows looked up in it belong"
+                graph.drop(site.layer, f"{what} to no example; its exact block is not computed")
     layout = _holding(output, output_permuted, order, examples, output.ndim, tolerance, "the model's output")[0]
     found = _settled(graph, tensors, layout, passing, tolerance / 100)
-    return Layouts(examples, layout, found, output, _positions(rows, examples))
+    return Layouts(examples, layout, found, output, _positions(rows, examples), tokens)
 
 
 def _settled(
@@ -183,17 +186,26 @@ def _holding(
     )
 
 
-def _observe(graph: Graph, tensors: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor], dict[str, int]]:
-    """The output of one forward pass without gradients, every site's input, and how many rows its output has."""
+def _observe(
+    graph: Graph, tensors: Sequence[Tensor]
+) -> tuple[Tensor, dict[str, Tensor], dict[str, int], dict[str, Tensor]]:
+    """The output of one forward pass without gradients, every site's input, its number of rows, and `Layouts.tokens`.
+
+    An embedding's input is an index, whose axes are those of its output: the output stands in for it.
+    """
     inputs: dict[str, Tensor] = {}
     rows: dict[str, int] = {}
+    tokens: dict[str, Tensor] = {}
     bad: list[tuple[str, str, str]] = []
     handles = []
 
     def watcher(target: str, layer: str, kind: str) -> object:
         def watch(module: SiteModule, args: tuple[Tensor, ...], result: Tensor) -> None:
             inputs[target] = args[0].detach()
-            rows[target] = 0 if isinstance(module, Tap) else result.numel() // module.weight.shape["transpose" in kind]
+            rows[target] = 0 if isinstance(module, Tap) else result.numel() // output_size(kind, module.weight.shape)
+            if isinstance(module, nn.Embedding):
+                inputs[target] = result.detach()
+                tokens[layer] = _joined(tokens.get(layer), args[0], module.padding_idx)
             if not bad:
                 for what, tensor in (("input", args[0]), ("output", result)):
                     if not bool(torch.isfinite(tensor).all()):
@@ -225,4 +237,13 @@ def _observe(graph: Graph, tensors: Sequence[Tensor]) -> tuple[Tensor, dict[str,
             where="the forward pass, after the last linear layer",
             remedy="Look at the operations behind the last layer, or analyze with --dtype float64.",
         )
-    return output, inputs, rows
+    return output, inputs, rows, tokens
+
+
+def _joined(known: Tensor | None, index: Tensor, padding: int | None) -> Tensor:
+    """The tokens known so far with those of one more look-up; padding alone where there is nothing else."""
+    parts = [index.detach().flatten().long()]
+    if known is not None:
+        parts.append(known)
+    joined = torch.cat(parts).unique()
+    return joined if padding is None or joined.numel() == 1 else joined[joined != padding]

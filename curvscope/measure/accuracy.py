@@ -12,6 +12,7 @@ from curvscope.curvature.block import Block
 from curvscope.curvature.grouped import GroupedApproximation, GroupedBlock
 from curvscope.curvature.kronecker import Approximation
 from curvscope.curvature.lanczos import largest_magnitude
+from curvscope.curvature.summed import KroneckerSum
 from curvscope.records import NAN, ErrorRow
 
 # The norm formula cancels: below this relative error fewer than five digits are left, so G - M is formed instead.
@@ -24,7 +25,7 @@ def error_row(
     name: str,
     fisher: str,
     block: Block | GroupedBlock,
-    approximation: Approximation | GroupedApproximation,
+    approximation: Approximation | GroupedApproximation | KroneckerSum,
     *,
     inner: float,
     spectral: bool,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from curvscope.curvature.block import Block
 from curvscope.extract.collector import Extract
+from curvscope.measure.terms import draw_products, terms
 from curvscope.records import NAN, ErrorRow
 from curvscope.settings import APPROXIMATIONS
 
@@ -43,11 +44,12 @@ def estimated_rows(layer: str, fisher: str, extract: Extract, blocks: Sequence[B
         reason = "the draws of this layer were summed, not kept"
     if reason:
         return {name: ErrorRow(layer, name, fisher, status="not_assessed", reason=reason) for name in APPROXIMATIONS}
-    names = [*(f"kfac_{flavour}" for flavour in extract.factors), "diag"]
+    flavours = list(extract.factors or terms(extract))
+    names = [*(f"kfac_{flavour}" for flavour in flavours), "diag"]
     pairs = [_pairs(extract, block, i) for i, block in enumerate(blocks)]
     totals = {name: [sum(each) for each in zip(*(pair[name] for pair in pairs), strict=True)] for name in names}
     rows = {name: _row(layer, name, fisher, *totals[name]) for name in names}
-    absent = UNASSESSED if extract.factors else dict.fromkeys(APPROXIMATIONS[:-1], "no Kronecker form")
+    absent = UNASSESSED if flavours else dict.fromkeys(APPROXIMATIONS[:-1], "no Kronecker form")
     for name, why in absent.items():
         rows[name] = ErrorRow(layer, name, fisher, status="not_assessed", reason=why)
     return {name: rows[name] for name in APPROXIMATIONS}
@@ -63,10 +65,15 @@ def _pairs(extract: Extract, block: Block, group: int) -> dict[str, tuple[Tensor
     diagonals = _per_draw_diagonal(block) * draws
     DD = diagonals @ diagonals.T
     pairs = {"diag": (GG, DD, DD, trace_G, trace_G)}
+    if extract.spec.groups == 1:
+        each = list(_draws(block))
+        for flavour, given in terms(extract).items():
+            GM, MM, trace_M = draw_products(given, each)
+            pairs[f"kfac_{flavour}"] = (GG, GM, MM, trace_G, trace_M)
+        return pairs
     for flavour in extract.factors:
-        A, B = extract.factors[flavour][0].double(), extract.probe_B[flavour].double() * draws
-        if extract.spec.groups > 1:
-            A, B = A[group], B[:, group]
+        A = extract.factors[flavour][0][group].double()
+        B = extract.probe_B[flavour][:, group].double() * draws
         W = _per_draw_contraction(block, A) * draws
         GM = torch.einsum("iab,jab->ij", W, B)
         MM = torch.einsum("iab,jab->ij", B, B) * A.square().sum()

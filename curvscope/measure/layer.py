@@ -14,15 +14,26 @@ from torch import Tensor
 from curvscope.curvature.block import Block
 from curvscope.curvature.eigen import eigh, eigvalsh
 from curvscope.curvature.grouped import GroupedApproximation, GroupedBlock
-from curvscope.curvature.kronecker import Diagonal, Kronecker
+from curvscope.curvature.kronecker import Approximation, Diagonal, Kronecker
+from curvscope.curvature.summed import KroneckerSum
 from curvscope.extract.collector import Extract
 from curvscope.measure.accuracy import error_row
-from curvscope.measure.approximate import FLAVOURS, approximate, side_by_side
+from curvscope.measure.approximate import approximate, approximate_tied, side_by_side
 from curvscope.measure.estimate import estimated_rows
-from curvscope.measure.spectrum import STORED, Spectrum, approximation_spectrum, block_spectrum, spectrum_row
+from curvscope.measure.spectrum import (
+    STORED,
+    Spectrum,
+    approximation_spectrum,
+    block_spectrum,
+    spectrum_row,
+    sum_row,
+    too_large,
+)
+from curvscope.measure.terms import FLAVOURS, product, terms
 from curvscope.records import NAN, ErrorRow, KroneckerFactors, Layer, LayerRow, SpectrumRow
 from curvscope.settings import APPROXIMATIONS
 
+NO_EKFAC = "the sum of two roles' Kronecker products has no eigenbasis of Kronecker form"
 NO_KRONECKER = "no Kronecker form: the parameter is added or multiplied element by element"
 
 
@@ -64,6 +75,15 @@ class _Findings:
         if spectrum.values.numel() > limit:
             self.attributes[f"{name}_eigenvalues_in_all"] = spectrum.values.numel()
 
+    def add_approximation(
+        self, layer: str, name: str, given: Approximation | GroupedApproximation | KroneckerSum, dtype: torch.dtype
+    ) -> None:
+        """An approximation's spectrum, or what is known of it where it is too large."""
+        if isinstance(given, KroneckerSum) and too_large(given):
+            self.spectra[name] = sum_row(layer, name, given, self.scale)
+        else:
+            self.add_spectrum(layer, name, approximation_spectrum(given, dtype), given.trace)
+
 
 def measure_layer(extract: Extract, wishes: Wishes, *, why_no_columns: str = "") -> Layer:
     """The record of one layer.
@@ -75,7 +95,8 @@ def measure_layer(extract: Extract, wishes: Wishes, *, why_no_columns: str = "")
     spec = extract.spec
     scale = extract.unit**-2
     factors = {
-        name: KroneckerFactors(name, A.cpu().numpy(), _scaled(B, scale)) for name, (A, B) in extract.factors.items()
+        key: KroneckerFactors(flavour, A.cpu().numpy(), _scaled(B, scale), role)
+        for key, flavour, role, (A, B) in _stored(extract)
     }
     found = _Findings(attributes=_factor_facts(extract, scale), scale=scale)
     eigenvectors: dict[str, Any] = {}
@@ -97,9 +118,10 @@ def measure_layer(extract: Extract, wishes: Wishes, *, why_no_columns: str = "")
         if "blocks" in wishes.dump:
             kept["block"] = _scaled(block.dense(), scale)
     if "spectra" in wishes.dump:
-        for name, (A, B) in extract.factors.items():
+        for key, _, _, (A, B) in _stored(extract):
             for which, factor in (("A", A), ("B", B)):
-                eigenvectors[f"{name}/{which}"] = eigh(factor.double())[1].cpu().numpy()
+                if factor.ndim > 1:  # those of an embedding's diagonal are the tokens
+                    eigenvectors[f"{key}/{which}"] = eigh(factor.double())[1].cpu().numpy()
     row = LayerRow(
         name=spec.name,
         kind=spec.kind,
@@ -111,7 +133,7 @@ def measure_layer(extract: Extract, wishes: Wishes, *, why_no_columns: str = "")
         examples=extract.examples,
         positions=extract.positions,
         columns=blocks[0].total_columns if blocks else 0,
-        better_flavour=_better(extract.positions, found.errors),
+        better_flavour=_better(extract.single, found.errors),
         padded=extract.padded,
         status="ok" if blocks else "not_assessed",
         reason=why_no_columns,
@@ -124,16 +146,34 @@ def measure_layer(extract: Extract, wishes: Wishes, *, why_no_columns: str = "")
         spectra=found.spectra,
         eigenvectors=eigenvectors,
         attributes=found.attributes,
+        tokens=_tokens(extract),
         **kept,
     )
 
 
-def _better(positions: float, errors: dict[str, ErrorRow]) -> str:
+def _stored(extract: Extract) -> list[tuple[str, str, str, tuple[Tensor, Tensor]]]:
+    """All factors as (key of Layer.factors, flavour, role, (A, B)), flavour by flavour."""
+    roles = extract.roles or {"": extract}
+    return [
+        (f"{flavour}/{name}" if name else flavour, flavour, name, role.factors[flavour])
+        for flavour in FLAVOURS
+        for name, role in roles.items()
+        if flavour in role.factors
+    ]
+
+
+def _tokens(extract: Extract) -> Any:
+    """The tokens that A of reduce runs over, of an embedding."""
+    found = [each.tokens for each in (extract, *extract.roles.values()) if each.tokens is not None]
+    return found[0].cpu().numpy() if found else None
+
+
+def _better(single: bool, errors: dict[str, ErrorRow]) -> str:
     """expand, reduce, or same; empty where the errors are unknown."""
     expand, reduce = (errors[f"kfac_{flavour}"].rel_frobenius for flavour in FLAVOURS)
     if np.isnan(expand) or np.isnan(reduce):
         return ""
-    if positions == 1:
+    if single:
         return "same"
     return "expand" if expand <= reduce else "reduce"
 
@@ -151,13 +191,16 @@ def _scaled(tensor: Tensor, scale: float) -> Any:
 def _factor_facts(extract: Extract, scale: float) -> dict[str, Any]:
     """Trace and raw extreme eigenvalues of every factor, for the file's attributes."""
     facts: dict[str, Any] = {}
-    for flavour, pair in extract.factors.items():
+    for key, _, _, pair in _stored(extract):
         for name, factor in zip("AB", pair, strict=True):
             exact = factor.double() * (scale if name == "B" else 1.0)
-            values = eigvalsh(exact)
-            facts[f"{flavour}/{name}/trace"] = float(exact.diagonal(dim1=-2, dim2=-1).sum())
-            facts[f"{flavour}/{name}/lambda_max"] = float(values.max())
-            facts[f"{flavour}/{name}/lambda_min"] = float(values.min())
+            # a vector is a diagonal
+            values = exact if exact.ndim == 1 else eigvalsh(exact)
+            facts[f"{key}/{name}/trace"] = float(
+                exact.sum() if exact.ndim == 1 else exact.diagonal(dim1=-2, dim2=-1).sum()
+            )
+            facts[f"{key}/{name}/lambda_max"] = float(values.max())
+            facts[f"{key}/{name}/lambda_min"] = float(values.min())
     if extract.gradient is not None:
         facts["gradient_norm"] = float(torch.linalg.norm(extract.gradient.double()))
     return facts
@@ -169,9 +212,9 @@ def _not_assessed(layer: str, fisher: str, reason: str, found: _Findings, names:
 
 
 def _group_factors(extract: Extract) -> list[dict[str, tuple[Tensor, Tensor]]]:
-    """The factors of every group, one dict a group."""
+    """The factors of every group over the columns' inputs, one dict a group; not for layers of several roles."""
     if extract.spec.groups == 1:
-        return [dict(extract.factors)]
+        return [{flavour: (term.A, term.B) for flavour, (term,) in terms(extract).items()}]
     return [{name: (A[i], B[i]) for name, (A, B) in extract.factors.items()} for i in range(extract.spec.groups)]
 
 
@@ -179,7 +222,7 @@ def _blocks(extract: Extract) -> list[Block]:
     """The exact block of every group; none where there are no columns."""
     spec, columns = extract.spec, extract.columns
     each = [] if columns is None else columns if isinstance(columns, list) else [columns]
-    return [Block(one, spec.d_out // spec.groups, spec.d_in + (spec.bias is not None)) for one in each]
+    return [Block(one, spec.d_out // spec.groups, extract.width) for one in each]
 
 
 def _exact(
@@ -197,17 +240,15 @@ def _exact(
         )
         found.add_spectrum(layer, "diag", approximation_spectrum(diagonal, wishes.dtype), diagonal.trace)
         return
-    parts = [
-        approximate(
-            one,
-            factors,
-            positions=extract.positions,
-            dtype=wishes.dtype,
-            seed=wishes.seed,
-            every="kron_best" in wishes.measure,
-        )
-        for one, factors in zip(blocks, _group_factors(extract), strict=True)
-    ]
+    best = "kron_best" in wishes.measure
+    if extract.roles:
+        parts = [approximate_tied(blocks[0], terms(extract), single=extract.single, seed=wishes.seed, every=best)]
+        _not_assessed(layer, wishes.fisher, NO_EKFAC, found, [f"ekfac_{flavour}" for flavour in FLAVOURS])
+    else:
+        parts = [
+            approximate(one, factors, positions=extract.positions, dtype=wishes.dtype, seed=wishes.seed, every=best)
+            for one, factors in zip(blocks, _group_factors(extract), strict=True)
+        ]
     refusal = next((reason for _, reason in parts if reason), "")
     built = parts[0][0]
     if len(parts) > 1:
@@ -227,20 +268,25 @@ def _exact(
             seed=wishes.seed,
             reason=one.note,
         )
-        spectrum = approximation_spectrum(one.approximation, wishes.dtype)
-        found.add_spectrum(layer, name, spectrum, one.approximation.trace)
-    if extract.positions == 1:
+        found.add_approximation(layer, name, one.approximation, wishes.dtype)
+    if extract.single:
         # One position an example: both flavours are the same matrix.
         for kind in ("kfac", "ekfac"):
             source, name = f"{kind}_expand", f"{kind}_reduce"
             found.errors[name] = dataclasses.replace(found.errors[source], approximation=name)
-            found.spectra[name] = dataclasses.replace(found.spectra[source], approximation=name)
-            found.values[name] = found.values[source]
+            if source in found.spectra:
+                found.spectra[name] = dataclasses.replace(found.spectra[source], approximation=name)
+            if source in found.values:
+                found.values[name] = found.values[source]
     found.errors = {name: found.errors[name] for name in APPROXIMATIONS}
 
 
 def _factor_spectra(extract: Extract, wishes: Wishes, found: _Findings) -> None:
     """The spectra of both K-FACs, from the factors alone."""
+    if extract.roles:
+        for flavour, given in terms(extract).items():
+            found.add_approximation(extract.spec.name, f"kfac_{flavour}", product(given), wishes.dtype)
+        return
     groups = _group_factors(extract)
     for flavour in extract.factors:
         parts = [Kronecker(*factors[flavour]) for factors in groups]
@@ -254,7 +300,9 @@ def _estimated(extract: Extract, blocks: list[Block], wishes: Wishes, found: _Fi
     layer = extract.spec.name
     found.errors.update(estimated_rows(layer, wishes.fisher, extract, blocks))
     _factor_spectra(extract, wishes, found)
-    for flavour in extract.factors:
+    for flavour in FLAVOURS:
+        if f"kfac_{flavour}" not in found.spectra:
+            continue
         row = found.spectra[f"kfac_{flavour}"]
         biased = "the eigenvalues of a factor estimated from draws are biased"
         found.spectra[f"kfac_{flavour}"] = dataclasses.replace(
