@@ -99,7 +99,8 @@ class EigenCorrected:
 
     def dense(self) -> Float64[Tensor, "P P"]:
         """M itself, [P, P]."""
-        U = torch.kron(self.U_B, self.U_A)
+        # torch.kron refuses factors of different memory layouts
+        U = torch.kron(self.U_B.contiguous(), self.U_A.contiguous())
         return (U * self.scale.flatten()) @ U.T
 
 
@@ -168,6 +169,7 @@ def nearest_kronecker(block: Block, start: Kronecker, *, seed: int = 0) -> Neare
 
 
 def _eigenbasis(X: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, ascending, and eigenvectors; unit vectors where X is diagonal."""
     diagonal = X.diagonal()
     if torch.count_nonzero(X) > torch.count_nonzero(diagonal):
         return eigh(X)

@@ -37,6 +37,7 @@ class Graph:
         function: `(parameters, tensors) -> output`, the model without sites as a function of its parameters; those that
             are not given keep their values.
         free: the names of those parameters.
+        given_up: told the parameters of a layer that is dropped.
     """
 
     run: Callable[..., Tensor]
@@ -49,11 +50,14 @@ class Graph:
     rest: Callable[[Sequence[Tensor], Tensor], dict[str, Tensor]]
     function: Callable[[Mapping[str, Tensor], Sequence[Tensor]], Tensor]
     free: list[str] = field(default_factory=list)
+    given_up: Callable[[Sequence[str]], None] | None = None
 
     def drop(self, layer: str, reason: str) -> None:
         """Give a layer up: its parameters count as uncovered, and `rest` has their gradients again."""
         lost = self.layers.pop(layer).trained
         self.free += lost
+        if self.given_up is not None:
+            self.given_up(lost)
         self.uses = [
             ParameterUse(use.parameter, "", use.count, "uncovered", reason) if use.parameter in lost else use
             for use in self.uses

@@ -1,0 +1,451 @@
+"""Embeddings, and weights used in several roles, against Jacobians of the whole model and one-hot rows.
+
+The oracle: every use of the weight is shifted by a tensor of zeros, whose Jacobian is that of the use's output; its
+inputs are one-hot rows or what goes into the linear layer.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import curvscope
+from curvscope.records import Layer
+from curvscope.run import Run
+from tests import reference
+
+EXAMPLES, TIME, WORDS, WIDTH = 3, 4, 6, 3
+TOLERANCE = 1e-9
+
+
+class Watched(nn.Module):
+    """A model whose uses of the weight can be shifted and seen."""
+
+    shifts: dict[str, Tensor] | None = None
+    seen: dict[str, Tensor]
+
+    def use(self, name: str, rows: Tensor, output: Tensor) -> Tensor:
+        """The output of one use, of input rows [N, R, d_in]."""
+        if self.shifts is None:
+            return output
+        self.seen[name] = rows.detach()
+        return output + self.shifts[name].view(output.shape) if name in self.shifts else output
+
+
+def onehot(index: Tensor, table: nn.Embedding) -> Tensor:
+    rows = functional.one_hot(index, table.num_embeddings).double()
+    return rows if table.padding_idx is None else rows * (index != table.padding_idx).unsqueeze(-1)
+
+
+class Bag(Watched):
+    """Tokens, mixed and pooled, then a head."""
+
+    def __init__(self, padding: int | None = None, words: int = WORDS) -> None:
+        super().__init__()
+        self.table = nn.Embedding(words, WIDTH, padding_idx=padding)
+        with torch.no_grad():
+            self.table.weight.normal_()
+        self.mid, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.use("embedding", onehot(x, self.table), self.table(x))
+        return self.head(torch.tanh(self.mid(h).cumsum(1)).mean(1))
+
+
+class OneToken(Watched):
+    """One token an example, straight into what mixes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(WORDS, WIDTH), nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.use("embedding", onehot(x, self.table), self.table(x[:, 0])[:, None])[:, 0]))
+
+
+class Twice(Bag):
+    """The same table looked up for two sequences: their rows are further positions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = torch.cat([x, x[:, :2].flip(1)], 1)
+        looked = torch.cat([self.table(both[:, :TIME]), self.table(both[:, TIME:])], 1)
+        h = self.use("embedding", onehot(both, self.table), looked)
+        return self.head(torch.tanh(self.mid(h).cumsum(1)).mean(1))
+
+
+class Attention(nn.Module):
+    """Causal self-attention of one head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, h: Tensor) -> Tensor:
+        scores = self.q(h) @ self.k(h).transpose(1, 2)
+        mask = torch.ones(h.shape[1], h.shape[1], dtype=torch.bool).triu(1)
+        return h + torch.softmax(scores.masked_fill(mask, float("-inf")), -1) @ self.v(h)
+
+
+class LanguageModel(Watched):
+    """A transformer whose head is its table, or another weight."""
+
+    def __init__(self, tied: bool, padding: int | None = None, bias: bool = False) -> None:
+        super().__init__()
+        self.table, self.places = nn.Embedding(WORDS, WIDTH, padding_idx=padding), nn.Embedding(TIME, WIDTH)
+        with torch.no_grad():
+            self.table.weight.normal_()
+        self.mix, self.norm = Attention(), nn.LayerNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, WORDS, bias=bias)
+        if tied:
+            self.head.weight = self.table.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.use("embedding", onehot(x, self.table), self.table(x)) + self.places(torch.arange(x.shape[1]))
+        h = self.norm(self.mix(h))
+        return self.use("head", h, self.head(h))
+
+
+class Autoencoder(Watched):
+    """W down and W^T up again."""
+
+    def __init__(self, bias: bool = False) -> None:
+        super().__init__()
+        self.down, self.mid = nn.Linear(5, WIDTH, bias=bias), nn.Linear(WIDTH, WIDTH)
+        self.up_bias = nn.Parameter(torch.randn(5)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.mid(torch.tanh(self.use("linear", x[:, None], self.down(x)[:, None])[:, 0])))
+        up = self.use("transposed", h[:, None], (h @ self.down.weight)[:, None])[:, 0]
+        return up if self.up_bias is None else up + self.up_bias
+
+
+class HeadFirst(Watched):
+    """The weight is a linear layer's before rows of it are looked up: the layer has that orientation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(WORDS, WIDTH)
+
+    def forward(self, x: Tensor, index: Tensor) -> Tensor:
+        scores = self.use("head", x, functional.linear(x, self.table.weight))
+        h = self.use("embedding", onehot(index, self.table), self.table(index))
+        return torch.tanh(scores).sum(1)[:, :3] + torch.tanh(h.cumsum(1)).sum(1)
+
+
+def causal(outputs: Tensor, targets: Tensor) -> Tensor:
+    return functional.cross_entropy(outputs[:, :-1].flatten(0, 1), targets[:, 1:].flatten())
+
+
+def words(*shape: int, top: int = WORDS) -> Tensor:
+    return torch.randint(top, shape)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model with its batch, the layer's name and weight, and its roles (name -> uses the transpose)."""
+
+    build: Callable[[], tuple[nn.Module, Any, Any]]
+    layer: str = "table"
+    roles: dict[str, bool] | None = None
+    loss: Any = "cross_entropy"
+    loss_fn: Callable[[Tensor, Any], Tensor] = functional.cross_entropy
+    transposed: bool = True
+    flavoured: bool = True
+
+    @property
+    def weight(self) -> str:
+        return f"{self.layer}.weight"
+
+
+def bag(**options: Any) -> tuple[nn.Module, Any, Any]:
+    x = words(EXAMPLES, TIME)
+    x[0] = x[0, 0]  # the same token four times
+    x[1, 2:] = 0
+    return Bag(**options), x, words(EXAMPLES, top=3)
+
+
+def language_model(*args: Any, **options: Any) -> tuple[nn.Module, Any, Any]:
+    x = words(EXAMPLES, TIME)
+    x[1, 3] = 0
+    return LanguageModel(*args, **options), x, x
+
+
+def autoencoder(bias: bool) -> tuple[nn.Module, Any, Any]:
+    x = torch.randn(EXAMPLES, 5)
+    return Autoencoder(bias), x, x.double()
+
+
+def head_first() -> tuple[nn.Module, Any, Any]:
+    return HeadFirst(), (torch.randn(EXAMPLES, 2, WIDTH), words(EXAMPLES, 2)), words(EXAMPLES, top=3)
+
+
+LM: dict[str, Any] = {"loss": "causal_lm", "loss_fn": causal}
+TIED = {"embedding": False, "head": True}
+AUTO: dict[str, Any] = {
+    "layer": "down",
+    "roles": {"linear": False, "transposed": True},
+    "loss": "mse",
+    "loss_fn": functional.mse_loss,
+    "transposed": False,
+    "flavoured": False,
+}
+CASES: dict[str, Case] = {
+    "alone": Case(bag),
+    "padding": Case(lambda: bag(padding=0)),
+    "large_vocabulary": Case(lambda: bag(words=50)),
+    "one_token": Case(lambda: (OneToken(), words(5, 1), words(5, top=3)), flavoured=False),
+    "called_twice": Case(lambda: (Twice(), words(EXAMPLES, TIME), words(EXAMPLES, top=3))),
+    "language_model": Case(lambda: language_model(tied=False), **LM),
+    "tied": Case(lambda: language_model(tied=True), roles=TIED, **LM),
+    "tied_padding": Case(lambda: language_model(tied=True, padding=0), roles=TIED, **LM),
+    "tied_bias": Case(lambda: language_model(tied=True, bias=True), roles=TIED, **LM),
+    "autoencoder": Case(lambda: autoencoder(False), **AUTO),
+    "autoencoder_bias": Case(lambda: autoencoder(True), **AUTO),
+    "head_first": Case(head_first, roles={"head": False, "embedding": True}, transposed=False),
+}
+
+
+@cache
+def problem(name: str) -> tuple[Watched, Any, Any]:
+    torch.manual_seed(11)
+    model, inputs, targets = CASES[name].build()
+    assert isinstance(model, Watched)
+    inputs = tuple(t.double() if t.is_floating_point() else t for t in inputs) if isinstance(inputs, tuple) else inputs
+    return model.double().eval(), inputs.double() if name.startswith("auto") else inputs, targets
+
+
+@cache
+def run_of(name: str, dump: tuple[str, ...] = ("columns", "blocks"), **options: Any) -> Run:
+    model, inputs, targets = problem(name)
+    given = {"fisher": "exact", "measure": ("spectral", "kron_best")} | options
+    return curvscope.analyze(model, (inputs, targets), loss=CASES[name].loss, dtype="float64", dump=dump, **given)
+
+
+@dataclass(frozen=True)
+class Want:
+    """What the oracle knows of a case; A of embeddings over the whole vocabulary."""
+
+    G: Tensor
+    gradient: Tensor
+    factors: dict[str, dict[str, tuple[Tensor, Tensor]]]
+    """role -> flavour -> (A, B)"""
+
+    def approximation(self, flavour: str, roles: dict[str, bool]) -> Tensor:
+        return sum(
+            (
+                torch.kron(A, B) if roles.get(role, False) else torch.kron(B, A)
+                for role, factors in self.factors.items()
+                for A, B in (factors[flavour],)
+            ),
+            torch.zeros(()),
+        )
+
+
+@cache
+def want(name: str) -> Want:
+    case = CASES[name]
+    model, inputs, targets = problem(name)
+    H = reference.output_hessian(case.loss_fn, reference.call(model, inputs), targets)
+    G = reference.parameter_block(model, inputs, targets, case.loss_fn, case.weight, transposed=case.transposed, H=H)
+    gradient = reference.gradient(model, inputs, targets, case.loss_fn, case.weight, transposed=case.transposed)
+    model = copy.deepcopy(model).requires_grad_(False)
+    model.shifts, model.seen = {}, {}
+    reference.call(model, inputs)
+    rows = dict(model.seen)
+    shape = dict(model.named_parameters())[case.weight].shape
+    factors = {}
+    for role, a in rows.items():
+        size = next(size for size in shape if size != a.shape[-1])
+        zeros = torch.zeros(*a.shape[:2], size, dtype=torch.float64)
+
+        def shifted(shift: Tensor, role: str = role) -> Tensor:
+            model.shifts = {role: shift}
+            return reference.call(model, inputs).flatten(1)
+
+        J = torch.func.jacrev(shifted)(zeros)  # [N, D, N, R, size]
+        J = torch.stack([J[n, :, n] for n in range(J.shape[0])])
+        # a padding token is no position
+        mask = a.abs().sum(-1) > 0 if role == "embedding" else None
+        factors[role] = reference.factors(reference.LayerIO(a, J), H, mask)
+    wanted = CASES[name].roles or {"embedding": False}
+    return Want(G.detach(), gradient.detach(), {role: factors[role] for role in wanted})
+
+
+def layer_of(name: str, **options: Any) -> Layer:
+    return run_of(name, **options).layers[CASES[name].layer]
+
+
+def compact(name: str, G: Tensor) -> Tensor:
+    """[P, P] over the vocabulary to [U d, U d] over the tokens; what is left out has to be zero."""
+    layer = layer_of(name)
+    if CASES[name].roles is not None:
+        return G
+    tokens = torch.as_tensor(layer.tokens)
+    V, d = layer.row.d_in, layer.row.d_out
+    kept = (torch.arange(d)[:, None] * V + tokens[None]).flatten()
+    rest = torch.ones(V * d, dtype=torch.bool)
+    rest[kept] = False
+    assert float(G[rest].abs().sum()) == 0.0
+    return G[kept][:, kept]
+
+
+def close(got: Any, wanted: Tensor, tolerance: float = TOLERANCE) -> None:
+    np.testing.assert_allclose(np.asarray(got), wanted.numpy(), rtol=0, atol=tolerance * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_factors(name: str) -> None:
+    layer, oracle = layer_of(name), want(name)
+    roles = CASES[name].roles
+    keys = [f"{flavour}/{role}" for flavour in ("expand", "reduce") for role in roles or ()]
+    assert list(layer.factors) == (keys or ["expand", "reduce"])
+    for key, got in layer.factors.items():
+        flavour, _, role = key.partition("/")
+        assert (got.flavour, got.role) == (flavour, role)
+        A, B = oracle.factors[role or "embedding"][flavour]
+        close(got.B, B)
+        if (role or "embedding") != "embedding":
+            close(got.A, A)
+        elif flavour == "expand":
+            assert got.A.shape == (WORDS if name != "large_vocabulary" else 50,)
+            close(np.diag(got.A), A)
+        else:
+            assert layer.tokens is not None
+            close(got.A, A[layer.tokens][:, layer.tokens])
+            assert float(A.trace()) == pytest.approx(float(np.trace(got.A)))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_tokens(name: str) -> None:
+    model, inputs, _ = problem(name)
+    layer = layer_of(name)
+    if name.startswith("auto"):
+        assert layer.tokens is None
+        return
+    index = inputs[1] if isinstance(inputs, tuple) else inputs
+    seen = {int(token) for token in index.flatten()} - {getattr(model.table, "padding_idx", None)}  # type: ignore[union-attr]
+    assert layer.tokens is not None
+    assert layer.tokens.tolist() == sorted(seen)
+
+
+@pytest.mark.parametrize("dump", [("blocks",), ("columns", "blocks")], ids=["formed", "columns"])
+@pytest.mark.parametrize("name", CASES)
+def test_block_and_gradient(name: str, dump: tuple[str, ...]) -> None:
+    layer, oracle = layer_of(name, dump=dump), want(name)
+    G = compact(name, oracle.G)
+    close(layer.block, G)
+    if "columns" in dump:
+        flat = layer.columns().reshape(layer.row.columns, -1)
+        close(flat.T @ flat, G)
+    assert layer.attributes["gradient_norm"] == pytest.approx(float(oracle.gradient.norm()), rel=TOLERANCE)
+    assert layer.row.parameters == oracle.G.shape[0]
+
+
+@pytest.mark.parametrize("dump", [("blocks",), ("columns", "blocks")], ids=["formed", "columns"])
+@pytest.mark.parametrize("name", CASES)
+def test_errors_and_spectra(name: str, dump: tuple[str, ...]) -> None:
+    """All approximations against dense matrices; EKFAC of expand in the tokens' own basis."""
+    case, layer, oracle = CASES[name], layer_of(name, dump=dump), want(name)
+    G = compact(name, oracle.G)
+    d_out = layer.row.d_out
+    dense = {f"kfac_{flavour}": oracle.approximation(flavour, case.roles or {}) for flavour in ("expand", "reduce")}
+    dense = {key: compact(name, M) for key, M in dense.items()}
+    dense |= {"diag": torch.diag(torch.diag(G)), "kron_best": reference.kron_best(G, d_out, G.shape[0] // d_out)}
+    if case.roles is None:
+        basis = torch.linalg.eigh(oracle.factors["embedding"]["expand"][1]).eigenvectors.contiguous()
+        dense["ekfac_expand"] = reference.ekfac(G, torch.eye(G.shape[0] // d_out, dtype=G.dtype), basis)
+    else:
+        for flavour in ("expand", "reduce"):
+            assert layer.errors[f"ekfac_{flavour}"].status == "not_assessed"
+            assert "two roles" in layer.errors[f"ekfac_{flavour}"].reason
+    for approximation, M in dense.items():
+        row = layer.errors[approximation]
+        assert row.status == "ok", row
+        for key, value in reference.errors(G, M).items():
+            if approximation == "kron_best" and key != "rel_frobenius":
+                continue
+            tolerance = 1e-7 if approximation == "kron_best" else TOLERANCE
+            assert getattr(row, key) == pytest.approx(value, rel=tolerance, abs=1e-9), (approximation, key)
+    for matrix in ("ggn", "kfac_expand", "kfac_reduce", "diag"):
+        eigenvalues = torch.linalg.eigvalsh(dense.get(matrix, G)).flip(0)
+        values = torch.as_tensor(layer.spectrum[matrix].copy())
+        close(values, eigenvalues[: len(values)])
+        numbers = reference.spectrum_numbers(eigenvalues, max(G.shape[0], layer.row.columns))
+        for key in ("trace", "lambda_max", "stable_rank"):
+            assert getattr(layer.spectra[matrix], key) == pytest.approx(numbers[key], rel=1e-8), (matrix, key)
+    if not case.flavoured:
+        assert layer.row.better_flavour == "same"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_coverage_and_whole_gradient(name: str) -> None:
+    case, run = CASES[name], run_of(name)
+    model, inputs, targets = problem(name)
+    treatment = {row.parameter: row.treatment for row in run.tables["coverage"]}
+    assert treatment[case.weight] == "kronecker"
+    if case.roles is not None:
+        # a weight of two roles has no bias of its own
+        assert all(treatment[key] == "exact_only" for key in ("down.bias", "up_bias", "head.bias") if key in treatment)
+    loss = case.loss_fn(reference.call(model, inputs), targets)
+    grads = torch.autograd.grad(loss, list(model.parameters()))
+    norm = sum(float(g.square().sum()) for g in grads) ** 0.5
+    assert run.model.gradient_norm == pytest.approx(norm, rel=1e-12)
+
+
+class Branching(nn.Module):
+    """Data-dependent control flow, which export refuses."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        if float(x.sum()) > 1e9:
+            return torch.zeros(1)
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("name", ["alone", "padding", "language_model", "tied", "tied_padding", "tied_bias"])
+def test_eager_fallback(name: str) -> None:
+    model, inputs, targets = problem(name)
+    options: dict[str, Any] = {"loss": CASES[name].loss, "dtype": "float64", "fisher": "exact", "dump": ("blocks",)}
+    eager = curvscope.analyze(Branching(model), (inputs, targets), **options)
+    assert eager.model.graph.startswith("eager")
+    got, exported = eager.layers["inner.table"], layer_of(name)
+    np.testing.assert_allclose(got.block, exported.block, rtol=1e-9, atol=1e-13)
+    assert list(got.factors) == list(exported.factors)
+    for key, factors in exported.factors.items():
+        np.testing.assert_allclose(got.factors[key].A, factors.A, rtol=1e-9, atol=1e-13)
+        np.testing.assert_allclose(got.factors[key].B, factors.B, rtol=1e-9, atol=1e-13)
+    assert eager.model.gradient_norm == pytest.approx(run_of(name).model.gradient_norm, rel=1e-12)
+    rows = {row.parameter: row for row in eager.tables["coverage"]}
+    if "inner.places.weight" in rows:
+        assert rows["inner.places.weight"].treatment == "uncovered"
+        assert "belong to no example" in rows["inner.places.weight"].reason
+
+
+@pytest.mark.parametrize("name", ["padding", "tied_padding", "head_first"])
+def test_file_keeps_vectors_tokens_and_roles(name: str, tmp_path: Path) -> None:
+    run = run_of(name, dump=("columns", "blocks", "spectra"))
+    before = run.layers[CASES[name].layer]
+    after = curvscope.open(run.save(tmp_path / "run.h5")).layers[CASES[name].layer]
+    assert set(after.factors) == set(before.factors)
+    for key, factors in before.factors.items():
+        assert np.array_equal(after.factors[key].A, factors.A)
+        assert np.array_equal(after.factors[key].B, factors.B)
+        assert after.factors[key].role == factors.role
+    assert np.array_equal(after.tokens, before.tokens)
+    assert np.array_equal(after.columns(), before.columns())
+    assert np.array_equal(after.block, before.block)
+    assert set(after.eigenvectors) == set(before.eigenvectors)
+    assert dict(after.attributes).items() <= dict(before.attributes).items()
