@@ -46,6 +46,7 @@ INDEXING = {
     aten.embedding.default,
 }
 ELEMENTWISE = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor)
+CHOICES = (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf)
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,8 @@ def _plan(graph: fx.Graph, root: nn.Module, name: str, end: fx.Node, chain: list
     if end.target in NORMS and not chain:
         return _norm_plan(graph, name, end)
     read = source if source is not None else next(a for a in end.all_input_nodes if str(a.target) == name)
+    if end.target in CHOICES:
+        return _choice_plan(graph, root, name, end, chain, read)
     if end.target in ELEMENTWISE and end.kwargs.get("alpha", 1) == 1 and len(args) == 2 and args[0] is not args[1]:
         if not all(isinstance(arg, fx.Node) for arg in args):
             return None
@@ -168,6 +171,23 @@ def _read_plan(
     if source is None or source.target not in (aten.expand.default, aten.repeat.default, aten.embedding.default):
         return None
     return TapPlan(source, "shift", (Member(name, "shift", False, _index_chain(graph, root, name, chain)),), None)
+
+
+def _choice_plan(
+    graph: fx.Graph, root: nn.Module, name: str, end: fx.Node, chain: list[fx.Node], read: fx.Node
+) -> TapPlan | None:
+    """`where(mask, p, other)`, as masked biases of attention are written: p times the mask, shifted."""
+    args: list[Any] = list(end.args)
+    places = [i for i in (1, 2) if args[i] is read]
+    if len(places) != 1:
+        return None
+    mask = last = args[0]
+    with graph.inserting_after(end):
+        if places == [2]:
+            mask = last = graph.call_function(aten.logical_not.default, (mask,))
+    with graph.inserting_after(end if last is args[0] else last):
+        still = graph.call_function(aten.to.dtype, (mask, root.get_buffer(name).dtype))
+    return TapPlan(end, "shift", (Member(name, "scale", False, _index_chain(graph, root, name, chain)),), still)
 
 
 def _norm_plan(graph: fx.Graph, name: str, end: fx.Node) -> TapPlan | None:

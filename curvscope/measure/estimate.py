@@ -17,7 +17,7 @@ from torch import Tensor
 
 from curvscope.curvature.block import Block
 from curvscope.extract.collector import Extract
-from curvscope.measure.terms import draw_products, terms
+from curvscope.measure.terms import NO_EKFAC, draw_products, terms
 from curvscope.records import NAN, ErrorRow
 from curvscope.settings import APPROXIMATIONS
 
@@ -50,6 +50,8 @@ def estimated_rows(layer: str, fisher: str, extract: Extract, blocks: Sequence[B
     totals = {name: [sum(each) for each in zip(*(pair[name] for pair in pairs), strict=True)] for name in names}
     rows = {name: _row(layer, name, fisher, *totals[name]) for name in names}
     absent = UNASSESSED if flavours else dict.fromkeys(APPROXIMATIONS[:-1], "no Kronecker form")
+    if extract.roles:
+        absent = absent | dict.fromkeys(("ekfac_expand", "ekfac_reduce"), NO_EKFAC)
     for name, why in absent.items():
         rows[name] = ErrorRow(layer, name, fisher, status="not_assessed", reason=why)
     return {name: rows[name] for name in APPROXIMATIONS}

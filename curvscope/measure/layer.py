@@ -29,11 +29,10 @@ from curvscope.measure.spectrum import (
     sum_row,
     too_large,
 )
-from curvscope.measure.terms import FLAVOURS, product, terms
+from curvscope.measure.terms import FLAVOURS, NO_EKFAC, product, terms
 from curvscope.records import NAN, ErrorRow, KroneckerFactors, Layer, LayerRow, SpectrumRow
 from curvscope.settings import APPROXIMATIONS
 
-NO_EKFAC = "the sum of two roles' Kronecker products has no eigenbasis of Kronecker form"
 NO_KRONECKER = "no Kronecker form: the parameter is added or multiplied element by element"
 
 

@@ -17,6 +17,7 @@ from curvscope.curvature.summed import KroneckerSum
 from curvscope.extract.collector import Extract
 
 FLAVOURS = ("expand", "reduce")
+NO_EKFAC = "the sum of two roles' Kronecker products has no eigenbasis of Kronecker form"
 
 
 @dataclass(frozen=True)

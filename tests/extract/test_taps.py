@@ -146,6 +146,8 @@ BODIES: dict[str, tuple[Callable[[], nn.Module], str, tuple[str, ...]]] = {
     "scaled": (lambda: Bare(6, use=lambda x, p: p * x), "body.p", ("body.p",)),
     "scaled_view": (lambda: Bare(4, use=lambda x, p: x * p.view(1, -1, 1)), "body.p", ("body.p",)),
     "sliced": (lambda: Bare(1, 9, 6, use=lambda x, p: x + p[:, 2:6]), "body.p", ("body.p",)),
+    "chosen": (lambda: Bare(4, 1, use=lambda x, p: torch.where(x > 0, p.unsqueeze(0), x)), "body.p", ("body.p",)),
+    "chosen_else": (lambda: Bare(6, use=lambda x, p: torch.where(x > 0, x, p)), "body.p", ("body.p",)),
     "single_number": (lambda: Bare(1, use=lambda x, p: x * p), "body.p", ("body.p",)),
     "position_table": (PositionTable, "body.table.weight", ("body.table.weight",)),
     "table_beside_it": (TwoTables, "body.places", ("body.places",)),
