@@ -373,5 +373,6 @@ def _padding_note(layers: Mapping[str, Layer]) -> list[str]:
         return []
     return [
         f"Padding: up to {max(shares):.0%} of the rows of {len(shares)} layers belong to positions that no counted "
-        "output depends on; they are left out of A and of R_n (column padded of the layers table)."
+        "output depends on, or to an embedding's padding token; they are left out of A and of R_n (column padded of "
+        "the layers table)."
     ]

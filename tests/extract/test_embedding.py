@@ -7,6 +7,7 @@ inputs are one-hot rows or what goes into the linear layer.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -20,6 +21,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import curvscope
+from curvscope import pipeline
+from curvscope.curvature.block import Block
+from curvscope.extract.collector import Columns, Extract
+from curvscope.measure import spectrum
+from curvscope.measure.terms import draw_products, terms
+from curvscope.present.export import export
 from curvscope.records import Layer
 from curvscope.run import Run
 from tests import reference
@@ -449,3 +456,134 @@ def test_file_keeps_vectors_tokens_and_roles(name: str, tmp_path: Path) -> None:
     assert np.array_equal(after.block, before.block)
     assert set(after.eigenvectors) == set(before.eigenvectors)
     assert dict(after.attributes).items() <= dict(before.attributes).items()
+
+
+PROBED = ("padding", "tied_padding", "autoencoder", "head_first")
+
+
+@pytest.mark.parametrize("name", PROBED)
+def test_probes_estimate_the_exact_numbers(name: str) -> None:
+    """Every estimate lies within its error bar, for one role and for the sum of two."""
+    exact, probed = layer_of(name), layer_of(name, fisher="probe", samples=24)
+    for key, factors in exact.factors.items():
+        np.testing.assert_allclose(probed.factors[key].A, factors.A, rtol=1e-12, atol=1e-15)
+        assert np.linalg.norm(probed.factors[key].B - factors.B) < 0.7 * np.linalg.norm(factors.B)
+    for approximation in ("kfac_expand", "kfac_reduce", "diag"):
+        got, wanted = probed.errors[approximation], exact.errors[approximation]
+        assert got.status == "estimated", got
+        for key in ("rel_frobenius", "cosine", "trace_ratio"):
+            gap = abs(getattr(got, key) - getattr(wanted, key))
+            assert gap <= 4 * getattr(got, f"{key}_stderr") + 1e-12, (approximation, key)
+
+
+@pytest.mark.parametrize("name", PROBED)
+def test_products_of_single_draws(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """<G_i, M_j> and <M_i, M_j> of every pair of draws against dense matrices, whichever way a role uses the weight."""
+    caught: list[Extract] = []
+    measure = pipeline.measure_layer
+
+    def catch(extract: Extract, *args: Any, **options: Any) -> Layer:
+        caught.append(extract)
+        return measure(extract, *args, **options)
+
+    monkeypatch.setattr(pipeline, "measure_layer", catch)
+    model, inputs, targets = problem(name)
+    options: dict[str, Any] = {"loss": CASES[name].loss, "dtype": "float64", "fisher": "probe", "samples": 4}
+    curvscope.analyze(model, (inputs, targets), **options)
+    (extract,) = [one for one in caught if one.spec.name == CASES[name].layer]
+    assert isinstance(extract.columns, Columns)
+    draws = []
+    for k in range(4):
+        columns = dataclasses.replace(
+            extract.columns,
+            count=1,
+            values=None if extract.columns.values is None else extract.columns.values[k : k + 1],
+            gradients=None if extract.columns.gradients is None else extract.columns.gradients[k : k + 1],
+        )
+        draws.append(Block(columns, extract.spec.d_out, extract.width))
+    for given in terms(extract).values():
+        G = [4 * draw.dense() for draw in draws]
+        M = []
+        for k in range(4):
+            each = [(term, term.draws[k] * 4) for term in given if term.draws is not None]
+            M.append(sum(torch.kron(t.A, B) if t.flipped else torch.kron(B, t.A) for t, B in each))
+        GM, MM, trace = draw_products(given, draws)
+        close(GM, torch.tensor([[(g * m).sum() for m in M] for g in G]))
+        close(MM, torch.tensor([[(n * m).sum() for m in M] for n in M]))
+        close(trace, torch.stack([m.trace() for m in M]))
+
+
+def test_a_large_sum_of_products_is_not_formed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trace, largest eigenvalue and stable rank are those of the matrix; the rest is not assessed."""
+    formed = layer_of("tied")
+    monkeypatch.setattr(spectrum, "FORMED_PARAMETERS", 1)
+    model, inputs, targets = problem("tied")
+    run = curvscope.analyze(model, (inputs, targets), loss="causal_lm", dtype="float64", fisher="exact")
+    for name in ("kfac_expand", "kfac_reduce"):
+        got, wanted = run.layers["table"].spectra[name], formed.spectra[name]
+        for key in ("trace", "lambda_max", "stable_rank"):
+            assert getattr(got, key) == pytest.approx(getattr(wanted, key), rel=1e-8), (name, key)
+        assert np.isnan(got.condition)
+        assert "closed form" in got.reason
+        assert name not in run.layers["table"].spectrum
+
+
+class OfNoExample(nn.Module):
+    """A table whose index is an input of its own, the same for all examples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(7, WIDTH), nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor, index: Tensor) -> Tensor:
+        return self.head(torch.tanh(x + self.table(index)).mean(1))
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, lambda model: Branching2(model)], ids=["exported", "eager"])
+def test_rows_of_no_example_are_given_up(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    torch.manual_seed(3)
+    model = wrap(OfNoExample()).double()
+    inputs, targets = (torch.randn(5, TIME, WIDTH).double(), words(1, TIME)), words(5, top=3)
+    run = curvscope.analyze(model, (inputs, targets), loss="cross_entropy", dtype="float64", fisher="exact")
+    (row,) = [row for row in run.tables["coverage"] if row.parameter.endswith("table.weight")]
+    assert row.treatment == "uncovered"
+    assert "belong to no example" in row.reason
+    loss = functional.cross_entropy(model(*inputs), targets)
+    grads = torch.autograd.grad(loss, list(model.parameters()))
+    assert run.model.gradient_norm == pytest.approx(sum(float(g.square().sum()) for g in grads) ** 0.5, rel=1e-12)
+
+
+class Branching2(Branching):
+    """The same for two inputs."""
+
+    def forward(self, x: Tensor, index: Tensor) -> Tensor:
+        if float(x.sum()) > 1e9:
+            return torch.zeros(1)
+        return self.inner(x, index)
+
+
+def test_only_padding() -> None:
+    """A batch of padding tokens alone has no curvature and says so."""
+    model, inputs, targets = bag(padding=0)
+    batch = torch.zeros_like(inputs), targets
+    layer = curvscope.analyze(model, batch, loss="cross_entropy", fisher="exact").layers["table"]
+    assert layer.errors["kfac_expand"].status == "not_assessed"
+    assert "zero" in layer.errors["kfac_expand"].reason
+    assert not layer.factors["expand"].A.any()
+
+
+@pytest.mark.parametrize("name", ["padding", "tied_padding"])
+def test_pages_and_exports(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, layer = run_of(name), layer_of(name)
+    run.show("table")
+    page = capsys.readouterr().out
+    assert f"{len(layer.tokens)} of {WORDS} occur" in page
+    assert ("embedding and head" in page) == (name == "tied_padding")
+    assert f'factors["{next(iter(layer.factors))}"]' in page
+    export(run, tmp_path / "run.npz", "npz")
+    kept = np.load(tmp_path / "run.npz")
+    for key, factors in layer.factors.items():
+        assert np.array_equal(kept[f"table/factors/{key}/A"], factors.A)
+    assert np.array_equal(kept["table/tokens"], layer.tokens)
+    for to in ("safetensors", "csv", "json"):
+        export(run, tmp_path / f"run.{to}", to)
