@@ -246,6 +246,8 @@ def build(
                     for key, turned in copies.get(name, [])
                 }
                 output = torch.func.functional_call(module, fresh | held, tuple(tensors))
+                if not output.requires_grad:
+                    return {}
                 found = torch.autograd.grad(output, list(fresh.values()), cotangent, allow_unused=True)
         finally:
             for _, leaf in roots:

@@ -587,3 +587,23 @@ def test_pages_and_exports(name: str, tmp_path: Path, capsys: pytest.CaptureFixt
     assert np.array_equal(kept["table/tokens"], layer.tokens)
     for to in ("safetensors", "csv", "json"):
         export(run, tmp_path / f"run.{to}", to)
+
+
+class Rescaled(nn.Module):
+    """max_norm rewrites the rows as they are looked up: what is trained is another matrix than what is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(WORDS, WIDTH, max_norm=1.0), nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.table(x)).mean(1))
+
+
+def test_rescaled_rows_are_not_covered() -> None:
+    torch.manual_seed(0)
+    batch = words(5, TIME), words(5, top=3)
+    run = curvscope.analyze(Rescaled(), batch, loss="cross_entropy", fisher="exact")
+    (row,) = [row for row in run.tables["coverage"] if row.parameter == "table.weight"]
+    assert row.treatment == "uncovered"
+    assert "renorm" in row.reason
