@@ -50,11 +50,11 @@ def _device(device: str) -> str:
     return platform.machine()
 
 
-def write(document: Document, text: str) -> list[Path]:
+def write(document: Document, text: str, kind: str = "") -> list[Path]:
     """Paths of the Markdown and the JSON file, named by date and device; a run of the same day replaces them."""
     FOLDER.mkdir(exist_ok=True)
     slug = re.sub(r"[^a-z0-9]+", "-", document["about"]["device"].lower()).strip("-")
-    stem = f"{document['about']['date']}-{slug}"
+    stem = f"{document['about']['date']}-{slug}" + (f"-{kind}" if kind else "")
     paths = [FOLDER / f"{stem}.md", FOLDER / f"{stem}.json"]
     paths[0].write_text(text + "\n")
     paths[1].write_text(json.dumps(document, indent=1) + "\n")
@@ -98,7 +98,8 @@ def markdown(document: Document) -> str:
     return "\n\n".join(parts)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -117,7 +118,7 @@ def _labelled(results: Sequence[Document], row: Callable[[Document], list[str]])
 def _ratios(results: Sequence[Document]) -> str:
     names = list(dict.fromkeys(name for result in results for name in result["ratios"]))
     rows = _labelled(results, lambda result: [_spread(result["ratios"].get(name)) for name in names])
-    return _table(["workload", "threads", *names], rows)
+    return table(["workload", "threads", *names], rows)
 
 
 def _milliseconds(results: Sequence[Document]) -> str:
@@ -127,7 +128,7 @@ def _milliseconds(results: Sequence[Document]) -> str:
         return [rate, *(_spread(medians.get(name), 1e3, 1) for name in TIMES), result["strategy"]]
 
     head = ["workload", "threads", "GFLOP/s", *TIMES, "passes by"]
-    return _table(head, _labelled(results, row))
+    return table(head, _labelled(results, row))
 
 
 def _flops(results: Sequence[Document]) -> str:
@@ -136,7 +137,7 @@ def _flops(results: Sequence[Document]) -> str:
         [result["workload"], str(result["columns"]), *(f"{result['cost'][part]:.2f}" for part in FLOP_PARTS)]
         for result in once
     ]
-    return _table(["workload", "K", *(part.replace("_", " ") for part in FLOP_PARTS)], rows)
+    return table(["workload", "K", *(part.replace("_", " ") for part in FLOP_PARTS)], rows)
 
 
 def _breakdowns(results: Sequence[Document]) -> str:
@@ -147,7 +148,7 @@ def _breakdowns(results: Sequence[Document]) -> str:
         total = sum(shares.values())
         return [f"{100 * shares.get(name, 0.0) / total:.0f} %" for name in names]
 
-    return _table(["workload", "threads", *names], _labelled(results, row))
+    return table(["workload", "threads", *names], _labelled(results, row))
 
 
 def _agreement(results: Sequence[Document]) -> str:
@@ -160,7 +161,7 @@ def _agreement(results: Sequence[Document]) -> str:
         ]
 
     head = ["workload", "threads", "ours, expand", "ours, reduce", "curvlinops, expand", "curvlinops, reduce"]
-    return _table(head, _labelled(results, row))
+    return table(head, _labelled(results, row))
 
 
 def _analyses(results: Sequence[Document]) -> str:
@@ -169,7 +170,7 @@ def _analyses(results: Sequence[Document]) -> str:
         stages = ", ".join(f"{name} {spread['median']:.2f}" for name, spread in analysis["stages"].items())
         return [_spread(analysis["seconds"]), _spread(analysis["ratio"], digits=1), stages]
 
-    return _table(["workload", "threads", "seconds", "times the floor", "seconds by stage"], _labelled(results, row))
+    return table(["workload", "threads", "seconds", "times the floor", "seconds by stage"], _labelled(results, row))
 
 
 def _memory(peaks: Sequence[Document]) -> str:
@@ -177,4 +178,4 @@ def _memory(peaks: Sequence[Document]) -> str:
         mebibytes = [f"{peak[name] / 2**20:.0f}" for name in ("bound", "base", "step", "analysis")]
         return [peak["workload"], *mebibytes, "within" if peak["within"] else "above"]
 
-    return _table(["workload", "bound", "base", "own", "analysis", "verdict"], [row(peak) for peak in peaks])
+    return table(["workload", "bound", "base", "own", "analysis", "verdict"], [row(peak) for peak in peaks])

@@ -152,11 +152,23 @@ def gpt() -> Workload:
     return Workload("gpt", GPT().eval(), inputs, targets, "mc", 1)
 
 
+def small_gpt(d: int = 32, depth: int = 2, length: int = 32, classes: int = 96, examples: int = 8) -> Workload:
+    """Small enough for the exact block: T (C - 1) columns an example, 3,040 backward passes."""
+    model = GPT(classes, length, d, depth, heads=4).eval()
+    inputs, targets = torch.randint(classes, (examples, length)), torch.randint(classes, (examples, length))
+    return Workload("small_gpt", model, inputs, targets, "exact", length * (classes - 1))
+
+
 WORKLOADS: dict[str, Callable[[], Workload]] = {"mlp": mlp, "resnet": resnet, "vit": vit, "gpt": gpt}
 
 
 def make(name: str, seed: int = 0) -> Workload:
     """The workload of that name; equal seeds give equal weights and batches."""
+    return seeded(WORKLOADS[name], seed)
+
+
+def seeded(build: Callable[[], Workload], seed: int = 0) -> Workload:
+    """What `build` makes, with random numbers of its own."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return WORKLOADS[name]()
+        return build()

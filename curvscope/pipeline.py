@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import functools
 import sys
 import time as clock
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 from curvscope._version import __version__
 from curvscope.diagnose import rules
 from curvscope.errors import CurvscopeError, DeviceError, UsageError
-from curvscope.extract.choose import DTYPES, PROBES, choose, make_plan
+from curvscope.extract.choose import DTYPES, PROBES, choose, estimate_plan, make_plan
 from curvscope.extract.collector import Extract, Form
 from curvscope.extract.plan import Plan
+from curvscope.extract.positionwise import independent_positions, shared_note
 from curvscope.extract.roots import Root, make_root
 from curvscope.extract.sweep import Progress, no_progress, sweep
 from curvscope.graph.eager import build_eager
@@ -74,9 +76,9 @@ def analyze(
         optimizer: the torch.optim optimizer that trains the model, kept for later diagnostics.
         factory: builds the nn.Module that a state_dict or safetensors file belongs to.
         trust: allow checkpoint formats that can run code when loaded.
-        fisher: exact; probe or mc (`samples` draws, with standard errors); empirical; auto chooses exact where the
-            estimated time stays under `time` seconds, the bytes under `memory`, and min(P, N K) <= 8192.
-        samples: draws of probe (8) and mc (1).
+        fisher: exact; probe or mc (`samples` draws, with standard errors); empirical; auto is exact for every layer for
+            which the estimated time stays under `time` seconds, the bytes under `memory`, and min(P, N K) <= 8192.
+        samples: draws of probe and mc (default 8; error bars take 4, EKFAC's 6).
         layers, skip: globs of layer names to keep, to leave out.
         measure: "spectral" for the relative spectral error of all approximations, "kron_best" to compute it always.
         device: auto, cpu or cuda.
@@ -131,22 +133,31 @@ def analyze(
         layouts = _verified(graph, flat, tensors, axes, examples)
         # the loss with its class axis settled
         problem = dataclasses.replace(problem, loss=check_targets(problem.loss, layouts.outputs, targets))
-    chosen, reason = choose(problem, graph, layouts, targets, settings, seconds["layout"] / 3)
-    samples_taken = settings.samples or (PROBES if chosen == "probe" else 1)
-    root = make_root(
+    if settings.fisher in ("auto", "exact"):
+        with _timed(seconds, "positions"):
+            apart = independent_positions(problem.loss, graph, tensors, layouts, targets)
+            layouts = dataclasses.replace(layouts, independent=apart)
+    chosen, reason, estimated = choose(problem, graph, layouts, targets, settings, seconds["layout"] / 3)
+    samples_taken = settings.samples or PROBES
+    make = functools.partial(
+        make_root,
         problem.loss,
         layouts.outputs,
         targets,
         layouts.output,
-        fisher=chosen,
         samples=samples_taken,
         seed=settings.seed,
     )
+    root = make(fisher=chosen, independent=layouts.independent)
+    if root.shared and layouts.independent is not None:
+        notes.append(shared_note(layouts.independent))
     if reason:
         notes.append(reason)
-    plan = make_plan(graph, layouts, root, settings)
+    plan = make_plan(graph, layouts, root, settings, estimated)
     wishes = Wishes(chosen, settings.measure, settings.dump, settings.seed, kind)
-    measured, squared_gradient = _measure(graph, tensors, layouts, root, plan, wishes, report, seconds)
+    probes = make(fisher="probe") if estimated else None
+    draws = None if probes is None else (probes, estimate_plan(graph, layouts, probes, settings, estimated))
+    measured, squared_gradient = _measure(graph, tensors, layouts, root, plan, draws, wishes, report, seconds)
     with _timed(seconds, "gradient"):
         squared_gradient += sum(float(g.double().square().sum()) for g in graph.rest(tensors, root.gradient).values())
     with _timed(seconds, "findings"):
@@ -181,7 +192,7 @@ def analyze(
             dtype=settings.dtype,
             seed=settings.seed,
             fisher=chosen,
-            samples=samples_taken if chosen in ("probe", "mc") else 0,
+            samples=samples_taken if chosen in ("probe", "mc") or estimated else 0,
         ),
         model=info,
         config=settings.as_dict(),
@@ -204,17 +215,24 @@ def _measure(
     layouts: Layouts,
     root: Root,
     plan: Plan,
+    draws: tuple[Root, Plan] | None,
     wishes: Wishes,
     report: Progress,
     seconds: dict[str, float],
 ) -> tuple[dict[str, Layer], float]:
-    """Every chosen layer's record, in forward order, and the squared norm of all layers' gradient."""
+    """Every chosen layer's record, in forward order, and the squared norm of all layers' gradient.
+
+    The layers of the plan of `draws` get their columns from sweeps over that root: blocks estimated, factors exact.
+    """
     names = [spec.name for spec in graph.chosen()]
     first: dict[str, Extract] = {}
     measured: dict[str, Layer] = {}
     squared = 0.0
-    for number, group in enumerate(plan.groups):
-        forms: dict[str, Form | None] = {name: plan.layers[name].form for name in group}
+    sweeps = [(number, group, root, plan) for number, group in enumerate(plan.groups)]
+    if draws is not None:
+        sweeps += [(number, group, *draws) for number, group in enumerate(draws[1].groups, start=1)]
+    for number, group, source, of in sweeps:
+        forms: dict[str, Form | None] = {name: of.layers[name].form for name in group}
         with _timed(seconds, "passes"):
             if number == 0:
                 later: dict[str, Form | None] = {name: None for name in names if name not in forms}
@@ -233,16 +251,20 @@ def _measure(
                         squared += float(extract.gradient.double().square().sum())
                 first = {name: extracts[name] for name in later}
             else:
-                more = sweep(graph, tensors, layouts, root, forms, factors=False, progress=report)
+                more = sweep(graph, tensors, layouts, source, forms, factors=False, progress=report)
                 extracts = {
                     name: dataclasses.replace(first.pop(name), columns=extract.columns)
                     for name, extract in more.items()
                 }
+        wish = dataclasses.replace(wishes, fisher=source.fisher)
         for name in group:
+            if draws is not None and source is root and name in draws[1].layers:
+                first[name] = extracts.pop(name)
+                continue
             report("measure", name, len(measured), len(names))
             with _timed(seconds, "measure"):
                 # popped: its columns are gone before the next layer's are worked on
-                measured[name] = measure_layer(extracts.pop(name), wishes, why_no_columns=plan.layers[name].reason)
+                measured[name] = measure_layer(extracts.pop(name), wish, why_no_columns=of.layers[name].reason)
     report("measure", "", len(names), len(names))
     return {name: measured[name] for name in names}, squared
 

@@ -17,7 +17,7 @@ class Settings:
 
     Attributes:
         fisher: how the loss Hessian's root is taken: exact, probe, mc, empirical, or auto.
-        samples: draws of `probe` and `mc` (None: 8 for probe, 1 for mc).
+        samples: draws of `probe` and `mc` (None: 8; error bars take 4, EKFAC's 6).
         layers: glob patterns of layer names to keep; empty keeps all.
         skip: glob patterns of layer names to leave out.
         measure: extra measures beside the default ones: "spectral" (relative spectral error of every

@@ -86,14 +86,14 @@ def analyze(
         typer.Option(
             parser=one_of(FISHERS),
             metavar="NAME",
-            help="How the loss Hessian's root is taken: exact, probe, mc or empirical; auto is exact where "
-            "time and memory allow, otherwise probe.",
+            help="How the loss Hessian's root is taken: exact, probe, mc or empirical; auto is exact for "
+            "the layers that time and memory allow, probe for the others.",
             rich_help_panel=CURVATURE,
         ),
     ] = "auto",
     samples: Annotated[
         int | None,
-        typer.Option(min=1, metavar="K", help="Draws of probe (default 8) and mc (1).", rich_help_panel=CURVATURE),
+        typer.Option(min=1, metavar="K", help="Draws of probe and mc (8).", rich_help_panel=CURVATURE),
     ] = None,
     measure: Annotated[
         list[str] | None,

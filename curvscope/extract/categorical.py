@@ -44,24 +44,19 @@ def categorical_root(loss: Loss, outputs: Tensor, targets: Tensor, layout: Layou
         """Of every example's term in this slot: where, c, p, the likeliest class m, the others, and two scales."""
         at = tuple(index[:, slot] for index in terms.at)
         p = torch.softmax(logits[at].double(), dim=-1)
-        likeliest = p.argmax(dim=-1, keepdim=True)
-        order = torch.arange(classes - 1, device=p.device)
-        others = order + (order >= likeliest).long()
-        p_m = p.gather(-1, likeliest)
-        tilt = p_m.sqrt() / (1 + p_m.sqrt())
-        # 1 - p_m as the sum of the other classes: the difference has no digits left when softmax saturates
-        at_likeliest = -p_m - tilt * p.gather(-1, others).sum(-1, keepdim=True)
-        return *at, terms.weight[:, slot, None], p, likeliest, others, 1 - tilt, at_likeliest
+        return *at, terms.weight[:, slot, None], p, *_reflection(p)
 
     def column(k: int) -> Tensor:
         slot, j = divmod(k, classes - 1)
         *at, c, p, likeliest, others, rest, at_likeliest = reflected(slot)
-        own = others[:, j : j + 1]
-        p_j = p.gather(-1, own)
-        values = (-p * rest).scatter(-1, own, 1 - p_j * rest).scatter(-1, likeliest, at_likeliest)
+        values = _reflected_column(p, (likeliest, others, rest, at_likeliest), j)
         out = torch.zeros_like(outputs)
-        out.movedim(axis, -1)[tuple(at)] = (values * (c * p_j).sqrt()).to(out.dtype)
+        out.movedim(axis, -1)[tuple(at)] = (values * c.sqrt()).to(out.dtype)
         return out
+
+    def shared(j: int, along: int) -> Tensor:
+        assert along == axis
+        return of_every_term(lambda p: _reflected_column(p, _reflection(p), j))
 
     def of_every_term(of_piece: Callable[[Tensor], Tensor]) -> Tensor:
         """sqrt(c) times a function of p [terms, C], piece by piece."""
@@ -96,7 +91,27 @@ def categorical_root(loss: Loss, outputs: Tensor, targets: Tensor, layout: Layou
         out.movedim(axis, -1)[terms.at] = gradient.movedim(axis, -1)[terms.at] * scale.unsqueeze(-1).to(out.dtype)
         return out
 
-    return OutputRoot(terms.weight.shape[1] * (classes - 1), column, probe, draw, true_gradient)
+    return OutputRoot(terms.weight.shape[1] * (classes - 1), column, probe, draw, true_gradient, shared)
+
+
+def _reflection(p: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of terms p [m, C]: the likeliest class, the others [m, C - 1], and two scales of the reflected columns."""
+    likeliest = p.argmax(dim=-1, keepdim=True)
+    order = torch.arange(p.shape[-1] - 1, device=p.device)
+    others = order + (order >= likeliest).long()
+    p_m = p.gather(-1, likeliest)
+    tilt = p_m.sqrt() / (1 + p_m.sqrt())
+    # 1 - p_m as the sum of the other classes: the difference has no digits left when softmax saturates
+    return likeliest, others, 1 - tilt, -p_m - tilt * p.gather(-1, others).sum(-1, keepdim=True)
+
+
+def _reflected_column(p: Tensor, reflection: tuple[Tensor, Tensor, Tensor, Tensor], j: int) -> Tensor:
+    """Column j of every term [m, C], without sqrt(c)."""
+    likeliest, others, rest, at_likeliest = reflection
+    own = others[:, j : j + 1]
+    p_j = p.gather(-1, own)
+    values = (-p * rest).scatter(-1, own, 1 - p_j * rest).scatter(-1, likeliest, at_likeliest)
+    return values * p_j.sqrt()
 
 
 def categorical_columns(loss: Loss, outputs: Tensor, targets: Tensor, layout: Layout) -> int:

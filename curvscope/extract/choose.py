@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 
 from curvscope.extract.plan import LayerPlan, Plan, plan_layer, plan_sweeps, site_positions
 from curvscope.extract.roots import Root, exact_columns
 from curvscope.graph.functional import Graph
-from curvscope.graph.verify import Layouts
+from curvscope.graph.verify import Independent, Layouts
 from curvscope.load.problem import Problem
 from curvscope.settings import Settings
 
@@ -18,42 +20,96 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 # A matrix rate that any machine reaches, for the estimate that `auto` decides on.
 ASSUMED_RATE = 5e10
 PROBES = 8
+# Layers that a note names.
+NAMED = 5
+NONE: Mapping[str, str] = MappingProxyType({})
+
+
+class Choice(NamedTuple):
+    """How curvature is taken: one fisher, in words why where `auto` did not take the exact one for all layers.
+
+    `estimated` are the layers (and why) whose blocks are estimated from probes though `fisher` is exact.
+    """
+
+    fisher: str
+    reason: str = ""
+    estimated: Mapping[str, str] = NONE
 
 
 def choose(
     problem: Problem, graph: Graph, layouts: Layouts, targets: Any, settings: Settings, forward_seconds: float
-) -> tuple[str, str]:
-    """Exact or probe for `auto`, and in words why; any other choice as it is."""
+) -> Choice:
+    """What `auto` takes for which layer; any other choice as it is.
+
+    Everything is a probe where the exact columns' backward passes alone would take too long, or no layer's columns are
+    affordable. Otherwise the passes are made, and only those layers are estimated whose min(P, N K) is too large, whose
+    columns exceed the memory, or (the dearest first) whose measuring would take longer than what is left of the time.
+    """
     if settings.fisher != "auto":
-        return settings.fisher, ""
-    columns = exact_columns(problem.loss, layouts.outputs, layouts.output, targets)
-    plans = layer_plans(graph, layouts, columns, settings, keep_draws=False)
-    for name, layer in plans.items():
-        if layer.form is None and not graph.layers[name].exact_only:
-            return "probe", f"Exact columns were not taken: layer {name}: {layer.reason}. {PROBES} probes instead."
-    estimate = 3 * forward_seconds * (columns + 1)
-    estimate += sum(layer.measure_flops for layer in plans.values()) / ASSUMED_RATE
-    if estimate > settings.time_seconds:
-        return "probe", (
-            f"Exact columns were not taken: {columns + 1} backward passes and their products would take about "
-            f"{estimate:.0f} s, over --time {settings.time_seconds:g}. {PROBES} probes instead."
+        return Choice(settings.fisher)
+    apart = layouts.independent
+    columns = apart.columns if apart else exact_columns(problem.loss, layouts.outputs, layouts.output, targets)
+    plans = layer_plans(graph, layouts, columns, settings, keep_draws=False, apart=apart)
+    draws = settings.samples or PROBES
+    estimated = {name: _what(layer.reason) for name, layer in plans.items() if layer.form is None}
+    pass_seconds = 3 * forward_seconds * (columns + 1)
+    left = settings.time_seconds - pass_seconds
+    if left < 0:
+        return Choice(
+            "probe",
+            f"Exact columns were not taken: {columns + 1} backward passes would take about {pass_seconds:.0f} s, over "
+            f"--time {settings.time_seconds:g}. {draws} probes instead.",
         )
-    fitting = plan_sweeps(plans, budget(settings)).layers
-    if any(layer.form is None for name, layer in fitting.items() if not graph.layers[name].exact_only):
-        return "probe", f"Exact columns were not taken: they exceed --memory. {PROBES} probes instead."
-    return "exact", ""
+    for name, layer in sorted(plans.items(), key=lambda item: item[1].measure_flops):
+        seconds = layer.measure_flops / ASSUMED_RATE
+        if name not in estimated and seconds > left:
+            estimated[name] = f"measuring its {columns} columns an example would take about {seconds:.0f} s"
+        elif name not in estimated:
+            left -= seconds
+    exact = {name: layer for name, layer in plans.items() if name not in estimated}
+    fitting = plan_sweeps(exact, budget(settings))
+    estimated |= {name: _what(layer.reason) for name, layer in fitting.layers.items() if layer.form is None}
+    left -= pass_seconds * (len(fitting.groups) - 1)
+    factored = [name for name in plans if not graph.layers[name].exact_only]
+    if left < 0 or (factored and all(name in estimated for name in factored)):
+        why = next((f"layer {name}: {estimated[name]}" for name in factored if name in estimated), "")
+        if left < 0:
+            why = f"their {len(fitting.groups)} sweeps would take longer than --time {settings.time_seconds:g}"
+        return Choice("probe", f"Exact columns were not taken: {why}. {draws} probes instead.")
+    if not estimated:
+        return Choice("exact")
+    named = [f"{name} ({why})" for name, why in estimated.items()]
+    more = f", and {len(named) - NAMED} more" if len(named) > NAMED else ""
+    count = "1 layer is" if len(named) == 1 else f"{len(named)} layers are"
+    return Choice(
+        "exact",
+        f"{count} estimated from {draws} probes, the others exact: {', '.join(named[:NAMED])}{more}.",
+        estimated,
+    )
+
+
+def _what(reason: str) -> str:
+    """A plan's reason without its remedy."""
+    return reason.partition(":")[0]
 
 
 def layer_plans(
-    graph: Graph, layouts: Layouts, columns: int, settings: Settings, *, keep_draws: bool
+    graph: Graph,
+    layouts: Layouts,
+    columns: int,
+    settings: Settings,
+    *,
+    keep_draws: bool,
+    apart: Independent | None = None,
 ) -> dict[str, LayerPlan]:
-    """The form of every chosen layer's columns."""
+    """The form of every chosen layer's columns; positions that are kept `apart` count as examples."""
+    each = apart.positions if apart else 1
     return {
         spec.name: plan_layer(
             spec,
-            layouts.examples,
+            layouts.examples * each,
             columns,
-            site_positions(layouts.positions, [site.target for site in spec.sites]),
+            site_positions(layouts.positions, [site.target for site in spec.sites]) // each,
             itemsize=DTYPES[settings.dtype].itemsize,
             keep_draws=keep_draws or "columns" in settings.dump,
             limit=settings.max_columns,
@@ -63,10 +119,21 @@ def layer_plans(
     }
 
 
-def make_plan(graph: Graph, layouts: Layouts, root: Root, settings: Settings) -> Plan:
-    """Forms and groups of all chosen layers under the memory bound."""
+def make_plan(
+    graph: Graph, layouts: Layouts, root: Root, settings: Settings, without: Mapping[str, str] = NONE
+) -> Plan:
+    """Forms and groups of all chosen layers under the memory bound; those `without` columns get none, for a reason."""
     draws = root.fisher in ("probe", "mc")
-    return plan_sweeps(layer_plans(graph, layouts, root.columns, settings, keep_draws=draws), budget(settings))
+    apart = layouts.independent if root.shared else None
+    plans = layer_plans(graph, layouts, root.columns, settings, keep_draws=draws, apart=apart)
+    plans |= {name: LayerPlan(None, 0, 0, reason) for name, reason in without.items()}
+    return plan_sweeps(plans, budget(settings))
+
+
+def estimate_plan(graph: Graph, layouts: Layouts, root: Root, settings: Settings, names: Collection[str]) -> Plan:
+    """The same for a sweep over draws that serves some layers only."""
+    plans = layer_plans(graph, layouts, root.columns, settings, keep_draws=True)
+    return plan_sweeps({name: plans[name] for name in plans if name in names}, budget(settings))
 
 
 def budget(settings: Settings) -> int:

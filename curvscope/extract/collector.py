@@ -102,6 +102,14 @@ class _Buffered:
         return self.total.result()
 
 
+def _placed(narrow: Tensor, index: Tensor | None, width: int) -> Tensor:
+    """Rows [N, R, d] of a site that reads a part of the weight, with zeros where it reads none: [N, R, width]."""
+    if index is None:
+        return narrow
+    wide = narrow.new_zeros(*narrow.shape[:-1], width)
+    return wide.index_add_(-1, index.to(narrow.device), narrow)
+
+
 class Collector:
     """One layer's sums while the passes run."""
 
@@ -114,6 +122,7 @@ class Collector:
         self.examples = layouts.examples
         self.like = layouts.outputs
         self.rows = {site.target: SiteRows(site.module, layouts.sites[site.target]) for site in spec.sites}
+        self.parts = {site.target: site.part for site in spec.sites}
         self.inputs: dict[str, Tensor] = {}
         self.shapes: dict[str, torch.Size] = {}
         self.pending: dict[str, Tensor] = {}
@@ -139,7 +148,8 @@ class Collector:
 
     def receive(self, target: str, gradient: Tensor) -> None:
         """One site's output gradient of this pass."""
-        self.pending[target] = self.rows[target].outputs(gradient)
+        gradients = self.rows[target].outputs(gradient)
+        self.pending[target] = _placed(gradients, self.parts[target].rows, self.spec.d_out)
 
     def finish(self) -> None:
         """All sites of the layer have reported: add the pass up."""
@@ -182,7 +192,11 @@ class Collector:
     def _a(self) -> Tensor:
         """The layer's rows of all calls, [N, R, d_in]."""
         if self._joined is None:
-            parts = [rows.inputs(self.inputs.pop(target)) for target, rows in self.rows.items()]
+            width = self.spec.d_in * self.spec.groups
+            parts = [
+                _placed(rows.inputs(self.inputs.pop(target)), self.parts[target].columns, width)
+                for target, rows in self.rows.items()
+            ]
             self.shapes = {target: part.shape[:2] for target, part in zip(self.rows, parts, strict=True)}
             self._joined = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         return self._joined

@@ -1,6 +1,6 @@
-"""Grouped and depthwise convolutions: every group is a layer of its own, all of them batched.
+"""Grouped and depthwise convolutions, and weights of several heads: every group is a layer of its own, all batched.
 
-A group's weight sees only its own input channels, so K-FAC gives each group its factors, and the block is the exact
+A group's weight sees only its own inputs, so K-FAC gives each group its factors, and the block is the exact
 one of each group: curvature between groups belongs, like that between layers, to no block.
 """
 
@@ -63,19 +63,24 @@ class GroupedCollector(Collector):
         self.kept.append(column)
 
     def result(self, masks: Mapping[str, Tensor]) -> Extract:
-        """The layer's sums, scaled as records.CONVENTIONS says; positions of a convolution are all real."""
+        """The layer's sums, scaled as records.CONVENTIONS says."""
+        real = self._real(masks)
         a = self._split(self._a())
         groups, examples, positions = a.shape[:3]
         if self.spec.bias is not None:
             a = torch.cat([a, a.new_ones(*a.shape[:3], 1)], dim=-1)
         factors = {}
         if self.factors:
-            rows, means = a.flatten(1, 2), a.mean(2)
+            if real is not None:
+                a = a * real.unsqueeze(-1)
+            counts = a.new_full((examples,), float(positions)) if real is None else real.sum(1).to(a.dtype)
+            rows, means = a.flatten(1, 2), a.sum(2) / counts.unsqueeze(1)
             A = {
-                "expand": torch.bmm(rows.transpose(1, 2), rows) / (examples * positions),
+                "expand": torch.bmm(rows.transpose(1, 2), rows) / float(counts.sum()),
                 "reduce": torch.bmm(means.transpose(1, 2), means) / examples,
             }
             factors = {name: (A[name], self._sums[name]) for name in A}
+        held = examples * positions if real is None else int(real.sum())
         draws = {name: torch.stack(each) for name, each in self.draws.items() if each}
         columns: list[Columns] | None = None
         if self._blocks is not None:
@@ -83,4 +88,5 @@ class GroupedCollector(Collector):
         elif self.kept:
             values = torch.stack(self.kept)  # [K, groups, N, d_out, d_in]
             columns = [Columns("dense", examples, self.count, values=values[:, i]) for i in range(groups)]
-        return Extract(self.spec, examples, float(positions), 0.0, factors, self.gradient, columns, draws)
+        padded = 1.0 - held / (examples * positions)
+        return Extract(self.spec, examples, held / examples, padded, factors, self.gradient, columns, draws)

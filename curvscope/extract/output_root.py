@@ -19,6 +19,8 @@ class OutputRoot:
         probe: S_n times random signs.
         draw: the gradients of the terms at a label drawn from the model, times sqrt(c); None where it is not known.
         true_gradient: dL/df -> the same at the true label.
+        shared: (j, axis) -> column j of every position at once, where one position's numbers lie along `axis`; None
+            where terms are not known.
     """
 
     columns: int
@@ -26,6 +28,7 @@ class OutputRoot:
     probe: Callable[[torch.Generator], Tensor]
     draw: Callable[[torch.Generator], Tensor] | None
     true_gradient: Callable[[Tensor], Tensor] | None
+    shared: Callable[[int, int], Tensor] | None = None
 
 
 def signs(like: Tensor, generator: torch.Generator) -> Tensor:

@@ -18,6 +18,7 @@ from curvscope.errors import LossError, UsageError
 from curvscope.extract.categorical import categorical_columns, categorical_root
 from curvscope.extract.output_root import OutputRoot, signs
 from curvscope.graph.layout import Layout
+from curvscope.graph.verify import Independent
 from curvscope.load.problem import Loss
 
 CALLABLE_LIMIT = 2048
@@ -35,6 +36,7 @@ class Root:
         loss: L itself.
         outputs: how many outputs one example has.
         unit: what the columns are multiplied with, a power of two; everything quadratic in them carries its square.
+        shared: every position has columns of its own, and one cotangent holds those of all positions.
     """
 
     fisher: str
@@ -44,12 +46,24 @@ class Root:
     loss: float
     outputs: int
     unit: float = 1.0
+    shared: bool = False
 
 
 def make_root(
-    loss: Loss, outputs: Tensor, targets: Any, layout: Layout, *, fisher: str, samples: int, seed: int
+    loss: Loss,
+    outputs: Tensor,
+    targets: Any,
+    layout: Layout,
+    *,
+    fisher: str,
+    samples: int,
+    seed: int,
+    independent: Independent | None = None,
 ) -> Root:
     """The root of L's Hessian in the outputs, for `fisher` exact, probe, mc or empirical.
+
+    Exact columns of `independent` positions come together, those of one position after the other: then K counts the
+    columns of a position.
 
     `outputs` are the model's, detached; `layout` says where their examples are. Arithmetic is float64; columns come
     back in the outputs' dtype. Draws come from a generator of their own, seeded with `seed`.
@@ -73,7 +87,11 @@ def make_root(
             remedy="A loss that is linear in the outputs (or cross-entropy over one class) has G = 0; there is nothing "
             "to approximate.",
         )
-    if fisher == "exact":
+    shared = root.shared if fisher == "exact" and independent is not None else None
+    if shared is not None and independent is not None:
+        axis = independent.axis
+        columns, column = independent.columns, lambda k: shared(k, axis)
+    elif fisher == "exact":
         columns, column = root.columns, root.column
     elif fisher == "empirical":
         if root.true_gradient is None:
@@ -93,7 +111,8 @@ def make_root(
 
         columns = samples
     unit = _unit(root.probe(torch.Generator(device=outputs.device).manual_seed(seed)))
-    return Root(fisher, columns, lambda k: (column(k) * unit).to(dtype), gradient, value, count, unit)
+    scaled = lambda k: (column(k) * unit).to(dtype)  # noqa: E731
+    return Root(fisher, columns, scaled, gradient, value, count, unit, shared is not None)
 
 
 def _unit(columns: Tensor) -> float:
@@ -222,7 +241,12 @@ def _elementwise(
     def probe(generator: torch.Generator) -> Tensor:
         return scale * signs(scale, generator)
 
-    return OutputRoot(flat.shape[1], column, probe, draw, true_gradient)
+    def shared(j: int, along: int) -> Tensor:
+        out = torch.zeros_like(scale, dtype=dtype)
+        out.select(along, j).copy_(scale.select(along, j))
+        return out
+
+    return OutputRoot(flat.shape[1], column, probe, draw, true_gradient, shared)
 
 
 def _callable(loss: Loss, outputs: Tensor, targets: Any, layout: Layout, seed: int) -> OutputRoot:

@@ -15,8 +15,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from curvscope.graph.layout import Layout
-from curvscope.graph.sites import ConvModule, SiteModule
+from curvscope.graph.sites import ConvModule, GroupedLinear, SiteModule
 
+LINEAR = (nn.Linear, GroupedLinear)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -29,7 +30,7 @@ class SiteRows:
 
     def inputs(self, tensor: Tensor) -> Float[Tensor, "N R d_in"]:
         """The inputs a without the constant 1, [N, R, d_in]; a view for linear sites wherever strides allow."""
-        if isinstance(self.module, nn.Linear):
+        if isinstance(self.module, LINEAR):
             return self.layout.rows(tensor)
         assert not isinstance(self.module, nn.Embedding)
         return _merge(patches(self.module, tensor), self.layout)
@@ -40,7 +41,7 @@ class SiteRows:
 
     def outputs(self, tensor: Tensor) -> Float[Tensor, "N R d_out"]:
         """The output gradients g, [N, R, d_out]."""
-        if isinstance(self.module, nn.Linear | nn.Embedding):
+        if isinstance(self.module, (*LINEAR, nn.Embedding)):
             return self.layout.rows(tensor)
         # [B, d_out, *spatial] as [B, L, d_out], a view: rows run along memory
         return _merge(tensor.flatten(2).transpose(1, 2), self.layout)

@@ -18,6 +18,7 @@ from curvscope.extract.embedding import EmbeddingCollector
 from curvscope.extract.extension import SiteExtension, active, extended
 from curvscope.extract.grouped import GroupedCollector
 from curvscope.extract.padding import Padding
+from curvscope.extract.positionwise import PositionwiseCollector, PositionwiseTapCollector
 from curvscope.extract.roots import Root
 from curvscope.extract.taps import TapCollector
 from curvscope.extract.tied import TiedCollector
@@ -59,13 +60,9 @@ def sweep(
     """
     wanted: dict[str, Form | None] = {**forms, **dict.fromkeys(gradient_only)}
     collectors: dict[str, Collector | TapCollector | TiedCollector] = {}
-    for name, form in wanted.items():
-        kind = _collector(graph.layers[name])
-        listed = name in forms
-        collectors[name] = kind(graph.layers[name], layouts, form, factors and listed, per_draw and listed)
     padding = Padding(graph, layouts) if factors else None
     owners = {id(site.module): (site.target, site.layer) for site in graph.sites()}
-    watched = [site.module for site in graph.sites() if site.layer in collectors or padding is not None]
+    watched = [site.module for site in graph.sites() if site.layer in wanted or padding is not None]
 
     def receive(module: nn.Module, tensor: Tensor, gradient: Tensor) -> None:
         target, layer = owners[id(module)]
@@ -81,6 +78,10 @@ def sweep(
         output = graph.run(*tensors)
         leaves = graph.leaves()
         taken: Root = root if isinstance(root, Root) else root(output.detach())
+        for name, form in wanted.items():
+            spec, listed = graph.layers[name], name in forms
+            kind = _collector(spec, taken)
+            collectors[name] = kind(spec, layouts, form, factors and listed, per_draw and listed)
         for collector in collectors.values():
             collector.begin(modules, taken.columns)
         with active(extension):
@@ -113,8 +114,10 @@ def sweep(
         }
 
 
-def _collector(spec: LayerSpec) -> type[Collector] | type[TapCollector] | type[TiedCollector]:
-    """The class that adds this layer's passes up."""
+def _collector(spec: LayerSpec, root: Root) -> type[Collector] | type[TapCollector] | type[TiedCollector]:
+    """What collects a layer's columns."""
+    if root.shared:
+        return PositionwiseTapCollector if spec.exact_only else PositionwiseCollector
     if spec.exact_only:
         return TapCollector
     if spec.roles:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -29,6 +29,8 @@ class TapCollector:
         self.taps = {site.target: site.module for site in spec.sites}
         self.extra: dict[str, list[Tensor]] = {}
         self.sum: Tensor | None = None
+        self.values: dict[str, Tensor] = {}
+        self.pulls = {name: pull for site in spec.sites for name, pull in site.module.pulls.items()}
         self.column: int | None = None
         self.gradient: Tensor | None = None
         self.kept: list[Tensor] = []
@@ -48,18 +50,30 @@ class TapCollector:
         """The next gradients belong to this column; None: to the loss itself."""
         self.column = column
         self.sum = None
+        self.values = {}
 
     def receive(self, target: str, gradient: Tensor) -> None:
         """One tap's output gradient of this pass."""
         tap = self.taps[target]
         assert isinstance(tap, Tap)
         found = tap_gradients(tap, gradient, self.extra[target], self.layouts[target])
-        pieces = [found.get(name, gradient.new_zeros(self.examples, size)) for name, size in self.spec.members.items()]
+        for name in [name for name in found if name in self.pulls]:
+            value = found.pop(name)
+            self.values[name] = self.values[name] + value if name in self.values else value
+        if found:
+            self._add(found)
+
+    def _add(self, found: Mapping[str, Tensor]) -> None:
+        """Gradients of some members, [N, size] each."""
+        like = next(iter(found.values()))
+        pieces = [found.get(name, like.new_zeros(self.examples, size)) for name, size in self.spec.members.items()]
         column = torch.cat(pieces, dim=1)
         self.sum = column if self.sum is None else self.sum + column
 
     def finish(self) -> None:
         """All taps of the layer have reported: keep the pass."""
+        for name, value in self.values.items():
+            self._add(self.pulls[name](value))
         if self.sum is None:
             self.sum = torch.zeros(self.examples, self.spec.parameters, dtype=self.like.dtype, device=self.like.device)
         if self.column is None:
@@ -87,9 +101,25 @@ def tap_gradients(tap: Tap, gradient: Tensor, extra: list[Tensor], layout: Layou
     `g`, `g * other` or `-g`, summed over everything but the example and the entries that were read, and added up at the
     places these have in the parameter.
     """
+    found: dict[str, Tensor] = {}
+    for name, product, places in tap_entries(tap, gradient, extra):
+        value = _summed(product, places.shape, layout)
+        if places.shape[layout.axis] == 1:
+            place = places.reshape(1, -1).expand_as(value)
+        else:
+            place = layout.split(places).flatten(1)
+        total = value.new_zeros(value.shape[0], tap.shapes[name].numel()).scatter_add_(1, place, value)
+        found[name] = found[name] + total if name in found else total
+    return found
+
+
+def tap_entries(tap: Tap, gradient: Tensor, extra: list[Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Of every member: its name, what is added to its gradient, and at which of its entries.
+
+    The second is shaped like `gradient`, the third broadcasts to that.
+    """
     rest = list(extra)
     other = rest.pop(0) if any(member.role == "scale" for member in tap.members) else None
-    found: dict[str, Tensor] = {}
     for member in tap.members:
         product = -gradient if member.role == "minus" else gradient
         if member.role == "scale":
@@ -102,16 +132,7 @@ def tap_gradients(tap: Tap, gradient: Tensor, extra: list[Tensor], layout: Layou
             places = torch.arange(shape.numel(), device=gradient.device).view(shape)
         if member.channels_first:
             places = places.view(-1, *[1] * (product.ndim - 2))
-        places = places.view([1] * (product.ndim - places.ndim) + list(places.shape))
-        value = _summed(product, places.shape, layout)
-        if places.shape[layout.axis] == 1:
-            place = places.reshape(1, -1).expand_as(value)
-        else:
-            place = layout.split(places).flatten(1)
-        total = value.new_zeros(value.shape[0], shape.numel()).scatter_add_(1, place, value)
-        name = member.parameter
-        found[name] = found[name] + total if name in found else total
-    return found
+        yield member.parameter, product, places.view([1] * (product.ndim - places.ndim) + list(places.shape))
 
 
 def _summed(product: Tensor, shape: torch.Size, layout: Layout) -> Tensor:

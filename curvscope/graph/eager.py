@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from curvscope.graph.export import FlatInputs, output_tensor
 from curvscope.graph.functional import Graph, layer_names, require_layers, require_trainable, selected
-from curvscope.graph.sites import LayerSpec, Leaf, ParameterUse, Site, output_size, role_name, site_module
+from curvscope.graph.operands import stored_form
+from curvscope.graph.sites import LayerSpec, Leaf, ParameterUse, Site, role_name, site_module
 
 KINDS: dict[type[nn.Module], str] = {
     nn.Linear: "linear",
@@ -116,11 +117,10 @@ def build_eager(
         if spec is None:
             trained = bias if bias is not None and requires_grad[bias] and len(uses_of[weight]) == 1 else None
             transposed = "transpose" in kind or kind == "embedding"
-            d_out = output_size(kind, module.weight.shape)
-            spec = specs[name] = LayerSpec(
-                name, kind, weight, trained, module.weight.numel() // d_out, d_out, transposed
-            )
-            spec.groups = getattr(module, "groups", 1)
+            groups = getattr(module, "groups", 1)
+            form = stored_form(module.weight.shape, transposed=transposed, groups=groups)
+            spec = specs[name] = LayerSpec(name, kind, weight, trained, form.d_in, form.d_out, form)
+            spec.groups = groups
             spec.selected = selected(name, layers, skip)
             if len(uses_of[weight]) > 1:
                 spec.roles = {role_name(each, False, uses_of[weight]): each != kind for each in uses_of[weight]}
@@ -133,7 +133,7 @@ def build_eager(
         for _ in range(counts[path]):
             target = f"curvscope_site_{sum(len(s.sites) for s in specs.values())}"
             shared = site_module(kind, module.weight.detach(), held, options)
-            site = Site(target, name, kind, shared, role)
+            site = Site(target, name, kind, shared, role=role)
             spec.sites.append(site)
             sites.append(shared)
         calls = _Calls(sites, added)
@@ -257,10 +257,8 @@ def _put(twin: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def _coverable(module: Any) -> bool:
-    """Zero padding only (others pad outside), no grouped transposed convolution, no embedding that rescales rows."""
-    grouped = getattr(module, "transposed", False) and module.groups > 1
-    rescaled = getattr(module, "max_norm", None) is not None
-    return getattr(module, "padding_mode", "zeros") == "zeros" and not grouped and not rescaled
+    """Zero padding only (others pad outside the operation), and no embedding that rescales its rows."""
+    return getattr(module, "padding_mode", "zeros") == "zeros" and getattr(module, "max_norm", None) is None
 
 
 def _count_calls(

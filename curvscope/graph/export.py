@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from curvscope.errors import BatchError, ModelError
+from curvscope.graph.cells import cell_decompositions
 from curvscope.graph.shadow import shadow
 from curvscope.load.problem import Inputs
 
@@ -219,11 +220,12 @@ def export_model(
 
 
 def recurrent_decompositions() -> dict[Any, Any]:
-    """The only operations decomposed: recurrent layers, into one linear operation a step."""
+    """The only operations decomposed: recurrent layers and cells, into two linear operations a step."""
     from torch._decomp import get_decompositions
 
     aten = torch.ops.aten
-    return get_decompositions([aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input])
+    layers = get_decompositions([aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input])
+    return {**layers, **cell_decompositions()}
 
 
 def _detached(leaf: Any) -> Any:

@@ -15,7 +15,11 @@ from torch import Tensor, fx
 from curvscope.errors import ModelError
 from curvscope.graph import sites as finding
 from curvscope.graph import taps
+from curvscope.graph.operands import SAME_VALUES, VIEWS, WHOLE, MatrixForm, Part, matrix_form, operand_of
+from curvscope.graph.products import Operation
+from curvscope.graph.reasons import UNREACHED, why_blocked
 from curvscope.graph.sites import LayerSpec, Leaf, ParameterUse, Site
+from curvscope.graph.still import moving_nodes, reads_any
 from curvscope.graph.unlift import tidy, unlift
 
 aten = torch.ops.aten
@@ -36,6 +40,7 @@ class Graph:
         rest: `(tensors, dL/df) -> gradients` of the trained parameters that belong to no layer.
         function: `(parameters, tensors) -> output`, the model without sites as a function of its parameters; those that
             are not given keep their values.
+        plain: that model as an exported graph; None for eager modules.
         free: the names of those parameters.
         given_up: told the parameters of a layer that is dropped.
     """
@@ -50,6 +55,7 @@ class Graph:
     rest: Callable[[Sequence[Tensor], Tensor], dict[str, Tensor]]
     function: Callable[[Mapping[str, Tensor], Sequence[Tensor]], Tensor]
     free: list[str] = field(default_factory=list)
+    plain: fx.GraphModule | None = None
     given_up: Callable[[Sequence[str]], None] | None = None
 
     def drop(self, layer: str, reason: str) -> None:
@@ -124,77 +130,75 @@ def build(
     plain = fx.GraphModule(module, copy.deepcopy(graph))
     shapes = {name: tensor.shape for name, tensor in parameters.items()}
     readers = _readers(graph, set(parameters))
-    operations = _without_tables(finding.find_operations(graph, set(parameters)), readers)
+    operations = _without_tables(finding.find_operations(graph, shapes), readers)
     weights = list(dict.fromkeys(operation.weight for operation in operations))
     names = layer_names(weights)
     require_trainable(weights, requires_grad)
     specs: dict[str, LayerSpec] = {}
     reasons: dict[str, tuple[str, str, str]] = {}  # parameter -> (layer, treatment, reason)
     blocked = _mixed_roles(operations, readers)
-    chosen = []
-    constant = {operation.weight for operation in operations if not _depends_on_inputs(operation.node)}
-    for operation in operations:
-        weight, name = operation.weight, names[operation.weight]
-        if weight in blocked:
+    chosen: list[Operation] = []
+    forms: dict[str, MatrixForm] = {}
+    parts: dict[fx.Node, Part] = {}
+    roles: dict[str, dict[fx.Node, Role]] = {}
+    for weight in weights:
+        calls = [operation for operation in operations if operation.weight == weight]
+        agreed = None if weight in blocked else _agreed(calls, shapes[weight])
+        if agreed is None and weight not in blocked:
+            agreed, found_roles = _roles(calls, shapes[weight])
+            roles |= {weight: found_roles} if found_roles else {}
+        if not requires_grad[weight]:
+            reasons[weight] = (names[weight], "frozen", "its weight does not require a gradient")
+        elif weight in blocked:
             reasons[weight] = ("", "uncovered", blocked[weight])
-        elif not requires_grad[weight]:
-            reasons[weight] = (name, "frozen", "its weight does not require a gradient")
-        elif weight in constant:
-            reasons[weight] = (
-                "",
-                "uncovered",
-                "its rows depend on no example; its exact block is not computed yet",
-            )
+        elif agreed is None:
+            mixed = "read as different matrices by several operations: no exact block is computed"
+            reasons[weight] = ("", "uncovered", mixed)
+        elif not any(_follows_examples(call, calls) for call in calls):
+            continue  # its rows depend on no example: what it makes of them may have an exact block
+        elif not all(_follows_examples(call, calls) for call in calls):
+            mixed = "some of its rows belong to no example, others do: no exact block is computed"
+            reasons[weight] = ("", "uncovered", mixed)
         else:
-            chosen.append(operation)
+            forms[weight], found = agreed
+            parts |= {call.node: part for call, part in zip(calls, found, strict=True)}
+    chosen = [operation for operation in operations if operation.weight in forms]
 
-    roles = _roles(chosen)
-    biases = _biases(
-        [operation for operation in chosen if operation.weight not in roles], parameters, requires_grad, readers, shapes
-    )
+    single = [operation for operation in chosen if operation.weight not in roles]
+    biases = _biases(single, forms, parts, requires_grad, readers, shapes)
     replaced: dict[fx.Node, Site] = {}
     outputs: dict[fx.Node, fx.Node] = {}
     roots: list[tuple[str, Leaf]] = []
-    copies: dict[str, list[tuple[str, bool]]] = {}  # weight -> where sites hold it, and whether transposed
+    copies: dict[str, list[tuple[str, Operation]]] = {}  # weight -> where sites hold it
     for index, operation in enumerate(chosen):
         weight = operation.weight
-        value = parameters[weight]
-        turned = operation.kind == "linear" and operation.transposed
-        if turned:
-            value = value.t()
-        copies.setdefault(weight, []).append((f"curvscope_site_{index}.weight", turned))
-        bias_tensor = _plain_bias(operation.bias, parameters, requires_grad, biases.get(weight))
-        site_bias = bias_tensor if isinstance(bias_tensor, Tensor) else None
+        value = _stored(operation, parameters[weight])
+        copies.setdefault(weight, []).append((f"curvscope_site_{index}.weight", operation))
+        own = biases.get(weight)
+        bias = _site_bias(operation, own, parameters, requires_grad)
         name = names[weight]
         spec = specs.get(name)
         if spec is None:
-            d_out = finding.output_size(operation.kind, value.shape)
-            d_in = value.numel() // d_out
-            spec = specs[name] = LayerSpec(
-                name, operation.kind, weight, biases.get(weight), d_in, d_out, operation.transposed
-            )
-            spec.groups = operation.options.get("groups", 1)
+            form = forms[weight]
+            spec = specs[name] = LayerSpec(name, operation.kind, weight, own, form.d_in, form.d_out, form)
+            spec.groups = operation.groups
             spec.selected = selected(name, layers, skip)
             if weight in roles:
-                spec.roles = {role: flipped for _, _, role, flipped in roles[weight]}
+                spec.roles = {role.name: role.flipped for role in roles[weight].values()}
                 spec.kind = "+".join(spec.roles)
-        shared = finding.site_module(operation.kind, value, site_bias, operation.options)
-        role = next((known[2] for known in roles.get(weight, []) if known[:2] == _form(operation)), "")
-        site = Site(f"curvscope_site_{index}", name, operation.kind, shared, role)
+        shared = finding.site_module(operation.kind, value, bias, operation.options, operation.groups)
+        role = roles[weight][operation.node].name if weight in roles else ""
+        site = Site(f"curvscope_site_{index}", name, operation.kind, shared, parts[operation.node], role)
         spec.sites.append(site)
         module.add_submodule(site.target, site.module)
         with graph.inserting_before(operation.node):
-            x = outputs.get(operation.x, operation.x)  # its producer may have become a site meanwhile
-            if operation.x_transposed:
-                x = graph.call_function(aten.transpose.int, (x, -1, -2))
-            called = graph.call_module(site.target, (x,))
+            # the producers may have become sites meanwhile
+            given = operation.before(graph, *(outputs.get(x, x) for x in operation.inputs))
+            called = graph.call_module(site.target, (given,))
             called.meta = dict(operation.node.meta)
-            out = called
-            if bias_tensor is _COMPUTED:
-                added = outputs.get(operation.bias, operation.bias)
-                out = graph.call_function(aten.add.Tensor, (out, added))
-            if operation.x_transposed:
-                out = graph.call_function(aten.transpose.int, (out, -1, -2))
+            out = operation.after(graph, called)
+            if operation.bias is not None and bias is None:
+                out = _added(graph, out, outputs.get(operation.bias, operation.bias), operation.kind)
         operation.node.replace_all_uses_with(out)
         outputs[operation.node] = out
         graph.erase_node(operation.node)
@@ -202,12 +206,15 @@ def build(
 
     owned = {spec.weight for spec in specs.values()} | {spec.bias for spec in specs.values()}
     free = [name for name in parameters if requires_grad[name] and name not in owned and name not in reasons]
-    for plan in list(taps.find_taps(graph, module, free)):
-        tapped = _insert_tap(module, plan, specs, shapes)
-        if tapped is not None:
-            node, site = tapped
-            replaced[node] = site
-            specs[site.layer].selected = selected(site.layer, layers, skip)
+    _split_biases(graph, free)
+    plans, why = taps.find_taps(graph, module, free, set(specs))
+    behind: dict[fx.Node, fx.Node] = {}
+    for plan in plans:
+        node, site = _insert_tap(module, plan, behind.get(plan.node, plan.node), specs, shapes)
+        behind[plan.node] = node
+        replaced[node] = site
+        specs[site.layer].selected = selected(site.layer, layers, skip)
+    reasons |= {name: ("", "uncovered", reason) for name, reason in why.items()}
     require_layers(list(specs), layers, skip)
 
     for node, site in replaced.items():
@@ -223,7 +230,7 @@ def build(
     forward = list(dict.fromkeys(replaced[node].layer for node in graph.nodes if node in replaced))
     specs = {name: specs[name] for name in forward}
 
-    uses = _account(parameters, requires_grad, specs, reasons, readers)
+    uses = _account(parameters, requires_grad, specs, reasons)
 
     def leaves() -> dict[str, Tensor]:
         return {target: leaf.value for target, leaf in roots if leaf.value is not None}
@@ -241,9 +248,7 @@ def build(
             with torch.enable_grad():
                 # the sites of a layer that was given up hold its weight themselves
                 held = {
-                    key: fresh[name].t() if turned else fresh[name]
-                    for name in fresh
-                    for key, turned in copies.get(name, [])
+                    key: _stored(operation, fresh[name]) for name in fresh for key, operation in copies.get(name, [])
                 }
                 output = torch.func.functional_call(module, fresh | held, tuple(tensors))
                 if not output.requires_grad:
@@ -258,25 +263,24 @@ def build(
         return torch.func.functional_call(plain, dict(given), tuple(tensors))
 
     origin = "exported" if dynamic else "exported with a fixed batch size"
-    return Graph(module, specs, uses, parameters, requires_grad, origin, leaves, rest, function, wanted)
+    return Graph(module, specs, uses, parameters, requires_grad, origin, leaves, rest, function, wanted, plain)
 
 
 def _insert_tap(
-    module: fx.GraphModule, plan: taps.TapPlan, specs: dict[str, LayerSpec], shapes: dict[str, torch.Size]
-) -> tuple[fx.Node, Site] | None:
-    """The tap's node and site, its layer made or extended; None where a layer of another kind has its name."""
-    owner = plan.members[0].parameter.rpartition(".")[0]
-    name = owner if plan.kind not in ("scale", "shift") and owner else plan.members[0].parameter
+    module: fx.GraphModule,
+    plan: taps.TapPlan,
+    behind: fx.Node,
+    specs: dict[str, LayerSpec],
+    shapes: dict[str, torch.Size],
+) -> tuple[fx.Node, Site]:
+    """The tap's node and site, behind the operation or the last tap there; its layer made or extended."""
+    name = plan.layer
     known = specs.get(name)
-    if known is not None and not known.exact_only:
-        return None
-    members = {member.parameter: shapes[member.parameter].numel() for member in plan.members}
     if known is None:
-        first = plan.members[0].parameter
-        known = specs[name] = LayerSpec(name, plan.kind, first, None, 0, 1, False, exact_only=True)
-    known.members |= members
+        known = specs[name] = LayerSpec(name, plan.kind, plan.parameters[0], None, 0, 1, None, exact_only=True)
+    known.members |= {parameter: shapes[parameter].numel() for parameter in plan.parameters}
     known.d_in = sum(known.members.values())
-    tap = taps.Tap(plan.members, {member.parameter: shapes[member.parameter] for member in plan.members})
+    tap = taps.Tap(plan.members, plan.shapes, plan.pulls)
     count = sum(len(spec.sites) for spec in specs.values())
     site = Site(f"curvscope_tap_{count}_{plan.node.name}", name, plan.kind, tap)
     known.sites.append(site)
@@ -285,11 +289,40 @@ def _insert_tap(
     extra += [member.index for member in plan.members if member.index is not None]
     graph = module.graph
     order = {node: position for position, node in enumerate(graph.nodes)}
-    with graph.inserting_after(max([plan.node, *extra], key=lambda node: order[node])):
-        node = graph.call_module(site.target, (plan.node, *extra))
+    last = max([behind, *extra], key=lambda node: order[node])
+    with graph.inserting_after(last):
+        node = graph.call_module(site.target, (behind, *extra))
     node.meta = dict(plan.node.meta)
-    _replace_uses(plan.node, node)
+    # what comes before it are operands of taps
+    behind.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node and order[user] > order[last])
     return node, site
+
+
+def _split_biases(graph: fx.Graph, free: Sequence[str]) -> None:
+    """Make an addition of every trained bias of an operation that is no site, as under a frozen or computed weight."""
+    moving = moving_nodes(graph)
+    plain = {aten.addmm.default: aten.mm.default, aten.baddbmm.default: aten.bmm.default}
+    for node in list(graph.nodes):
+        convolution = node.target in finding.CONVOLUTIONS or node.target in finding.TRANSPOSED_CONVOLUTIONS
+        if node not in moving or not (convolution or node.target is aten.linear.default or node.target in plain):
+            continue
+        args: list[Any] = list(node.args)
+        place = 0 if node.target in plain else 2
+        bias = args[place] if len(args) > place else None
+        if not isinstance(bias, fx.Node) or bias in moving or not reads_any(bias, free) or node.kwargs:
+            continue
+        with graph.inserting_before(node):
+            operation: Any = plain.get(node.target, node.target)
+            args[place : place + 1] = [] if node.target in plain else [None]
+            out = graph.call_function(operation, tuple(args))
+            out.meta = dict(node.meta)
+            spatial = node.meta["val"].ndim - 2 if convolution else 0
+            if convolution:
+                bias = graph.call_function(aten.reshape.default, (bias, [-1] + [1] * spatial))
+            out = graph.call_function(aten.add.Tensor, (out, bias))
+        out.meta = dict(node.meta)
+        node.replace_all_uses_with(out)
+        graph.erase_node(node)
 
 
 def _replace_uses(node: fx.Node, stand_in: fx.Node) -> None:
@@ -297,26 +330,119 @@ def _replace_uses(node: fx.Node, stand_in: fx.Node) -> None:
     node.replace_all_uses_with(stand_in, delete_user_cb=lambda user: user is not stand_in)
 
 
-class _Computed:
-    """A bias that is neither absent nor a tensor the graph holds."""
+def _follows_examples(call: Operation, calls: Sequence[Operation]) -> bool:
+    """Whether the operation's rows belong to examples: they depend on the inputs, or run along the examples' axis.
 
-
-_COMPUTED = _Computed()
-
-
-def _plain_bias(
-    bias: Any, parameters: dict[str, Tensor], requires_grad: dict[str, bool], own: str | None
-) -> Tensor | _Computed | None:
-    """The bias as a tensor the site can hold; `_COMPUTED` where it has to stay an addition in the graph.
-
-    That is a bias that is no parameter, and a trained one that is not the layer's own: its gradient is wanted.
+    A recurrent layer's first step takes zeros, one row for each example.
     """
-    if bias is None:
+    if _depends_on_inputs(call.node) or _symbolic(call.node):
+        return True
+    return any(_depends_on_inputs(other.node) and str(_shape(other.node)) == str(_shape(call.node)) for other in calls)
+
+
+def _shape(node: fx.Node) -> list[Any]:
+    return list(node.meta["val"].shape)
+
+
+def _symbolic(node: fx.Node) -> bool:
+    """Whether the size of some axis changes with the batch."""
+    return any(not isinstance(size, int) for size in _shape(node))
+
+
+def _agreed(calls: Sequence[Operation], shape: torch.Size) -> tuple[MatrixForm, list[Part]] | None:
+    """The matrix of which all these operations read a part, if they agree on one."""
+    groups = {call.groups for call in calls}
+    if len(groups) > 1 or len({call.kind for call in calls}) > 1:
         return None
-    found = finding.parameter_of(bias, set(parameters))
-    if found is not None and parameters[found[0]].ndim == 1 and (found[0] == own or not requires_grad[found[0]]):
-        return parameters[found[0]]
-    return _COMPUTED
+    count = groups.pop()
+    readings = [call.reading for call in calls]
+    view = tuple(shape)
+    if any(len(reading.operand.sizes) > len(shape) and reading.groups for reading in readings):
+        view = (count, shape[0] // count, *shape[1:])
+    return matrix_form(view, readings, whole=count > 1)
+
+
+def _stored(operation: Operation, value: Tensor) -> Tensor:
+    """The operation's weight as its module stores it, a view of the parameter's value where strides allow."""
+    reading = operation.reading
+    if operation.kind != "linear" and not reading.operand.chain:
+        return value
+    matrix = reading.matrix(value)
+    if operation.kind == "linear":
+        return matrix
+    sizes = [reading.operand.sizes[axis] for axis in reading.ins]
+    kernel = matrix.reshape(-1, *sizes)
+    return kernel.transpose(0, 1) if "transpose" in operation.kind else kernel
+
+
+@dataclass(frozen=True)
+class Role:
+    """What an operation uses its weight as, and whether that is the transpose of the first operation's matrix."""
+
+    name: str
+    flipped: bool
+
+
+def _roles(
+    calls: Sequence[Operation], shape: torch.Size
+) -> tuple[tuple[MatrixForm, list[Part]] | None, dict[fx.Node, Role]]:
+    """The first use's matrix and every operation's role, of a whole matrix that is used in several ways."""
+    kinds = {call.kind for call in calls}
+    forms = []
+    for call in calls:
+        alone = matrix_form(tuple(shape), [call.reading], whole=False) if len(shape) == 2 else None
+        if alone is None or alone[1] != [WHOLE] or call.groups > 1 or not kinds <= {"linear", "embedding"}:
+            return None, {}
+        forms.append(alone[0])
+    found = {}
+    for call, form in zip(calls, forms, strict=True):
+        name = finding.role_name(call.kind, form.order == (1, 0), kinds)
+        found[call.node] = Role(name, form.order != forms[0].order)
+    return (forms[0], [WHOLE] * len(calls)), found
+
+
+def _without_tables(operations: Sequence[Operation], readers: dict[str, list[fx.Node]]) -> list[Operation]:
+    """The operations without look-ups in weights that nothing but taps can serve.
+
+    Those are tables of positions, whose rows belong to no example, and parameters that are also read otherwise.
+    """
+    nodes = {operation.node for operation in operations}
+    linear = {operation.weight for operation in operations if operation.kind != "embedding"}
+    tables = {
+        operation.weight
+        for operation in operations
+        if operation.weight not in linear
+        and (not _follows_examples(operation, [operation]) or not nodes.issuperset(readers[operation.weight]))
+    }
+    return [operation for operation in operations if operation.weight not in tables]
+
+
+def _site_bias(
+    operation: Operation,
+    own: str | None,
+    parameters: dict[str, Tensor],
+    requires_grad: dict[str, bool],
+) -> Tensor | None:
+    """The operation's bias as the vector its site can hold; None without one, and where it has to stay an addition.
+
+    The latter is a bias that is no parameter, and a trained one that is not the layer's own: its gradient is wanted.
+    """
+    if operation.bias is None:
+        return None
+    found = operand_of(operation.bias, {name: value.shape for name, value in parameters.items()})
+    if found is None or (found.parameter != own and requires_grad[found.parameter]):
+        return None
+    places = finding.bias_places(found, operation, operation.node)
+    value = parameters[found.parameter].flatten()
+    whole = places is not None and torch.equal(places, torch.arange(value.numel()))
+    return value if whole else None if places is None else value[places.to(value.device)]
+
+
+def _added(graph: fx.Graph, out: fx.Node, bias: Any, kind: str) -> fx.Node:
+    """The output with a bias that stays an addition."""
+    if kind != "linear":
+        bias = graph.call_function(aten.reshape.default, (bias, [-1] + [1] * finding.spatial_dims(kind)))
+    return graph.call_function(aten.add.Tensor, (out, bias))
 
 
 def require_trainable(weights: Sequence[str], requires_grad: dict[str, bool]) -> None:
@@ -341,73 +467,28 @@ def require_trainable(weights: Sequence[str], requires_grad: dict[str, bool]) ->
 
 
 def _readers(graph: fx.Graph, parameters: set[str]) -> dict[str, list[fx.Node]]:
-    """Parameter name -> the operations that read it, seen through aliases and transposes."""
+    """Parameter name -> the operations that read it, seen through aliases and views."""
     readers: dict[str, list[fx.Node]] = {name: [] for name in parameters}
-    through = (*finding.SAME_VALUES, *finding.TRANSPOSES)
     for node in graph.nodes:
         if node.op == "get_attr" and str(node.target) in parameters:
             pending = list(node.users)
             while pending:
                 user = pending.pop(0)
-                if user.op == "call_function" and user.target in through:
+                if user.op == "call_function" and user.target in (*SAME_VALUES, *VIEWS):
                     pending += list(user.users)
                 elif user.op != "output":
                     readers[str(node.target)].append(user)
     return readers
 
 
-def _without_tables(operations: Sequence[Any], readers: dict[str, list[fx.Node]]) -> list[Any]:
-    """The operations without look-ups in weights that nothing but taps can serve.
-
-    Those are tables of positions, whose rows belong to no example, and parameters that are also read otherwise.
-    """
-    nodes = {operation.node for operation in operations}
-    linear = {operation.weight for operation in operations if operation.kind != "embedding"}
-    tables = {
-        operation.weight
-        for operation in operations
-        if operation.weight not in linear
-        and (not _depends_on_inputs(operation.node) or not nodes.issuperset(readers[operation.weight]))
-    }
-    return [operation for operation in operations if operation.weight not in tables]
-
-
-def _form(operation: Any) -> tuple[str, bool]:
-    return operation.kind, operation.transposed
-
-
-def _roles(operations: Sequence[Any]) -> dict[str, list[tuple[str, bool, str, bool]]]:
-    """Weights used in several ways -> (kind, transposed, role, whether that is the transpose of the first use)."""
-    forms: dict[str, list[tuple[str, bool]]] = {}
-    for operation in operations:
-        known = forms.setdefault(operation.weight, [])
-        if _form(operation) not in known:
-            known.append(_form(operation))
-    return {
-        weight: [
-            (kind, transposed, finding.role_name(kind, transposed, [k for k, _ in known]), transposed != known[0][1])
-            for kind, transposed in known
-        ]
-        for weight, known in forms.items()
-        if len(known) > 1
-    }
-
-
-def _mixed_roles(operations: Sequence[Any], readers: dict[str, list[fx.Node]]) -> dict[str, str]:
-    """Weights that are read by something else than linear operations, or as kernels of two kinds of convolution."""
+def _mixed_roles(operations: Sequence[Operation], readers: dict[str, list[fx.Node]]) -> dict[str, str]:
+    """Weights that are read by something else than linear operations, too."""
     blocked = {}
     nodes = {operation.node for operation in operations}
-    forms: dict[str, set[tuple[str, bool]]] = {}
     for operation in operations:
-        forms.setdefault(operation.weight, set()).add(_form(operation))
         others = [reader for reader in readers[operation.weight] if reader not in nodes]
         if others:
-            other = str(others[0].target).removeprefix("aten.").split(".")[0]
-            blocked[operation.weight] = f"tied in two roles (also read by {other}): not covered yet"
-    for weight, seen in forms.items():
-        kinds = sorted({kind for kind, _ in seen})
-        if len(seen) > 1 and not {"linear", "embedding"}.issuperset(kinds):
-            blocked.setdefault(weight, f"tied in two roles ({' and '.join(kinds)}): not covered yet")
+            blocked[operation.weight] = why_blocked(others)
     return blocked
 
 
@@ -429,22 +510,19 @@ def _depends_on_inputs(node: fx.Node) -> bool:
 
 
 def _biases(
-    operations: Sequence[Any],
-    parameters: dict[str, Tensor],
+    operations: Sequence[Operation],
+    forms: dict[str, MatrixForm],
+    parts: dict[fx.Node, Part],
     requires_grad: dict[str, bool],
     readers: dict[str, list[fx.Node]],
     shapes: dict[str, torch.Size],
 ) -> dict[str, str]:
-    """Weight -> the bias that trains with it: at every site of the weight the same one, and nowhere else."""
+    """Weight -> the bias that trains with it: row for row at every site of the weight, and nowhere else."""
     per_weight: dict[str, list[str | None]] = {}
-    names = set(parameters)
     for operation in operations:
-        found = finding.parameter_of(operation.bias, names)
-        bias = found[0] if found is not None else None
-        if operation.bias is None and not operation.x_transposed and operation.kind != "embedding":
-            d_out = shapes[operation.weight][1 if operation.transposed else 0]
-            bias = finding.added_bias(operation.node, operation.kind, d_out, names, shapes)
-        per_weight.setdefault(operation.weight, []).append(bias)
+        weight = operation.weight
+        bias = _bias_of(operation, forms[weight].d_out, parts[operation.node], shapes)
+        per_weight.setdefault(weight, []).append(bias)
     chosen = {}
     for weight, biases in per_weight.items():
         bias = biases[0]
@@ -454,12 +532,30 @@ def _biases(
     return chosen
 
 
+def _bias_of(operation: Operation, d_out: int, part: Part, shapes: dict[str, torch.Size]) -> str | None:
+    """The parameter with a number for every row of the weight that the operation adds, or that is added right after."""
+    if operation.kind == "embedding":
+        return None
+    if operation.bias is not None:
+        node, found = operation.node, operand_of(operation.bias, shapes)
+    else:
+        users = list(operation.node.users)
+        if len(users) != 1 or users[0].target is not aten.add.Tensor or users[0].kwargs.get("alpha", 1) != 1:
+            return None
+        node = users[0]
+        found = operand_of(node.args[1] if node.args[0] is operation.node else node.args[0], shapes)
+    if found is None or shapes[found.parameter].numel() != d_out:
+        return None
+    places = finding.bias_places(found, operation, node)
+    rows = torch.arange(d_out) if part.rows is None else part.rows
+    return found.parameter if places is not None and torch.equal(places, rows) else None
+
+
 def _account(
     parameters: dict[str, Tensor],
     requires_grad: dict[str, bool],
     specs: dict[str, LayerSpec],
     reasons: dict[str, tuple[str, str, str]],
-    readers: dict[str, list[fx.Node]],
 ) -> list[ParameterUse]:
     """One `ParameterUse` for every parameter."""
     owner = {spec.weight: spec.name for spec in specs.values()}
@@ -478,5 +574,5 @@ def _account(
         elif not requires_grad[name]:
             uses.append(ParameterUse(name, "", tensor.numel(), "frozen", "it does not require a gradient"))
         else:
-            uses.append(ParameterUse(name, "", tensor.numel(), "uncovered", finding.why_uncovered(readers[name])))
+            uses.append(ParameterUse(name, "", tensor.numel(), "uncovered", UNREACHED))
     return uses

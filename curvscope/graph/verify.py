@@ -12,8 +12,25 @@ from torch import Tensor, nn
 from curvscope.errors import LayoutError, ModelError
 from curvscope.graph.functional import Graph
 from curvscope.graph.layout import Layout, candidates, holds
-from curvscope.graph.sites import SiteModule, output_size, spatial_dims
+from curvscope.graph.sites import SiteModule, spatial_dims
 from curvscope.graph.taps import Tap
+
+
+@dataclass(frozen=True)
+class Independent:
+    """Positions (tokens, pixels) that no layer mixes on the way to the outputs.
+
+    Attributes:
+        axis: the axis of the outputs along which one position's numbers lie.
+        positions: T, how many an example has.
+        columns: those of one position.
+        tap_axes: tap -> the axis of its output along which one position's numbers lie.
+    """
+
+    axis: int
+    positions: int
+    columns: int
+    tap_axes: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -26,6 +43,7 @@ class Layouts:
         sites: site target -> layout of its rows (of axis 0 for convolutions).
         outputs: the model's output on the batch, detached.
         positions: site target -> rows an example, R of that call.
+        independent: how positions are kept apart, where they do not mix and exact columns gain by it.
         tokens: layer -> the rows of its embedding that the batch looks up [U], ascending, without `padding_idx`.
     """
 
@@ -34,6 +52,7 @@ class Layouts:
     sites: dict[str, Layout]
     outputs: Tensor
     positions: dict[str, int]
+    independent: Independent | None = None
     tokens: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -56,7 +75,7 @@ def verify(graph: Graph, tensors: Sequence[Tensor], axes: Sequence[int | None], 
             {target: _whole(tensor) for target, tensor in inputs.items()},
             output,
             _positions(rows, 1),
-            tokens,
+            tokens=tokens,
         )
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(examples, generator=generator)
@@ -86,7 +105,7 @@ def verify(graph: Graph, tensors: Sequence[Tensor], axes: Sequence[int | None], 
                 graph.drop(site.layer, f"{what} to no example; its exact block is not computed")
     layout = _holding(output, output_permuted, order, examples, output.ndim, tolerance, "the model's output")[0]
     found = _settled(graph, tensors, layout, passing, tolerance / 100)
-    return Layouts(examples, layout, found, output, _positions(rows, examples), tokens)
+    return Layouts(examples, layout, found, output, _positions(rows, examples), tokens=tokens)
 
 
 def _settled(
@@ -202,7 +221,7 @@ def _observe(
     def watcher(target: str, layer: str, kind: str) -> object:
         def watch(module: SiteModule, args: tuple[Tensor, ...], result: Tensor) -> None:
             inputs[target] = args[0].detach()
-            rows[target] = 0 if isinstance(module, Tap) else result.numel() // output_size(kind, module.weight.shape)
+            rows[target] = 0 if isinstance(module, Tap) else result.numel() // result.shape[1 if "conv" in kind else -1]
             if isinstance(module, nn.Embedding):
                 inputs[target] = result.detach()
                 tokens[layer] = _joined(tokens.get(layer), args[0], module.padding_idx)

@@ -44,7 +44,7 @@ def approximate(
             continue
         kronecker = Kronecker(*factors[flavour])
         corrected = _eigen_corrected(kronecker, block)
-        built[f"kfac_{flavour}"] = Built(kronecker, corrected.inner, _blindness(flavour, factors, positions))
+        built[f"kfac_{flavour}"] = Built(kronecker, corrected.inner, blindness(flavour, factors, positions))
         built[f"ekfac_{flavour}"] = Built(corrected, corrected.norm**2, _ambiguity(kronecker, dtype))
     return built, _of_the_block(block, Kronecker(*factors["expand"]), built, seed, every)
 
@@ -61,16 +61,7 @@ def approximate_tied(
         if flavour == "reduce" and single:
             continue
         total = product(given[flavour])
-        notes = [
-            f"{expand.role}: {note}"
-            for expand, reduce in zip(given["expand"], given["reduce"], strict=True)
-            if (
-                note := _blindness(
-                    flavour, {"expand": (expand.A, expand.B), "reduce": (reduce.A, reduce.B)}, expand.positions
-                )
-            )
-        ]
-        built[f"kfac_{flavour}"] = Built(total, total.inner(block), "; ".join(notes))
+        built[f"kfac_{flavour}"] = Built(total, total.inner(block), blind_roles(flavour, given))
     return built, _of_the_block(block, given["expand"][0].product, built, seed, every)
 
 
@@ -117,15 +108,25 @@ def _eigen_corrected(kronecker: Kronecker, block: Block) -> EigenCorrected:
     return quick if min(of_ekfac, of_kfac) > QUICK_ERROR**2 else EigenCorrected(kronecker, block)
 
 
-def _blindness(flavour: str, factors: Factors, positions: float) -> str:
-    """Says that B of reduce is zero to rounding: the gradients of an example's positions cancel."""
+def blindness(flavour: str, factors: Factors, positions: float) -> str:
+    """Says that B of reduce is zero to rounding, in all groups: the gradients of an example's positions cancel."""
     if flavour == "expand":
         return ""
-    expand, reduce = (float(factors[name][1].double().trace()) for name in FLAVOURS)
+    expand, reduce = (float(factors[name][1].double().diagonal(dim1=-2, dim2=-1).sum()) for name in FLAVOURS)
     eps = torch.finfo(factors["reduce"][1].dtype).eps
     if expand > 0 and reduce <= expand * positions * (100 * eps) ** 2:
         return "B is zero to rounding: the output gradients of an example's positions sum to zero"
     return ""
+
+
+def blind_roles(flavour: str, given: Mapping[str, Sequence[Term]]) -> str:
+    """The same for every role of a weight that has several."""
+    notes = []
+    for expand, reduce in zip(given["expand"], given["reduce"], strict=True):
+        factors = {"expand": (expand.A, expand.B), "reduce": (reduce.A, reduce.B)}
+        note = blindness(flavour, factors, expand.positions)
+        notes += [f"{expand.role}: {note}" if expand.role else note] if note else []
+    return "; ".join(notes)
 
 
 def _ambiguity(kronecker: Kronecker, dtype: torch.dtype) -> str:

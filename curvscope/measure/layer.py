@@ -19,7 +19,7 @@ from curvscope.curvature.summed import KroneckerSum
 from curvscope.extract.collector import Extract
 from curvscope.measure.accuracy import error_row
 from curvscope.measure.approximate import approximate, approximate_tied, side_by_side
-from curvscope.measure.estimate import estimated_rows
+from curvscope.measure.estimate import estimated_rows, estimated_spectra
 from curvscope.measure.spectrum import (
     STORED,
     Spectrum,
@@ -30,10 +30,13 @@ from curvscope.measure.spectrum import (
     too_large,
 )
 from curvscope.measure.terms import FLAVOURS, NO_EKFAC, product, terms
-from curvscope.records import NAN, ErrorRow, KroneckerFactors, Layer, LayerRow, SpectrumRow
+from curvscope.records import ErrorRow, KroneckerFactors, Layer, LayerRow, SpectrumRow
 from curvscope.settings import APPROXIMATIONS
 
-NO_KRONECKER = "no Kronecker form: the parameter is added or multiplied element by element"
+BIASED = "no error bar but the trace's: eigenvalues of a factor made of few draws are biased, and so are their ratios"
+NO_KRONECKER = (
+    "no Kronecker form: the parameter is added or multiplied element by element, or used before any example comes in"
+)
 
 
 @dataclass(frozen=True)
@@ -299,27 +302,12 @@ def _estimated(extract: Extract, blocks: list[Block], wishes: Wishes, found: _Fi
     layer = extract.spec.name
     found.errors.update(estimated_rows(layer, wishes.fisher, extract, blocks))
     _factor_spectra(extract, wishes, found)
-    for flavour in FLAVOURS:
-        if f"kfac_{flavour}" not in found.spectra:
-            continue
-        row = found.spectra[f"kfac_{flavour}"]
-        biased = "the eigenvalues of a factor estimated from draws are biased"
-        found.spectra[f"kfac_{flavour}"] = dataclasses.replace(
-            row, status="estimated", reason="; ".join(filter(None, (biased, row.reason)))
-        )
-    draws = blocks[0].columns.count
-    stderr = NAN
-    if draws > 1 and blocks[0].columns.form != "formed":
-        each = sum(block.gram.diagonal().view(draws, -1).sum(1) for block in blocks) * draws * found.scale
-        stderr = float(torch.as_tensor(each).std() / draws**0.5)
-    found.spectra["ggn"] = SpectrumRow(
-        layer,
-        "ggn",
-        trace=sum(block.trace for block in blocks) * found.scale,
-        trace_stderr=stderr,
-        status="estimated",
-        reason="only the trace: the eigenvalues of a sum of few draws are biased",
-    )
+    for name, row in estimated_spectra(layer, extract, blocks, found.scale).items():
+        known = found.spectra.get(name)
+        if known is not None:
+            reasons = "; ".join(filter(None, (BIASED, known.reason)))
+            row = dataclasses.replace(known, trace_stderr=row.trace_stderr, status="estimated", reason=reasons)
+        found.spectra[name] = row
 
 
 def _eigenvectors(block: Block) -> Any:

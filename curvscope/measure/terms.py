@@ -6,7 +6,7 @@ One product a flavour, or one a role of a weight used in several; an embedding's
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from curvscope.curvature.block import Block
 from curvscope.curvature.kronecker import Kronecker
 from curvscope.curvature.summed import KroneckerSum
 from curvscope.extract.collector import Extract
+from curvscope.measure.draws import singly
 
 FLAVOURS = ("expand", "reduce")
 NO_EKFAC = "the sum of two roles' Kronecker products has no eigenbasis of Kronecker form"
@@ -26,7 +27,7 @@ class Term:
 
     A [width, width] and B [d_out, d_out] are the role's own. `flipped` says that the role uses the transpose: in the
     layer's orientation its product is A (x) B, and they have each other's sizes. `draws` [K, ., .] are B of every draw
-    alone, where there are any.
+    alone, where there are any. With groups A and B have a leading axis of groups, and `draws` a second one.
     """
 
     role: str
@@ -36,6 +37,25 @@ class Term:
     draws: Tensor | None
     positions: float
 
+    def of_group(self, group: int) -> Term:
+        """One group's term; the term itself where there are no groups."""
+        if self.A.ndim == 2:
+            return self
+        draws = None if self.draws is None else self.draws[:, group]
+        return replace(self, A=self.A[group], B=self.B[group], draws=draws)
+
+    def traces(self, count: int) -> Tensor:
+        """The traces [K] of the products of single draws, each scaled to estimate the whole, over all groups."""
+        of_A = self.A.double().diagonal(dim1=-2, dim2=-1).sum(-1)
+        of_B = self.scaled_draws(count).diagonal(dim1=-2, dim2=-1).sum(-1)
+        return (of_B * of_A).reshape(count, -1).sum(1)
+
+    def scaled_draws(self, count: int) -> Tensor:
+        """The B of every draw, scaled to estimate B alone, float64; the exact one as often where it is that."""
+        if self.draws is None:
+            return self.B.double().expand(count, *self.B.shape)
+        return self.draws.double() * count
+
     @property
     def product(self) -> Kronecker:
         """The term in the layer's orientation."""
@@ -43,7 +63,7 @@ class Term:
 
 
 def terms(extract: Extract) -> dict[str, list[Term]]:
-    """Flavour -> its terms; empty for layers without factors. Not for groups."""
+    """Flavour -> its terms; empty for layers without factors."""
     roles: Mapping[str, Extract] = extract.roles or {"": extract}
     found: dict[str, list[Term]] = {}
     for name, role in roles.items():
@@ -72,16 +92,16 @@ def _matrix(A: Tensor, tokens: Tensor, whole: int | None) -> Tensor:
     return full
 
 
-def draw_products(given: Sequence[Term], draws: Sequence[Block]) -> tuple[Tensor, Tensor, Tensor]:
+def draw_products(given: Sequence[Term], block: Block) -> tuple[Tensor, Tensor, Tensor]:
     """<G_i, M_j>, <M_i, M_j> [K, K] and tr M_i [K] of single draws, for M the sum of the terms.
 
-    Each draw is scaled to estimate G alone. Only B depends on the draw; in a flipped term it stands where A does in the
-    others.
+    Each draw is scaled to estimate G alone. Only B depends on the draw (not even that where it is exact); in a flipped
+    term it stands where A does in the others.
     """
-    count = len(draws)
-    scaled = [(term, term.A.double(), term.draws.double() * count) for term in given if term.draws is not None]
-    GM = MM = torch.zeros(count, count, dtype=torch.float64, device=draws[0].device)
-    trace = torch.zeros(count, dtype=torch.float64, device=draws[0].device)
+    draws, count = list(singly(block)), block.columns.count
+    scaled = [(term, term.A.double(), term.scaled_draws(count)) for term in given]
+    GM = MM = torch.zeros(count, count, dtype=torch.float64, device=block.device)
+    trace = torch.zeros(count, dtype=torch.float64, device=block.device)
     for term, A, B in scaled:
         contracted = [draw.contract_outputs(A) if term.flipped else draw.contract_inputs(A) for draw in draws]
         GM = GM + torch.einsum("iab,jab->ij", torch.stack(contracted) * count, B)

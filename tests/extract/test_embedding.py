@@ -7,7 +7,6 @@ inputs are one-hot rows or what goes into the linear layer.
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -25,6 +24,7 @@ from curvscope import pipeline
 from curvscope.curvature.block import Block
 from curvscope.extract.collector import Columns, Extract
 from curvscope.measure import spectrum
+from curvscope.measure.draws import singly
 from curvscope.measure.terms import draw_products, terms
 from curvscope.present.export import export
 from curvscope.records import Layer
@@ -492,22 +492,15 @@ def test_products_of_single_draws(name: str, monkeypatch: pytest.MonkeyPatch) ->
     curvscope.analyze(model, (inputs, targets), **options)
     (extract,) = [one for one in caught if one.spec.name == CASES[name].layer]
     assert isinstance(extract.columns, Columns)
-    draws = []
-    for k in range(4):
-        columns = dataclasses.replace(
-            extract.columns,
-            count=1,
-            values=None if extract.columns.values is None else extract.columns.values[k : k + 1],
-            gradients=None if extract.columns.gradients is None else extract.columns.gradients[k : k + 1],
-        )
-        draws.append(Block(columns, extract.spec.d_out, extract.width))
+    block = Block(extract.columns, extract.spec.d_out, extract.width)
+    draws = list(singly(block))
     for given in terms(extract).values():
         G = [4 * draw.dense() for draw in draws]
         M = []
         for k in range(4):
             each = [(term, term.draws[k] * 4) for term in given if term.draws is not None]
             M.append(sum(torch.kron(t.A, B) if t.flipped else torch.kron(B, t.A) for t, B in each))
-        GM, MM, trace = draw_products(given, draws)
+        GM, MM, trace = draw_products(given, block)
         close(GM, torch.tensor([[(g * m).sum() for m in M] for g in G]))
         close(MM, torch.tensor([[(n * m).sum() for m in M] for n in M]))
         close(trace, torch.stack([m.trace() for m in M]))

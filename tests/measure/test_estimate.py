@@ -12,12 +12,16 @@ import torch
 from torch import nn
 
 import curvscope
+from curvscope.curvature.kronecker import EigenCorrected, Kronecker
+from curvscope.extract import choose
+from curvscope.extract.plan import LayerPlan
+from curvscope.measure.draws import block_pairs
+from curvscope.measure.ekfac_estimate import ekfac_pairs, halves
+from curvscope.measure.estimate import estimated_rows
+from curvscope.measure.jackknife import sums
 from curvscope.run import Run
 from tests import models
-
-REPETITIONS = 60
-# two-sided 95 % quantile of Student's t with 7 degrees of freedom
-T_7 = 2.365
+from tests.measure.repeated import Repeated, block_of
 
 
 def problem() -> tuple[nn.Module, Any]:
@@ -34,53 +38,124 @@ def run(fisher: str, seed: int = 0, samples: int | None = 8) -> Run:
 
 
 @cache
-def exact() -> Run:
-    return run("exact")
-
-
-@cache
-def repeated(fisher: str) -> list[Run]:
-    return [run(fisher, seed) for seed in range(REPETITIONS)]
+def repeated() -> Repeated:
+    model, batch = problem()
+    return Repeated(model, batch, "cross_entropy")
 
 
 @pytest.mark.parametrize("fisher", ["probe", "mc"])
-@pytest.mark.parametrize("layer", ["body.0", "body.2", "head"])
-def test_factors_are_unbiased(fisher: str, layer: str) -> None:
-    for flavour in ("expand", "reduce"):
-        want = exact().layers[layer].factors[flavour].B
-        draws = np.stack([each.layers[layer].factors[flavour].B for each in repeated(fisher)])
-        error = draws.mean(0) - want
-        stderr = draws.std(0, ddof=1) / math.sqrt(len(draws))
-        assert np.all(np.abs(error) <= 4.5 * stderr + 1e-12)
-        np.testing.assert_allclose(
-            exact().layers[layer].factors[flavour].A, repeated(fisher)[0].layers[layer].factors[flavour].A
-        )
+def test_drawn_columns_are_those_of_the_sweep(fisher: str) -> None:
+    """What the repetitions rest on."""
+    swept, drawn = repeated().swept(repeated().root(fisher, 3, 4)), repeated().drawn(fisher, 3, 4)
+    for layer, want in swept.items():
+        torch.testing.assert_close(block_of(drawn[layer]).dense(), block_of(want).dense(), rtol=1e-10, atol=1e-14)
+        for flavour in ("expand", "reduce"):
+            torch.testing.assert_close(drawn[layer].probe_B[flavour], want.probe_B[flavour], rtol=1e-10, atol=1e-14)
+            torch.testing.assert_close(drawn[layer].factors[flavour], want.factors[flavour], rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.parametrize("fisher", ["probe", "mc"])
-@pytest.mark.parametrize("approximation", ["kfac_expand", "kfac_reduce", "diag"])
-def test_intervals_cover(fisher: str, approximation: str) -> None:
-    """95 % intervals hold the exact number in 85 to 100 % of repetitions, over layers and quantities."""
-    inside = []
-    for layer in exact().layers:
-        want = exact().layers[layer].errors[approximation]
-        for each in repeated(fisher):
-            got = each.layers[layer].errors[approximation]
-            for key in ("rel_frobenius", "trace_ratio"):
-                value, stderr = getattr(got, key), getattr(got, f"{key}_stderr")
-                if stderr > 0 and want.rel_frobenius > 0.1:
-                    inside.append(abs(value - getattr(want, key)) <= T_7 * stderr)
-    assert len(inside) >= 60
-    assert 0.85 <= np.mean(inside) <= 1.0
+def test_factors_are_unbiased(fisher: str) -> None:
+    draws = repeated().drawn(fisher, 0, 500)
+    for layer, exact in repeated().exact.items():
+        for flavour in ("expand", "reduce"):
+            each = draws[layer].probe_B[flavour] * 500
+            error = each.mean(0) - exact.factors[flavour][1]
+            assert (error.abs() <= 4.5 * each.std(0) / 500**0.5 + 1e-12).all()
+            torch.testing.assert_close(draws[layer].factors[flavour][0], exact.factors[flavour][0])
+
+
+def test_squares_are_unbiased() -> None:
+    """Pairs of different draws: ||G||^2 and ||Lambda||^2 in a fixed basis, over many repetitions."""
+    exact = repeated().exact["body.0"]
+    A, B = exact.factors["expand"]
+    kronecker, block = Kronecker(A, B), block_of(exact)
+    want = torch.tensor([block.norm**2, EigenCorrected(kronecker, block).norm ** 2])
+    found = []
+    for seed in range(200):
+        drawn = repeated().drawn("probe", seed, 4)["body.0"]
+        pairs = ekfac_pairs(block_of(drawn), kronecker.A, kronecker.B.expand(4, *B.shape), [range(4)])
+        found.append(sums(pairs).whole)
+    each = torch.stack(found)
+    assert ((each.mean(0) - want).abs() <= 4 * each.std(0) / 200**0.5).all()
+
+
+def test_ekfac_takes_basis_and_diagonal_from_different_draws() -> None:
+    """In the basis of its own draws EKFAC would look better than it is."""
+    drawn = repeated().drawn("probe", 0, 8)["body.0"]
+    A, B = drawn.factors["expand"][0].double(), drawn.probe_B["expand"].double()
+    products, diagonals = ekfac_pairs(block_of(drawn), A, B, halves(8))
+    torch.testing.assert_close(products, block_pairs(block_of(drawn))[0])
+    for own, other in (halves(8), halves(8)[::-1]):
+        U_B, U_A = torch.linalg.eigh(B[other].sum(0))[1], torch.linalg.eigh(A)[1]
+        V = block_of(drawn).stacked().view(-1, 8, B.shape[1], A.shape[0])
+        scale = 8 * (U_B.T @ V @ U_A).square().sum(0).flatten(1)  # [8, P]
+        for i in own:
+            for j in own:
+                assert float(diagonals[i, j]) == pytest.approx(float(scale[i] @ scale[j]), rel=1e-10)
+            assert not diagonals[i, other].any()
+
+
+def test_jackknife_is_that_of_the_definition() -> None:
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(6, 5, generator=generator, dtype=torch.float64)
+    pairs = X @ X.T
+
+    def number(keep: list[int]) -> float:
+        part = pairs[keep][:, keep]
+        m = len(keep)
+        squared = float(part.sum() - part.diagonal().sum()) / (m * (m - 1))
+        return squared / float(pairs.diagonal()[keep].mean())
+
+    found = sums([pairs], [pairs.diagonal()]).of(lambda u: u[..., 0] / u[..., 1])
+    each = np.array([number([j for j in range(6) if j != i]) for i in range(6)])
+    assert found.value == pytest.approx(6 * number(list(range(6))) - 5 * each.mean(), rel=1e-12)
+    assert found.stderr == pytest.approx(math.sqrt(5 / 6 * ((each - each.mean()) ** 2).sum()), rel=1e-12)
+
+
+def test_no_number_without_an_error_bar() -> None:
+    """Eight examples, so few that the squared error without a draw is often negative: 40 seeds."""
+    torch.manual_seed(0)
+    source = Repeated(models.mlp(4, 3, 3), (torch.randn(8, 4), torch.randint(3, (8,))), "cross_entropy")
+    withheld = 0
+    for seed in range(40):
+        for layer, drawn in source.drawn("mc", seed, 4).items():
+            for row in estimated_rows(layer, "mc", drawn, [block_of(drawn)]).values():
+                for quantity in ("rel_frobenius", "cosine", "trace_ratio"):
+                    value, stderr = getattr(row, quantity), getattr(row, f"{quantity}_stderr")
+                    assert math.isnan(value) == math.isnan(stderr)
+                    if math.isnan(value):
+                        assert row.status == "not_assessed"
+                        assert row.reason
+                        withheld += "indistinguishable from 0" in row.reason
+                assert row.status != "estimated" or "so few examples" in row.reason
+    assert withheld > 5
 
 
 def test_what_cannot_be_estimated_is_not() -> None:
     for layer in run("probe").layers.values():
-        for name in ("ekfac_expand", "ekfac_reduce", "kron_best"):
-            assert layer.errors[name].status == "not_assessed"
-            assert "biased" in layer.errors[name].reason
+        assert layer.errors["kron_best"].status == "not_assessed"
+        assert "biased" in layer.errors["kron_best"].reason
+        for name in ("kfac_expand", "ekfac_expand", "ekfac_reduce", "diag"):
+            assert layer.errors[name].rel_frobenius_stderr > 0 or math.isnan(layer.errors[name].rel_frobenius)
+        assert "eigenbases that 4 draws give" in layer.errors["ekfac_expand"].reason
         assert layer.spectra["ggn"].status == "estimated"
         assert math.isnan(layer.spectra["ggn"].lambda_max)
+        for name in ("ggn", "kfac_expand", "kfac_reduce"):
+            assert layer.spectra[name].trace_stderr > 0
+            assert "biased" in layer.spectra[name].reason
+
+
+def test_ekfac_needs_more_draws_than_the_others() -> None:
+    for layer in run("probe", samples=4).layers.values():
+        assert layer.errors["kfac_expand"].rel_frobenius_stderr > 0 or layer.errors["kfac_expand"].reason
+        assert layer.errors["ekfac_expand"].status == "not_assessed"
+        assert "--samples 6" in layer.errors["ekfac_expand"].reason
+
+
+def test_eight_draws_are_the_default() -> None:
+    for fisher in ("probe", "mc"):
+        assert run(fisher, samples=None).info.samples == 8
 
 
 def test_too_few_draws_give_no_number() -> None:
@@ -123,3 +198,61 @@ def test_auto_takes_probes_where_time_or_size_forbid_exact_columns() -> None:
     assert hurried.info.fisher == "probe"
     assert hurried.info.samples == 8
     assert any("--time" in note for note in hurried.notes)
+
+
+def limited(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    """A lower bound on min(P, N K)."""
+    original = choose.plan_layer
+
+    def with_limit(*args: Any, **options: Any) -> LayerPlan:
+        return original(*args, **options | {"limit": limit})
+
+    monkeypatch.setattr(choose, "plan_layer", with_limit)
+
+
+def test_auto_estimates_only_the_layers_that_are_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, batch = models.mlp(3, 8, 13), (torch.randn(12, 3), torch.randint(13, (12,)))
+    exact = curvscope.analyze(model, batch, loss="cross_entropy", dtype="float64", fisher="exact")
+    limited(monkeypatch, 100)
+    run = curvscope.analyze(model, batch, loss="cross_entropy", dtype="float64", seed=1)
+    assert (run.info.fisher, run.info.samples) == ("exact", 8)
+    assert list(run.layers) == list(exact.layers)
+    note = "1 layer is estimated from 8 probes, the others exact: 2 (min(P, N K) = 117 exceeds 100)."
+    assert note in run.notes
+    for name, row in exact.layers["0"].errors.items():
+        assert run.layers["0"].errors[name].fisher == "exact"
+        assert run.layers["0"].errors[name].rel_frobenius == pytest.approx(row.rel_frobenius, rel=1e-9)
+    got, want = run.layers["2"], exact.layers["2"]
+    for flavour in ("expand", "reduce"):
+        np.testing.assert_allclose(got.factors[flavour].B, want.factors[flavour].B)  # of all columns, not of draws
+        mine, other = got.spectra[f"kfac_{flavour}"], want.spectra[f"kfac_{flavour}"]
+        assert (mine.status, mine.condition) == ("ok", pytest.approx(other.condition, rel=1e-6))
+    for name in ("kfac_expand", "ekfac_expand", "ekfac_reduce", "diag"):
+        row = got.errors[name]
+        assert (row.fisher, row.status) == ("probe", "estimated")
+        for key in ("rel_frobenius", "cosine"):
+            gap = abs(getattr(row, key) - getattr(want.errors[name], key))
+            assert 0 < gap <= 4 * getattr(row, f"{key}_stderr")
+    assert "eigenbasis of the exact factors" in got.errors["ekfac_expand"].reason
+    assert got.errors["kron_best"].status == "not_assessed"
+    assert abs(got.spectra["ggn"].trace - want.spectra["ggn"].trace) <= 4 * got.spectra["ggn"].trace_stderr
+    assert run.model.gradient_norm == pytest.approx(exact.model.gradient_norm, rel=1e-12)
+
+
+def test_auto_takes_probes_for_all_where_no_layer_is_small_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, batch = models.mlp(3, 8, 13), (torch.randn(12, 3), torch.randint(13, (12,)))
+    limited(monkeypatch, 20)
+    run = curvscope.analyze(model, batch, loss="cross_entropy")
+    assert run.info.fisher == "probe"
+    assert any("layer 0: min(P, N K) = 32 exceeds 20. 8 probes instead" in note for note in run.notes)
+
+
+def test_auto_estimates_the_layers_that_would_take_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, batch = models.mlp(3, 8, 13), (torch.randn(12, 3), torch.randint(13, (12,)))
+    monkeypatch.setattr(choose, "ASSUMED_RATE", 3e4)
+    run = curvscope.analyze(model, batch, loss="cross_entropy")
+    assert run.info.fisher == "exact"
+    assert any("1 layer is estimated" in note and "2 (measuring its 12 columns" in note for note in run.notes)

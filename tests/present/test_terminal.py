@@ -310,7 +310,8 @@ def test_groups_stand_in_the_shape() -> None:
 def test_the_layer_page_has_standard_errors_at_any_width() -> None:
     text = page(make_run("probe"), "stem.conv", width=80)
     assert "0.620±0.02" in text
-    assert "~" not in text
+    assert "~0.620" not in text
+    assert "~0.785" in text  # the cosine, estimated without one
 
 
 @pytest.mark.parametrize("findings", [True, False])

@@ -129,7 +129,10 @@ def _measured(
     """Columns of measured values with their standard errors."""
     columns = []
     for name, header, worth in wanted:
-        cells = [page.measured(getattr(row, name), getattr(row, f"{name}_stderr")) for row in rows]
+        cells = [
+            page.measured(getattr(row, name), getattr(row, f"{name}_stderr"), estimated=row.status == "estimated")
+            for row in rows
+        ]
         columns.append(Column(header, [(cell, "dim" if cell == page.dash else "") for cell in cells], worth))
     return columns
 

@@ -86,12 +86,12 @@ class Page:
             words = words.translate(TRANSLITERATED).encode("ascii", "backslashreplace").decode("ascii")
         return words
 
-    def measured(self, value: float, stderr: float = math.nan) -> str:
-        """A number with its standard error; a dash where there is none."""
+    def measured(self, value: float, stderr: float = math.nan, *, estimated: bool = False) -> str:
+        """A number with its standard error, marked ~ where it is estimated without one; a dash where there is none."""
         if math.isnan(value):
             return self.dash
         if math.isnan(stderr):
-            return number(value)
+            return f"~{number(value)}" if estimated else number(value)
         plus_minus = "+-" if self.ascii_only else "±"
         return f"{number(value)}{plus_minus}{number(stderr, 1)}" if self.show_stderr else f"~{number(value)}"
 
