@@ -19,7 +19,7 @@ from curvscope.graph.operands import SAME_VALUES, VIEWS, WHOLE, MatrixForm, Part
 from curvscope.graph.products import Operation
 from curvscope.graph.reasons import UNREACHED, why_blocked
 from curvscope.graph.sites import LayerSpec, Leaf, ParameterUse, Site
-from curvscope.graph.still import moving_nodes, reads_any
+from curvscope.graph.still import moving_nodes, reads_any, symbolic
 from curvscope.graph.unlift import tidy, unlift
 
 aten = torch.ops.aten
@@ -335,18 +335,13 @@ def _follows_examples(call: Operation, calls: Sequence[Operation]) -> bool:
 
     A recurrent layer's first step takes zeros, one row for each example.
     """
-    if _depends_on_inputs(call.node) or _symbolic(call.node):
+    if _depends_on_inputs(call.node) or symbolic(call.node):
         return True
     return any(_depends_on_inputs(other.node) and str(_shape(other.node)) == str(_shape(call.node)) for other in calls)
 
 
 def _shape(node: fx.Node) -> list[Any]:
     return list(node.meta["val"].shape)
-
-
-def _symbolic(node: fx.Node) -> bool:
-    """Whether the size of some axis changes with the batch."""
-    return any(not isinstance(size, int) for size in _shape(node))
 
 
 def _agreed(calls: Sequence[Operation], shape: torch.Size) -> tuple[MatrixForm, list[Part]] | None:
