@@ -27,6 +27,8 @@ from curvscope.extract.sweep import Progress, no_progress, sweep
 from curvscope.graph.eager import build_eager
 from curvscope.graph.export import ExportFailure, FlatInputs, example_axes_of, export_model, flatten_inputs
 from curvscope.graph.functional import Graph, build
+from curvscope.graph.graph_inputs import batch_vector, edge_lists, owners
+from curvscope.graph.ownership import verify_graphs
 from curvscope.graph.shadow import moved, shadow
 from curvscope.graph.trial import refused, try_forward
 from curvscope.graph.verify import Layouts, verify
@@ -57,6 +59,7 @@ def analyze(
     memory: int | str | None = None,
     time: float = 60.0,
     example_axes: Mapping[str, int] | None = None,
+    example_index: str | int | None = None,
     seed: int = 0,
     dump: Sequence[str] | str = (),
     progress: bool | Progress = False,
@@ -86,6 +89,8 @@ def analyze(
         memory: bound on the tool's own peak, bytes or "8GiB"; default half of what is free.
         time: seconds that `fisher="auto"` may spend on exact columns.
         example_axes: the example axis of an input (by keyword or position) where it is not axis 0.
+        example_index: for a batch of graphs, the input (by keyword or position) that holds the number of its graph for
+            every node. Without it a graph, known by its edge list, is one example.
         seed: of every random draw; the global random state is neither read nor changed.
         dump: "spectra" keeps eigenvectors, "columns" and "blocks" the matrices themselves.
         progress: True for lines on stderr, or a callable `(stage, item, done, total)`.
@@ -108,6 +113,7 @@ def analyze(
         seed=seed,
         dump=_words(dump),
         example_axes=dict(example_axes or {}),
+        example_index=None if example_index is None else str(example_index),
     )
     report = progress if callable(progress) else _print_progress if progress else no_progress
     seconds: dict[str, float] = {}
@@ -120,6 +126,7 @@ def analyze(
             factory=factory,
             trust=trust,
             example_axes=settings.example_axes,
+            example_index=settings.example_index,
         )
     run_on = _device(settings.device)
     kind = DTYPES[settings.dtype]
@@ -130,7 +137,7 @@ def analyze(
     tensors = [moved(tensor, run_on, kind) for tensor in flat.tensors]
     targets = moved(problem.targets, run_on, kind)
     with _timed(seconds, "layout"):
-        layouts = _verified(graph, flat, tensors, axes, examples)
+        layouts = _verified(graph, flat, tensors, axes, examples, problem.example_index)
         # the loss with its class axis settled
         problem = dataclasses.replace(problem, loss=check_targets(problem.loss, layouts.outputs, targets))
     if settings.fisher in ("auto", "exact"):
@@ -338,9 +345,10 @@ def _graph(
 ) -> tuple[Graph, FlatInputs, tuple[int | None, ...], int, list[str]]:
     """The functional graph (or the eager fallback), its inputs, their example axes, N, and notes."""
     flat = flatten_inputs(problem.inputs)
-    axes, examples = example_axes_of(flat.names, flat.tensors, problem.example_axes)
+    index = problem.example_index
+    axes, examples = example_axes_of(flat.names, flat.tensors, problem.example_axes, index)
     options: dict[str, Any] = {"layers": settings.layers, "skip": settings.skip}
-    notes = _precision_notes(problem, dtype)
+    notes = _precision_notes(problem, dtype) + _whole_graph_notes(flat, axes, index)
     if not isinstance(problem.model, nn.Module):
         graph = build(
             problem.model,
@@ -354,7 +362,9 @@ def _graph(
     tensors = tuple(moved(tensor, device, dtype) for tensor in flat.tensors)
     try_forward(twin, flat, tensors)
     try:
-        exported = export_model(problem.model, problem.inputs, problem.example_axes, device=device, dtype=dtype)
+        exported = export_model(
+            problem.model, problem.inputs, problem.example_axes, example_index=index, device=device, dtype=dtype
+        )
     except ExportFailure as failure:
         graph = build_eager(twin, flat, tensors, str(failure), **options)
         notes.append(f"torch.export refused the model, so only its own linear modules are seen: {failure}")
@@ -372,15 +382,35 @@ def _precision_notes(problem: Problem, dtype: torch.dtype) -> list[str]:
 
 
 def _verified(
-    graph: Graph, flat: FlatInputs, tensors: Sequence[Tensor], axes: Sequence[int | None], examples: int
+    graph: Graph,
+    flat: FlatInputs,
+    tensors: Sequence[Tensor],
+    axes: Sequence[int | None],
+    examples: int,
+    example_index: str | None,
 ) -> Layouts:
     """The layouts; a failure of the pass itself is told as a refusal of the batch."""
+    index = batch_vector(flat.names, tensors, example_index)
     try:
+        if index is not None and examples > 1:
+            edges = edge_lists(flat.names, tensors, len(index))
+            return verify_graphs(graph, tensors, owners(tensors, edges, index, examples))
         return verify(graph, tensors, axes, examples)
     except CurvscopeError:
         raise
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         raise refused(error, flat) from error
+
+
+def _whole_graph_notes(flat: FlatInputs, axes: Sequence[int | None], example_index: str | None) -> list[str]:
+    """Says so where a graph was taken for one example."""
+    edges = ", ".join(flat.names[position] for position in edge_lists(flat.names, flat.tensors))
+    if example_index is not None or not edges or any(axis is not None for axis in axes):
+        return []
+    return [
+        f"The inputs are a graph (edges in input {edges}), and the whole of it is one example. In a batch of graphs "
+        "--example-index names the input that holds the graph of every node."
+    ]
 
 
 def _mode_note(problem: Problem) -> str:

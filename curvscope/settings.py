@@ -30,6 +30,7 @@ class Settings:
         dump: optional parts of the file: factors (always), spectra (eigenvectors), columns, blocks.
         max_columns: `auto` is exact for a layer only where min(P, N K) is at most this.
         example_axes: example axis of an input by name or position, where it is not axis 0.
+        example_index: the input, by name or position, that holds the graph of every node.
     """
 
     fisher: str = "auto"
@@ -45,6 +46,7 @@ class Settings:
     dump: tuple[str, ...] = ()
     max_columns: int = 8192
     example_axes: dict[str, int] = field(default_factory=dict)
+    example_index: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as plain values, as /config stores them."""

@@ -65,6 +65,15 @@ def analyze(
             rich_help_panel=INPUT,
         ),
     ] = None,
+    example_index: Annotated[
+        str | None,
+        typer.Option(
+            "--example-index",
+            metavar="NAME",
+            help="In a batch of graphs, the input that holds the number of its graph for every node.",
+            rich_help_panel=INPUT,
+        ),
+    ] = None,
     trust: Annotated[
         bool,
         typer.Option("--trust", help="Load files that can run code of their own.", rich_help_panel=INPUT),
@@ -217,6 +226,7 @@ def analyze(
                 memory=memory,
                 time=time,
                 example_axes=axes or None,
+                example_index=example_index,
                 seed=seed,
                 dump=tuple(dump or ()),
             )

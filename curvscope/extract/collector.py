@@ -74,6 +74,15 @@ class Extract:
         return self.tokens.numel() if self.tokens is not None else self.spec.d_in + (self.spec.bias is not None)
 
 
+def mean_positions(counts: Tensor) -> float:
+    """The mean number of positions over the examples that have any; 1 only where all of these have one."""
+    return float(counts[counts > 0].double().mean()) if bool((counts > 0).any()) else 0.0
+
+
+def _both(left: Tensor | None, right: Tensor | None) -> Tensor | None:
+    return left if right is None else right if left is None else left & right
+
+
 class _Buffered:
     """The sum of g^T g over passes; small passes are gathered first, so that products stay large."""
 
@@ -135,6 +144,7 @@ class Collector:
         self.values: Tensor | None = None
         self.block: GramSum | None = None
         self._joined: Tensor | None = None
+        self.present: dict[str, Tensor] = {}
 
     def begin(self, stored: Mapping[str, Any], columns: int) -> None:
         """Take what the forward pass left at the sites."""
@@ -193,10 +203,13 @@ class Collector:
         """The layer's rows of all calls, [N, R, d_in]."""
         if self._joined is None:
             width = self.spec.d_in * self.spec.groups
-            parts = [
-                _placed(rows.inputs(self.inputs.pop(target)), self.parts[target].columns, width)
-                for target, rows in self.rows.items()
-            ]
+            parts = []
+            for target, rows in self.rows.items():
+                tensor = self.inputs.pop(target)
+                parts.append(_placed(rows.inputs(tensor), self.parts[target].columns, width))
+                real = rows.real(tensor)
+                if real is not None:
+                    self.present[target] = real
             self.shapes = {target: part.shape[:2] for target, part in zip(self.rows, parts, strict=True)}
             self._joined = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         return self._joined
@@ -243,7 +256,7 @@ class Collector:
     def result(self, masks: Mapping[str, Tensor]) -> Extract:
         """The layer's sums, scaled as records.CONVENTIONS says."""
         examples, positions = self._a().shape[:2]
-        real = self._real(masks)
+        there, real = Collector._real(self, {}), self._real(masks)
         counts = torch.full((examples,), float(positions), device=self.like.device) if real is None else real.sum(1)
         counts = counts.to(self.like.dtype)
         factors = {}
@@ -252,12 +265,13 @@ class Collector:
             B_expand = B_reduce if self.expand is None else self.expand.result()
             A_expand, A_reduce = self._input_factors(real, counts)
             factors = {"expand": (A_expand, B_expand), "reduce": (A_reduce, B_reduce)}
-        padded = 0.0 if real is None else 1.0 - float(counts.sum()) / (examples * positions)
+        rows = examples * positions if there is None else int(there.sum())
+        padded = 0.0 if real is None else 1.0 - float(counts.sum()) / rows
         draws = {name: torch.stack(each) for name, each in self.draws.items() if each}
         return Extract(
             self.spec,
             examples,
-            float(counts.mean()),
+            mean_positions(counts),
             padded,
             factors,
             self.gradient,
@@ -277,11 +291,12 @@ class Collector:
         expand = input_gram(masked.reshape(-1, a.shape[-1]), float(counts.sum()), bias=bias)
         if a.shape[1] == 1:
             return expand, expand
-        means = masked.sum(1) / counts.unsqueeze(1)
-        return expand, input_gram(means, float(self.examples), bias=bias)
+        means = masked.sum(1) / counts.clamp(min=1).unsqueeze(1)
+        return expand, input_gram(means[counts > 0], float((counts > 0).sum()), bias=bias)
 
     def _real(self, masks: Mapping[str, Tensor]) -> Tensor | None:
-        parts = [masks.get(target) for target in self.rows]
+        """Which rows count: those that are there (see `Ragged`), without the masked ones; None where all do."""
+        parts = [_both(masks.get(target), self.present.get(target)) for target in self.rows]
         if all(part is None for part in parts):
             return None
         device = next(part.device for part in parts if part is not None)

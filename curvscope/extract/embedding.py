@@ -38,7 +38,13 @@ class EmbeddingCollector(Collector):
     def _a(self) -> Tensor:
         """The tokens of all calls, [N, R]; those of padding stand as they are."""
         if self._joined is None:
-            parts = {target: rows.tokens(self.inputs.pop(target)) for target, rows in self.rows.items()}
+            parts: dict[str, Tensor] = {}
+            for target, rows in self.rows.items():
+                index = self.inputs.pop(target)
+                parts[target] = rows.tokens(index)
+                real = rows.real(index)
+                if real is not None:
+                    self.present[target] = real
             self.shapes = {target: part.shape for target, part in parts.items()}
             self._joined = torch.cat(list(parts.values()), dim=1)
             counted = [part != self._padding(target) for target, part in parts.items()]
@@ -93,4 +99,7 @@ class EmbeddingCollector(Collector):
         places = torch.searchsorted(self.tokens, tokens).clamp_(max=self.tokens.numel() - 1)
         means = self.like.new_zeros(self.examples, self.tokens.numel()).scatter_add_(1, places, weight)
         means = means / counts.clamp(min=1).unsqueeze(1)
-        return expand / counts.sum().clamp(min=1), input_gram(means, float(self.examples), bias=False)
+        reached = counts > 0
+        # a batch of padding alone has no positions, and factors of zeros
+        number = max(1.0, float(reached.sum()))
+        return expand / counts.sum().clamp(min=1), input_gram(means[reached], number, bias=False)

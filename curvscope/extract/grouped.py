@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from curvscope.extract.collector import Collector, Columns, Extract
+from curvscope.extract.collector import Collector, Columns, Extract, mean_positions
 
 
 class GroupedCollector(Collector):
@@ -64,23 +64,23 @@ class GroupedCollector(Collector):
 
     def result(self, masks: Mapping[str, Tensor]) -> Extract:
         """The layer's sums, scaled as records.CONVENTIONS says."""
-        real = self._real(masks)
         a = self._split(self._a())
         groups, examples, positions = a.shape[:3]
+        there, real = self._real({}), self._real(masks)
+        counts = torch.full((examples,), positions, device=a.device) if real is None else real.sum(1)
         if self.spec.bias is not None:
             a = torch.cat([a, a.new_ones(*a.shape[:3], 1)], dim=-1)
         factors = {}
         if self.factors:
             if real is not None:
                 a = a * real.unsqueeze(-1)
-            counts = a.new_full((examples,), float(positions)) if real is None else real.sum(1).to(a.dtype)
-            rows, means = a.flatten(1, 2), a.sum(2) / counts.unsqueeze(1)
+            rows = a.flatten(1, 2)
+            means = a.sum(2) / counts.clamp(min=1).view(1, -1, 1)
             A = {
-                "expand": torch.bmm(rows.transpose(1, 2), rows) / float(counts.sum()),
-                "reduce": torch.bmm(means.transpose(1, 2), means) / examples,
+                "expand": torch.bmm(rows.transpose(1, 2), rows) / int(counts.sum()),
+                "reduce": torch.bmm(means.transpose(1, 2), means) / int((counts > 0).sum()),
             }
             factors = {name: (A[name], self._sums[name]) for name in A}
-        held = examples * positions if real is None else int(real.sum())
         draws = {name: torch.stack(each) for name, each in self.draws.items() if each}
         columns: list[Columns] | None = None
         if self._blocks is not None:
@@ -88,5 +88,5 @@ class GroupedCollector(Collector):
         elif self.kept:
             values = torch.stack(self.kept)  # [K, groups, N, d_out, d_in]
             columns = [Columns("dense", examples, self.count, values=values[:, i]) for i in range(groups)]
-        padded = 1.0 - held / (examples * positions)
-        return Extract(self.spec, examples, held / examples, padded, factors, self.gradient, columns, draws)
+        padded = 1.0 - int(counts.sum()) / (examples * positions if there is None else int(there.sum()))
+        return Extract(self.spec, examples, mean_positions(counts), padded, factors, self.gradient, columns, draws)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from curvscope.extract.rows import SiteRows
 from curvscope.graph.functional import Graph
+from curvscope.graph.ragged import Ragged
 from curvscope.graph.verify import Layouts
 
 
@@ -30,7 +31,8 @@ class Padding:
         for site in graph.sites():
             # a convolution's positions are all real: its rows vanish where units are dead
             positions = layouts.positions[site.target] if site.kind in ("linear", "embedding") else 1
-            if positions > 1 and layouts.examples > 1:
+            known = isinstance(layouts.sites[site.target], Ragged)  # its rows are all real
+            if positions > 1 and layouts.examples > 1 and not known:
                 self.linear[site.target] = (SiteRows(site.module, layouts.sites[site.target]), positions)
         self.alive: dict[int, Tensor | None] = {}
         self.done: set[int] = set()

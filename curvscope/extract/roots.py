@@ -144,7 +144,7 @@ def exact_columns(loss: Loss, outputs: Tensor, layout: Layout, targets: Any = No
 
 def outputs_an_example(outputs: Tensor, layout: Layout) -> int:
     """How many outputs one example has."""
-    return outputs.numel() * layout.outer * layout.inner // outputs.shape[layout.axis]
+    return layout.width(outputs)
 
 
 def _seeds(seed: int, count: int) -> list[int]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from curvscope.graph.layout import Layout
@@ -39,6 +39,14 @@ class SiteRows:
         """The rows that an embedding looks up, [N, R]."""
         return self.layout.rows(index.long().unsqueeze(-1)).squeeze(-1)
 
+    def real(self, tensor: Tensor) -> Bool[Tensor, "N R"] | None:
+        """Which of `inputs` (or `tokens`) are rows of the layer and not empty slots; None where all are."""
+        if type(self.layout) is Layout:
+            return None  # without making a convolution's patches a second time
+        if isinstance(self.module, nn.Embedding):
+            return self.layout.real(tensor.unsqueeze(-1))
+        return self.layout.real(tensor if isinstance(self.module, LINEAR) else patches(self.module, tensor))
+
     def outputs(self, tensor: Tensor) -> Float[Tensor, "N R d_out"]:
         """The output gradients g, [N, R, d_out]."""
         if isinstance(self.module, (*LINEAR, nn.Embedding)):
@@ -49,7 +57,7 @@ class SiteRows:
 
 def _merge(rows: Tensor, layout: Layout) -> Tensor:
     """[B, L, d] with B = outer * N * inner -> [N, R, d]."""
-    if layout.outer * layout.inner == 1:
+    if layout == Layout(0):
         return rows
     return layout.rows(rows)
 

@@ -17,6 +17,8 @@ from torch.utils import _pytree as pytree
 
 from curvscope.errors import BatchError, ModelError
 from curvscope.graph.cells import cell_decompositions
+from curvscope.graph.graph_inputs import batch_vector, edge_lists
+from curvscope.graph.reading import Replayed, numbers_read
 from curvscope.graph.shadow import shadow
 from curvscope.load.problem import Inputs
 
@@ -89,16 +91,28 @@ def _key(key: Any) -> str:
 
 
 def example_axes_of(
-    names: tuple[str, ...], tensors: tuple[Tensor, ...], chosen: Mapping[str, int]
+    names: tuple[str, ...], tensors: tuple[Tensor, ...], chosen: Mapping[str, int], index: str | None = None
 ) -> tuple[tuple[int | None, ...], int]:
     """The example axis of each input and N.
 
     Axis 0 of every input whose size there is N, unless `chosen` says otherwise; N is the size of the first chosen
-    axis, else that of the first input's axis 0.
+    axis, else that of the first input's axis 0. For graphs no input has an example axis: the batch vector called
+    `index` tells the examples, and without it the whole graph is one.
 
     Raises:
         BatchError: a chosen name or axis does not exist, sizes disagree, or N is 0.
     """
+    vector = batch_vector(names, tensors, index)
+    if vector is not None and chosen:
+        raise BatchError(
+            "Both an example axis and a batch vector are named; they are two ways to tell the examples apart.",
+            where="example_axes, example_index (--example-axis, --example-index)",
+            remedy="For graphs give --example-index alone.",
+        )
+    if vector is not None:
+        return (None,) * len(names), int(vector.max()) + 1
+    if not chosen and edge_lists(names, tensors):
+        return (None,) * len(names), 1
     unknown = sorted(set(chosen) - set(names))
     if unknown:
         raise BatchError(
@@ -175,31 +189,39 @@ def export_model(
     inputs: Inputs,
     example_axes: Mapping[str, int],
     *,
+    example_index: str | None = None,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> Exported:
     """The model in eval mode as a functional program with a dynamic example axis.
 
     One example is exported from two copies of it, so that the axis is not specialised away. Where the dynamic
-    export fails, a static one is made and said to be. `model` itself is never touched (see `shadow`).
+    export fails, a static one is made and said to be. `model` itself is never touched (see `shadow`). Graphs are
+    exported at the size they have, and numbers that the model reads off them (how many graphs there are) are fixed.
 
     Raises:
         ExportFailure: torch.export refuses the model either way (data-dependent control flow, ...).
         BatchError, ModelError: the inputs name no example axis, or the output holds no tensor.
     """
     flat = flatten_inputs(inputs)
-    axes, count = example_axes_of(flat.names, flat.tensors, example_axes)
+    axes, count = example_axes_of(flat.names, flat.tensors, example_axes, example_index)
+    graphs = example_index is not None or (not example_axes and bool(edge_lists(flat.names, flat.tensors)))
     twin = shadow(model, device=device, dtype=dtype)
     tensors = tuple(t.detach().to(device=device, dtype=dtype if t.is_floating_point() else None) for t in flat.tensors)
     traced = tensors
-    if count == 1:
+    if count == 1 and not graphs:
         traced = tuple(
             t if axis is None else torch.cat([t, t], dim=axis) for t, axis in zip(tensors, axes, strict=True)
         )
-    wrapper = _Flat(twin, dataclasses.replace(flat, leaves=tuple(_detached(leaf) for leaf in flat.leaves))).eval()
+    wrapper: nn.Module = _Flat(
+        twin, dataclasses.replace(flat, leaves=tuple(_detached(leaf) for leaf in flat.leaves))
+    ).eval()
+    if graphs:
+        read = numbers_read(lambda: wrapper(*tensors))
+        wrapper = Replayed(wrapper, read).eval() if read else wrapper
     dynamic = tuple({} if axis is None else {axis: torch.export.Dim.DYNAMIC} for axis in axes)
     failures: list[str] = []
-    for attempt_dynamic in (True, False):
+    for attempt_dynamic in (False,) if graphs else (True, False):
         try:
             with _quiet_export():
                 program = torch.export.export(
@@ -214,7 +236,7 @@ def export_model(
         except Exception as error:
             failures.append(_first_line(error))
             continue
-        notes = () if attempt_dynamic else (f"The batch size is fixed in the graph ({failures[0]}).",)
+        notes = () if attempt_dynamic or graphs else (f"The batch size is fixed in the graph ({failures[0]}).",)
         return Exported(program, flat.names, axes, attempt_dynamic, notes)
     raise ExportFailure(failures[-1])
 

@@ -34,6 +34,7 @@ def load_problem(
     factory: Factory | None = None,
     trust: bool = False,
     example_axes: Mapping[str, int] | Mapping[int, int] | None = None,
+    example_index: str | int | None = None,
     step: int | None = None,
 ) -> Problem:
     """Everything an analysis needs, from what the user gave.
@@ -47,6 +48,7 @@ def load_problem(
         factory: what builds the model of a state_dict, "package.module:name" or a callable.
         trust: allow files that can run code when read.
         example_axes: the example axis of an input by name or position, where it is not axis 0.
+        example_index: the input, by name or position, that holds the graph of every node; None takes the bundle's.
         step: the training step; None takes the checkpoint's.
 
     Raises:
@@ -63,14 +65,17 @@ def load_problem(
     chosen = load_loss(own_loss if loss is None else loss)
     module = found.model if isinstance(found.model, nn.Module) else None
     inputs, axes = loaded.inputs, named_axes(example_axes)
+    index = None if example_index is None else str(example_index)
     if found.bundle is not None:
         names = list(found.bundle.axes)
+        index = found.bundle.index if index is None else index
         stored = {name: axis for name, axis in found.bundle.axes.items() if axis not in (None, 0)}
         axes = {**{name: axis for name, axis in stored.items() if axis is not None}, **axes}
         if module is None:
             inputs = found.bundle.graph_inputs(None if batch is None else inputs)
             # the graph's inputs are positional, whatever their names were
             axes = {str(names.index(name)) if name in names else name: axis for name, axis in axes.items()}
+            index = str(names.index(index)) if index in names else index
     return Problem(
         model=found.model,
         inputs=inputs,
@@ -80,6 +85,7 @@ def load_problem(
         source=source,
         name=found.name,
         example_axes=axes,
+        example_index=index,
         step=found.step if step is None else step,
         notes=found.notes,
         hidden_by_eval=_hidden(found),

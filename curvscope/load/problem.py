@@ -66,6 +66,7 @@ class Problem:
         source: file name or class name, for the report's header.
         name: the model's class name.
         example_axes: example axis by input name, where it is not 0.
+        example_index: the name of the input that holds the graph of every node, for batches of graphs.
         step: the training step, where known.
         notes: what was done on the way (prefixes stripped, ...), one sentence each.
         hidden_by_eval: what the model does otherwise in training mode, a clause each.
@@ -82,3 +83,4 @@ class Problem:
     step: int | None = None
     notes: tuple[str, ...] = ()
     hidden_by_eval: tuple[str, ...] = ()
+    example_index: str | None = None

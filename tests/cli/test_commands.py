@@ -67,8 +67,9 @@ def test_analyze_reports_and_writes(pipeline: Pipeline, tmp_path: Path) -> None:
 def test_analyze_hands_on_every_option(pipeline: Pipeline) -> None:
     options = """
         --model net:build --batch b.npz --loss mse:reduction=sum --example-axis x=1 --example-axis 1=-2
-        --trust --layers a.* --layers b --skip head --fisher probe --samples 4 --measure spectral --measure kron_best
-        --device cpu --dtype float64 --memory 1.5GiB --time 2min --seed 7 --dump columns --dump blocks
+        --example-index batch --trust --layers a.* --layers b --skip head --fisher probe --samples 4
+        --measure spectral --measure kron_best --device cpu --dtype float64 --memory 1.5GiB --time 2min --seed 7
+        --dump columns --dump blocks
         -o out.h5 --quiet
     """
     result = call("analyze", "w.pt", *options.split())
@@ -91,6 +92,7 @@ def test_analyze_hands_on_every_option(pipeline: Pipeline) -> None:
         "memory": 3 * 2**29,
         "time": 120.0,
         "example_axes": {"x": 1, "1": -2},
+        "example_index": "batch",
         "seed": 7,
         "dump": ("columns", "blocks"),
     }
@@ -102,7 +104,7 @@ def test_analyze_defaults(pipeline: Pipeline) -> None:
     call("analyze", "w.pt")
     kept = {key: value for key, value in pipeline.called_with.items() if key not in ("progress", "model")}
     assert {key for key, value in kept.items() if value is None} == {
-        "batch", "loss", "factory", "samples", "layers", "skip", "measure", "memory", "example_axes"
+        "batch", "loss", "factory", "samples", "layers", "skip", "measure", "memory", "example_axes", "example_index"
     }  # fmt: skip
     assert kept["time"] == 60.0
     assert kept["fisher"] == kept["device"] == "auto"
