@@ -19,13 +19,13 @@ from curvscope.errors import BatchError, ModelError, OutputError, UsageError
 from curvscope.graph.export import Exported, ExportFailure, export_model, flatten_inputs
 from curvscope.graph.shadow import shadow
 from curvscope.graph.trial import try_forward
-from curvscope.load.batch import Batch, load_batch, named_axes
+from curvscope.load.batch import load_batch, named_axes
 from curvscope.load.bundle import FORMAT, VERSION
 from curvscope.load.eval_mode import eval_mode
 from curvscope.load.importing import describe, random_state_kept
 from curvscope.load.loss import load_loss
 from curvscope.load.optimizer import as_optimizer_state
-from curvscope.load.problem import Inputs, Loss, OptimizerState
+from curvscope.load.problem import Batch, Inputs, Loss, OptimizerState
 from curvscope.load.targets import check_targets
 from curvscope.load.vet import RefusedArchiveError, UnreadableArchiveError, vetted_archive
 

@@ -2,43 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime
-import functools
 import sys
-import time as clock
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from curvscope._version import __version__
 from curvscope.diagnose import rules
-from curvscope.errors import CurvscopeError, DeviceError, UsageError
-from curvscope.extract.choose import DTYPES, PROBES, choose, estimate_plan, make_plan
-from curvscope.extract.collector import Extract, Form
-from curvscope.extract.plan import Plan
-from curvscope.extract.positionwise import independent_positions, shared_note
-from curvscope.extract.roots import Root, make_root
-from curvscope.extract.sweep import Progress, no_progress, sweep
-from curvscope.graph.eager import build_eager
-from curvscope.graph.export import ExportFailure, FlatInputs, example_axes_of, export_model, flatten_inputs
-from curvscope.graph.functional import Graph, build
-from curvscope.graph.graph_inputs import batch_vector, edge_lists, owners
-from curvscope.graph.ownership import verify_graphs
-from curvscope.graph.shadow import moved, shadow
-from curvscope.graph.trial import refused, try_forward
-from curvscope.graph.verify import Layouts, verify
-from curvscope.load import check_targets, load_problem
+from curvscope.errors import AnalysisError, DeviceError
+from curvscope.extract.choose import DTYPES, budget
+from curvscope.extract.plan import size_in_words
+from curvscope.extract.ready import describe_plan, get_ready
+from curvscope.extract.sweep import Progress, no_progress
+from curvscope.load import load_problem
 from curvscope.load.problem import Problem
-from curvscope.measure.layer import Wishes, measure_layer
+from curvscope.measure.layer import Wishes
+from curvscope.measure.layers import attempt, measure_layers, timed
+from curvscope.planned import PlannedRun
 from curvscope.records import CoverageRow, Layer, ModelInfo, RunInfo
 from curvscope.run import Run
-from curvscope.settings import DUMPS, FISHERS, MEASURES, Settings
+from curvscope.settings import Settings, checked_settings
 from curvscope.units import parse_bytes
+
+T = TypeVar("T")
 
 
 def analyze(
@@ -72,7 +63,9 @@ def analyze(
     Args:
         model: an nn.Module, or the path of a checkpoint (bundle, state_dict with `factory`, pickled module,
             torch.export archive, safetensors with `factory`, Hugging Face folder). It is never modified.
-        batch: `(inputs, targets)`, a file, or None for a bundle's own; inputs a tensor, a tuple or a dict.
+        batch: `(inputs, targets)`, a file, or None for a bundle's own; inputs a tensor, a tuple or a dict. Or several:
+            a folder of files, a list of pairs, a DataLoader, or a callable that returns one pair or an iterable of
+            them. The result is that of their concatenation, and memory does not grow with their number.
         loss: "cross_entropy", "mse", "bce_with_logits" or "causal_lm" (settings after a colon, such as
             "cross_entropy:class_axis=last"), a torch loss module, or a callable `(outputs, targets) -> scalar`; None
             for a bundle's own.
@@ -100,24 +93,81 @@ def analyze(
 
     Sources: K-FAC arXiv:1503.05671; expand and reduce arXiv:2311.00636; EKFAC arXiv:1806.03884.
     """
-    settings = _settings(
-        fisher=fisher,
-        samples=samples,
-        layers=_words(layers),
-        skip=_words(skip),
-        measure=_words(measure),
-        device=device,
-        dtype=dtype,
+    return _with_fallback(
+        _given(
+            model,
+            batch,
+            loss=loss,
+            optimizer=optimizer,
+            factory=factory,
+            trust=trust,
+            progress=progress,
+            fisher=fisher,
+            samples=samples,
+            layers=layers,
+            skip=skip,
+            measure=measure,
+            device=device,
+            dtype=dtype,
+            memory=memory,
+            time=time,
+            example_axes=example_axes,
+            example_index=example_index,
+            seed=seed,
+            dump=dump,
+        ),
+        _analyzed,
+    )
+
+
+def plan(model: Any, batch: Any = None, **options: Any) -> PlannedRun:
+    """What `analyze` would do with the same arguments: passes, bytes, seconds, and every layer's treatment.
+
+    The model is exported and verified, and a few passes are timed; the analysis itself does not run.
+
+    Raises:
+        CurvscopeError: as `analyze`, as far as it shows before the passes.
+    """
+    return _with_fallback(_given(model, batch, **options), _planned)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Given:
+    """The arguments, checked and loaded."""
+
+    problem: Problem
+    settings: Settings
+    report: Progress
+    seconds: dict[str, float]
+
+
+def _given(
+    model: Any,
+    batch: Any,
+    *,
+    loss: Any = None,
+    optimizer: Any = None,
+    factory: Any = None,
+    trust: bool = False,
+    progress: bool | Progress = False,
+    memory: int | str | None = None,
+    time: float = 60.0,
+    example_index: str | int | None = None,
+    **options: Any,
+) -> _Given:
+    for name in ("layers", "skip", "measure", "dump"):
+        options[name] = _words(options.get(name))
+    options["example_axes"] = dict(options.get("example_axes") or {})
+    defaults = {"fisher": "auto", "samples": None, "device": "auto", "dtype": "float32", "seed": 0}
+    settings = checked_settings(
+        **{**defaults, **options},
         memory_bytes=parse_bytes(memory) if isinstance(memory, str) else memory,
         time_seconds=time,
-        seed=seed,
-        dump=_words(dump),
-        example_axes=dict(example_axes or {}),
         example_index=None if example_index is None else str(example_index),
     )
     report = progress if callable(progress) else _print_progress if progress else no_progress
     seconds: dict[str, float] = {}
-    with _timed(seconds, "load"):
+    with timed(seconds, "load"):
         problem = load_problem(
             model,
             batch,
@@ -128,46 +178,50 @@ def analyze(
             example_axes=settings.example_axes,
             example_index=settings.example_index,
         )
-    run_on = _device(settings.device)
-    kind = DTYPES[settings.dtype]
-    report("export", problem.name, 0, 1)
-    with _timed(seconds, "export"):
-        graph, flat, axes, examples, notes = _graph(problem, settings, run_on, kind)
-    report("export", problem.name, 1, 1)
-    tensors = [moved(tensor, run_on, kind) for tensor in flat.tensors]
-    targets = moved(problem.targets, run_on, kind)
-    with _timed(seconds, "layout"):
-        layouts = _verified(graph, flat, tensors, axes, examples, problem.example_index)
-        # the loss with its class axis settled
-        problem = dataclasses.replace(problem, loss=check_targets(problem.loss, layouts.outputs, targets))
-    if settings.fisher in ("auto", "exact"):
-        with _timed(seconds, "positions"):
-            apart = independent_positions(problem.loss, graph, tensors, layouts, targets)
-            layouts = dataclasses.replace(layouts, independent=apart)
-    chosen, reason, estimated = choose(problem, graph, layouts, targets, settings, seconds["layout"] / 3)
-    samples_taken = settings.samples or PROBES
-    make = functools.partial(
-        make_root,
-        problem.loss,
-        layouts.outputs,
-        targets,
-        layouts.output,
-        samples=samples_taken,
-        seed=settings.seed,
+    return _Given(problem, settings, report, seconds)
+
+
+def _with_fallback(given: _Given, call: Callable[[_Given, torch.device], T]) -> T:
+    """The call on the chosen device; where its memory runs out, on the CPU.
+
+    Raises:
+        AnalysisError: memory runs out there, too.
+    """
+    device = _device(given.settings.device)
+    tried = [device.type]
+    if device.type != "cpu":
+        found = attempt(lambda: call(given, device))
+        if found is not None:
+            return found
+        tried.append("cpu")
+        told = f"Memory ran out on {device.type}, even with one example at a time: this is what the CPU found."
+        problem = dataclasses.replace(given.problem, notes=(*given.problem.notes, told))
+        given = dataclasses.replace(given, problem=problem)
+    found = attempt(lambda: call(given, torch.device("cpu")))
+    if found is not None:
+        return found
+    raise AnalysisError(
+        "There is not enough memory, even with one example at a time and without keeping columns.",
+        where=f"tried on {', then on '.join(tried)}; --memory {size_in_words(budget(given.settings))}",
+        remedy="Free some memory, analyze fewer layers with --layers, or give a batch of fewer or shorter examples. "
+        "Nothing was measured, so nothing was written.",
     )
-    root = make(fisher=chosen, independent=layouts.independent)
-    if root.shared and layouts.independent is not None:
-        notes.append(shared_note(layouts.independent))
-    if reason:
-        notes.append(reason)
-    plan = make_plan(graph, layouts, root, settings, estimated)
-    wishes = Wishes(chosen, settings.measure, settings.dump, settings.seed, kind)
-    probes = make(fisher="probe") if estimated else None
-    draws = None if probes is None else (probes, estimate_plan(graph, layouts, probes, settings, estimated))
-    measured, squared_gradient = _measure(graph, tensors, layouts, root, plan, draws, wishes, report, seconds)
-    with _timed(seconds, "gradient"):
-        squared_gradient += sum(float(g.double().square().sum()) for g in graph.rest(tensors, root.gradient).values())
-    with _timed(seconds, "findings"):
+
+
+def _planned(given: _Given, device: torch.device) -> PlannedRun:
+    return describe_plan(get_ready(given.problem, given.settings, device, given.report, dict(given.seconds)))
+
+
+def _analyzed(given: _Given, run_on: torch.device) -> Run:
+    """The analysis on one device."""
+    settings, report, seconds = given.settings, given.report, dict(given.seconds)
+    ready = get_ready(given.problem, settings, run_on, report, seconds)
+    problem, passes, notes = ready.problem, ready.passes, ready.notes
+    graph, survey, chosen, samples_taken = passes.graph, passes.pieces.survey, ready.fisher, ready.samples
+    kind = DTYPES[settings.dtype]
+    wishes = Wishes(chosen, settings.measure, settings.dump, settings.seed, kind, ready.plan.piece_bytes)
+    measured, squared_gradient = measure_layers(passes, ready.plan, wishes, report, seconds, ready.estimated)
+    with timed(seconds, "findings"):
         coverage = [
             CoverageRow(use.parameter, use.layer, use.count, use.treatment, reason=use.reason) for use in graph.uses
         ]
@@ -177,12 +231,12 @@ def analyze(
             name=problem.name,
             checkpoint=problem.source,
             loss_name=problem.loss.label,
-            loss=root.loss,
+            loss=passes.loss,
             gradient_norm=squared_gradient**0.5,
             parameters=sum(row.count for row in coverage),
             coverage=covered / trained if trained else 0.0,
-            examples=examples,
-            outputs=str(list(layouts.outputs.shape)),
+            examples=survey.examples,
+            outputs=str(ready.outputs),
             graph=graph.origin,
             mode_note=_mode_note(problem),
             step=-1 if problem.step is None else problem.step,
@@ -199,7 +253,7 @@ def analyze(
             dtype=settings.dtype,
             seed=settings.seed,
             fisher=chosen,
-            samples=samples_taken if chosen in ("probe", "mc") or estimated else 0,
+            samples=samples_taken if chosen in ("probe", "mc") or ready.estimated else 0,
         ),
         model=info,
         config=settings.as_dict(),
@@ -216,108 +270,8 @@ def analyze(
     )
 
 
-def _measure(
-    graph: Graph,
-    tensors: Sequence[Tensor],
-    layouts: Layouts,
-    root: Root,
-    plan: Plan,
-    draws: tuple[Root, Plan] | None,
-    wishes: Wishes,
-    report: Progress,
-    seconds: dict[str, float],
-) -> tuple[dict[str, Layer], float]:
-    """Every chosen layer's record, in forward order, and the squared norm of all layers' gradient.
-
-    The layers of the plan of `draws` get their columns from sweeps over that root: blocks estimated, factors exact.
-    """
-    names = [spec.name for spec in graph.chosen()]
-    first: dict[str, Extract] = {}
-    measured: dict[str, Layer] = {}
-    squared = 0.0
-    sweeps = [(number, group, root, plan) for number, group in enumerate(plan.groups)]
-    if draws is not None:
-        sweeps += [(number, group, *draws) for number, group in enumerate(draws[1].groups, start=1)]
-    for number, group, source, of in sweeps:
-        forms: dict[str, Form | None] = {name: of.layers[name].form for name in group}
-        with _timed(seconds, "passes"):
-            if number == 0:
-                later: dict[str, Form | None] = {name: None for name in names if name not in forms}
-                extracts = sweep(
-                    graph,
-                    tensors,
-                    layouts,
-                    root,
-                    forms | later,
-                    per_draw=wishes.fisher in ("probe", "mc"),
-                    gradient_only=[name for name in graph.layers if name not in names],
-                    progress=report,
-                )
-                for extract in extracts.values():
-                    if extract.gradient is not None:
-                        squared += float(extract.gradient.double().square().sum())
-                first = {name: extracts[name] for name in later}
-            else:
-                more = sweep(graph, tensors, layouts, source, forms, factors=False, progress=report)
-                extracts = {
-                    name: dataclasses.replace(first.pop(name), columns=extract.columns)
-                    for name, extract in more.items()
-                }
-        wish = dataclasses.replace(wishes, fisher=source.fisher)
-        for name in group:
-            if draws is not None and source is root and name in draws[1].layers:
-                first[name] = extracts.pop(name)
-                continue
-            report("measure", name, len(measured), len(names))
-            with _timed(seconds, "measure"):
-                # popped: its columns are gone before the next layer's are worked on
-                measured[name] = measure_layer(extracts.pop(name), wish, why_no_columns=of.layers[name].reason)
-    report("measure", "", len(names), len(names))
-    return {name: measured[name] for name in names}, squared
-
-
-def _settings(**given: Any) -> Settings:
-    """The settings, each checked against what exists.
-
-    Raises:
-        UsageError: a value that is not among the choices.
-    """
-    for key, choices in (("fisher", FISHERS), ("dtype", tuple(DTYPES)), ("device", ("auto", "cpu", "cuda"))):
-        if given[key] not in choices:
-            raise UsageError(
-                f"{given[key]!r} is no choice for {key}.",
-                where=f"--{key}",
-                remedy=f"Choose one of {', '.join(choices)}.",
-            )
-    for key, choices in (("measure", MEASURES), ("dump", DUMPS)):
-        for value in given[key]:
-            if value not in choices:
-                raise UsageError(
-                    f"{value!r} is no choice for {key}.",
-                    where=f"--{key}",
-                    remedy=f"Choose from {', '.join(choices)}.",
-                )
-    if not isinstance(given["seed"], int) or not 0 <= given["seed"] < 2**63:
-        raise UsageError("seed must be a whole number from 0 to 2^63 - 1.", where="--seed", remedy="Choose another.")
-    if given["samples"] is not None and given["samples"] < 1:
-        raise UsageError("samples must be at least 1.", where="--samples", remedy="Leave it out for the default.")
-    if given["memory_bytes"] is not None and given["memory_bytes"] <= 0:
-        raise UsageError("memory must be positive.", where="--memory", remedy="Write bytes, or words such as 8GiB.")
-    return Settings(**given)
-
-
 def _words(value: Sequence[str] | str | None) -> tuple[str, ...]:
     return () if value is None else (value,) if isinstance(value, str) else tuple(value)
-
-
-@contextlib.contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    """Adds the wall-clock seconds of the block to a stage."""
-    start = clock.perf_counter()
-    try:
-        yield
-    finally:
-        seconds[stage] = seconds.get(stage, 0.0) + clock.perf_counter() - start
 
 
 def _print_progress(stage: str, item: str, done: int, total: int) -> None:
@@ -340,79 +294,6 @@ def _device_words(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def _graph(
-    problem: Problem, settings: Settings, device: torch.device, dtype: torch.dtype
-) -> tuple[Graph, FlatInputs, tuple[int | None, ...], int, list[str]]:
-    """The functional graph (or the eager fallback), its inputs, their example axes, N, and notes."""
-    flat = flatten_inputs(problem.inputs)
-    index = problem.example_index
-    axes, examples = example_axes_of(flat.names, flat.tensors, problem.example_axes, index)
-    options: dict[str, Any] = {"layers": settings.layers, "skip": settings.skip}
-    notes = _precision_notes(problem, dtype) + _whole_graph_notes(flat, axes, index)
-    if not isinstance(problem.model, nn.Module):
-        graph = build(
-            problem.model,
-            device=device,
-            dtype=dtype,
-            dynamic=bool(problem.model.range_constraints),
-            **options,
-        )
-        return graph, flat, axes, examples, notes
-    twin = shadow(problem.model, device=device, dtype=dtype)
-    tensors = tuple(moved(tensor, device, dtype) for tensor in flat.tensors)
-    try_forward(twin, flat, tensors)
-    try:
-        exported = export_model(
-            problem.model, problem.inputs, problem.example_axes, example_index=index, device=device, dtype=dtype
-        )
-    except ExportFailure as failure:
-        graph = build_eager(twin, flat, tensors, str(failure), **options)
-        notes.append(f"torch.export refused the model, so only its own linear modules are seen: {failure}")
-        return graph, flat, axes, examples, notes
-    graph = build(exported.program, device=device, dtype=dtype, dynamic=exported.dynamic, **options)
-    return graph, flat, axes, examples, [*notes, *exported.notes]
-
-
-def _precision_notes(problem: Problem, dtype: torch.dtype) -> list[str]:
-    """Says so where the checkpoint's own precision is not the run's."""
-    kinds = {p.dtype for p in problem.model.parameters() if p.is_floating_point()}
-    low = sorted(str(kind).removeprefix("torch.") for kind in kinds if torch.finfo(kind).bits < 32)
-    wanted = str(dtype).removeprefix("torch.")
-    return [f"Weights stored as {', '.join(low)} are computed in {wanted}."] if low else []
-
-
-def _verified(
-    graph: Graph,
-    flat: FlatInputs,
-    tensors: Sequence[Tensor],
-    axes: Sequence[int | None],
-    examples: int,
-    example_index: str | None,
-) -> Layouts:
-    """The layouts; a failure of the pass itself is told as a refusal of the batch."""
-    index = batch_vector(flat.names, tensors, example_index)
-    try:
-        if index is not None and examples > 1:
-            edges = edge_lists(flat.names, tensors, len(index))
-            return verify_graphs(graph, tensors, owners(tensors, edges, index, examples))
-        return verify(graph, tensors, axes, examples)
-    except CurvscopeError:
-        raise
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        raise refused(error, flat) from error
-
-
-def _whole_graph_notes(flat: FlatInputs, axes: Sequence[int | None], example_index: str | None) -> list[str]:
-    """Says so where a graph was taken for one example."""
-    edges = ", ".join(flat.names[position] for position in edge_lists(flat.names, flat.tensors))
-    if example_index is not None or not edges or any(axis is not None for axis in axes):
-        return []
-    return [
-        f"The inputs are a graph (edges in input {edges}), and the whole of it is one example. In a batch of graphs "
-        "--example-index names the input that holds the graph of every node."
-    ]
-
-
 def _mode_note(problem: Problem) -> str:
     """What eval mode hides, as a clause; empty where it hides nothing."""
     return " and ".join(problem.hidden_by_eval)
@@ -425,6 +306,5 @@ def _padding_note(layers: Mapping[str, Layer]) -> list[str]:
         return []
     return [
         f"Padding: up to {max(shares):.0%} of the rows of {len(shares)} layers belong to positions that no counted "
-        "output depends on, or to an embedding's padding token; they are left out of A and of R_n (column padded of "
-        "the layers table)."
+        "output depends on; they are left out of A and of R_n (column padded of the layers table)."
     ]

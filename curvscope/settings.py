@@ -5,10 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from curvscope.errors import UsageError
+
 APPROXIMATIONS = ("kfac_expand", "kfac_reduce", "ekfac_expand", "ekfac_reduce", "kron_best", "diag")
 FISHERS = ("auto", "exact", "probe", "mc", "empirical")
 MEASURES = ("errors", "spectra", "spectral", "kron_best")
 DUMPS = ("factors", "spectra", "columns", "blocks")
+DTYPES = ("float32", "float64")
+DEVICES = ("auto", "cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -51,3 +55,33 @@ class Settings:
     def as_dict(self) -> dict[str, Any]:
         """The settings as plain values, as /config stores them."""
         return asdict(self)
+
+
+def checked_settings(**given: Any) -> Settings:
+    """The settings, each checked against what exists.
+
+    Raises:
+        UsageError: a value that is not among the choices.
+    """
+    for key, choices in (("fisher", FISHERS), ("dtype", DTYPES), ("device", DEVICES)):
+        if given[key] not in choices:
+            raise UsageError(
+                f"{given[key]!r} is no choice for {key}.",
+                where=f"--{key}",
+                remedy=f"Choose one of {', '.join(choices)}.",
+            )
+    for key, several in (("measure", MEASURES), ("dump", DUMPS)):
+        for value in given[key]:
+            if value not in several:
+                raise UsageError(
+                    f"{value!r} is no choice for {key}.",
+                    where=f"--{key}",
+                    remedy=f"Choose from {', '.join(several)}.",
+                )
+    if not isinstance(given["seed"], int) or not 0 <= given["seed"] < 2**63:
+        raise UsageError("seed must be a whole number from 0 to 2^63 - 1.", where="--seed", remedy="Choose another.")
+    if given["samples"] is not None and given["samples"] < 1:
+        raise UsageError("samples must be at least 1.", where="--samples", remedy="Leave it out for the default.")
+    if given["memory_bytes"] is not None and given["memory_bytes"] <= 0:
+        raise UsageError("memory must be positive.", where="--memory", remedy="Write bytes, or words such as 8GiB.")
+    return Settings(**given)

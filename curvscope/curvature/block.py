@@ -14,9 +14,8 @@ from torch import Tensor
 
 from curvscope.curvature.eigen import eigvalsh
 from curvscope.extract.collector import Columns
+from curvscope.extract.plan import PIECE_BYTES
 from curvscope.extract.symmetric import GramSum
-
-PIECE_BYTES = 64 * 2**20
 
 
 class Block:
@@ -145,20 +144,18 @@ class Block:
             return torch.einsum("biq,ia,qa->ba", half, U_A, U_A)
         kind = self.dtype if fast else torch.float64
         U_B, U_A = U_B.to(kind), U_A.to(kind)
+        result = torch.zeros(self.d_out, self.d_in, dtype=torch.float64, device=U_A.device)
         if self.columns.gradients is not None:
-            a, g = self._rows(fast)
-            turned = a @ U_A
-            if self.columns.form == "outer":
-                rotated = (g.squeeze(2) @ U_B).square().sum(0)
-                return rotated.double().T @ turned.squeeze(1).square().double()
-            parts = []
-            for low, high in self._ranges():
-                piece = self._outer(g @ U_B[:, low:high], turned)
-                parts.append(_squares(piece).view(high - low, self.d_in))
-            return torch.cat(parts)
+            outer = self.columns.form == "outer"
+            for a, g in self._rows(fast, 0 if outer else self.parameters):
+                turned, rotated = a @ U_A, g @ U_B
+                if outer:
+                    result += rotated.squeeze(2).square().sum(0).double().T @ turned.squeeze(1).square().double()
+                else:
+                    result += _squares(self._outer(rotated, turned)).view_as(result)
+            return result
         assert self.columns.values is not None
         flat = self.columns.values.flatten(0, 1)
-        result = torch.zeros(self.d_out, self.d_in, dtype=torch.float64, device=U_A.device)
         step = max(1, self.piece_bytes // (self.parameters * 8))
         for low in range(0, flat.shape[0], step):
             piece = flat[low : low + step].to(kind)
@@ -181,23 +178,25 @@ class Block:
         flat = self.columns.values.flatten(0, 1).flatten(1)
         return ((flat @ X.reshape(-1).to(flat.dtype)) @ flat).view(self.d_out, self.d_in).double()
 
-    @cached_property
-    def _gradients(self) -> Tensor:
-        assert self.columns.gradients is not None
-        return self.columns.gradients.double()
-
     @property
     def dtype(self) -> torch.dtype:
         """The dtype the columns are kept in."""
         held = (self.columns.block, self.columns.values, self.columns.gradients)
         return next(tensor.dtype for tensor in held if tensor is not None)
 
-    def _rows(self, fast: bool) -> tuple[Tensor, Tensor]:
-        """Inputs [N, R, d_in] and gradients [K, N, R, d_out], in float64 or as they are kept."""
-        if fast:
-            assert self.columns.inputs is not None and self.columns.gradients is not None
-            return self.columns.inputs, self.columns.gradients
-        return self._inputs, self._gradients
+    def _rows(self, fast: bool, beside: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Inputs [n, R, d_in] and gradients [K, n, R, d_out] of a few examples at a time, in float64 or as kept.
+
+        As many as fit a piece with twice their own size and `beside` numbers a column.
+        """
+        assert self.columns.inputs is not None and self.columns.gradients is not None
+        a, g = self.columns.inputs, self.columns.gradients
+        positions, count = a.shape[1], self.columns.count
+        each = 8 * (2 * positions * (self.d_in + count * self.d_out) + count * beside)
+        step = max(1, self.piece_bytes // each)
+        for low in range(0, a.shape[0], step):
+            part = a[low : low + step], g[:, low : low + step]
+            yield part if fast else (part[0].double(), part[1].double())
 
     def contract_inputs(self, X: Float64[Tensor, "d_in d_in"], *, fast: bool = False) -> Float64[Tensor, "d_out d_out"]:
         """`sum V X V^T` [d_out, d_out] for symmetric X [d_in, d_in]: the rearranged block times vec(X).
@@ -207,12 +206,13 @@ class Block:
         if self.columns.form == "formed":
             G = self.gram.view(self.d_out, self.d_in, self.d_out, self.d_in)
             return torch.einsum("oipq,iq->op", G, X)
-        if self.columns.gradients is not None:
-            a, g = self._rows(fast)
-            inner = torch.bmm(a @ X.to(a.dtype), a.transpose(1, 2))  # a X a^T of every example, [N, R, R]
-            weighted = inner.squeeze(1)[..., None] * g if self.columns.form == "outer" else torch.matmul(inner, g)
-            return (weighted.reshape(-1, self.d_out).T @ g.reshape(-1, self.d_out)).double()
         total = torch.zeros(self.d_out, self.d_out, dtype=torch.float64, device=X.device)
+        if self.columns.gradients is not None:
+            for a, g in self._rows(fast):
+                inner = torch.bmm(a @ X.to(a.dtype), a.transpose(1, 2))  # a X a^T of every example, [n, R, R]
+                weighted = inner.squeeze(1)[..., None] * g if self.columns.form == "outer" else torch.matmul(inner, g)
+                total += (weighted.reshape(-1, self.d_out).T @ g.reshape(-1, self.d_out)).double()
+            return total
         for piece in self._columns_in_pieces(fast):
             total += torch.tensordot(piece @ X.to(piece.dtype), piece, dims=([0, 2], [0, 2]))
         return total
@@ -227,15 +227,16 @@ class Block:
         if self.columns.form == "formed":
             G = self.gram.view(self.d_out, self.d_in, self.d_out, self.d_in)
             return torch.einsum("oipq,op->iq", G, Y)
-        if self.columns.gradients is not None:
-            a, g = self._rows(fast)
-            turned = g @ Y.to(g.dtype)
-            if self.columns.form == "outer":
-                inner = (turned * g).sum((0, 3))[..., None]  # [N, 1, 1]
-            else:
-                inner = torch.einsum("knro,knso->nrs", turned, g)
-            return (torch.matmul(inner, a).flatten(0, 1).T @ a.flatten(0, 1)).double()
         total = torch.zeros(self.d_in, self.d_in, dtype=torch.float64, device=Y.device)
+        if self.columns.gradients is not None:
+            for a, g in self._rows(fast):
+                turned = g @ Y.to(g.dtype)
+                if self.columns.form == "outer":
+                    inner = (turned * g).sum((0, 3))[..., None]  # [n, 1, 1]
+                else:
+                    inner = torch.einsum("knro,knso->nrs", turned, g)
+                total += (torch.matmul(inner, a).flatten(0, 1).T @ a.flatten(0, 1)).double()
+            return total
         for piece in self._columns_in_pieces(fast):
             total += torch.tensordot(torch.matmul(Y.to(piece.dtype), piece), piece, dims=([0, 1], [0, 1]))
         return total

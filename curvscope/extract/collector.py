@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -43,10 +43,11 @@ class Extract:
     [K, d_out, d_out] (only for probe and mc). `gradient` is dL/dW as [d_out, d_in(+1)]; `positions` the mean
     number of real positions an example; `padded` the share of rows found to be padding. Columns, B and `probe_B` are in
     multiples of `unit` (`Root.unit`); the gradient is not. With groups, factors have a leading axis of groups and there
-    are columns for each.
+    are columns for each. `unmasked` holds A of all rows where some look like padding and data that comes later may tell
+    otherwise.
 
     For an embedding `tokens` [U] says which inputs the columns, the gradient and A of reduce run over, those that occur
-    in the batch; A of expand, which is diagonal, is a vector over all inputs. A weight of several `roles` has an
+    in the data; A of expand, which is diagonal, is a vector over all inputs. A weight of several `roles` has an
     `Extract` for each, without columns and with the role's own orientation, and no factors of its own; its columns and
     its gradient have the first role's orientation and run over all inputs.
     """
@@ -60,6 +61,7 @@ class Extract:
     columns: Columns | list[Columns] | None
     probe_B: dict[str, Tensor] = field(default_factory=dict)
     unit: float = 1.0
+    unmasked: dict[str, Tensor] = field(default_factory=dict)
     tokens: Tensor | None = None
     roles: dict[str, Extract] = field(default_factory=dict)
 
@@ -140,9 +142,10 @@ class Collector:
         self.reduce: _Buffered | None = None
         self.draws: dict[str, list[Tensor]] = {"expand": [], "reduce": []}
         self.gradient: Tensor | None = None
-        self.kept: list[Tensor] = []
+        self.gradients: Tensor | None = None
         self.values: Tensor | None = None
         self.block: GramSum | None = None
+        self.undecided = False
         self._joined: Tensor | None = None
         self.present: dict[str, Tensor] = {}
 
@@ -218,7 +221,10 @@ class Collector:
         if self.form is None:
             return
         if self.form in ("outer", "factored"):
-            self.kept.append(g)
+            if self.gradients is None:
+                self.gradients = g.new_empty(self.count, *g.shape)
+            assert self.column is not None
+            self.gradients[self.column] = g
             return
         shape = self.examples, g.shape[-1], self._width()
         if self.form == "dense":
@@ -256,43 +262,41 @@ class Collector:
     def result(self, masks: Mapping[str, Tensor]) -> Extract:
         """The layer's sums, scaled as records.CONVENTIONS says."""
         examples, positions = self._a().shape[:2]
-        there, real = Collector._real(self, {}), self._real(masks)
+        there, real = self._real({}), self._real(masks)
         counts = torch.full((examples,), float(positions), device=self.like.device) if real is None else real.sum(1)
         counts = counts.to(self.like.dtype)
         factors = {}
+        unmasked: dict[str, Tensor] = {}
         if self.factors and self.reduce is not None:
             B_reduce = self.reduce.result()
             B_expand = B_reduce if self.expand is None else self.expand.result()
-            A_expand, A_reduce = self._input_factors(real, counts)
-            factors = {"expand": (A_expand, B_expand), "reduce": (A_reduce, B_reduce)}
+            A = self._input_factors(real, counts)
+            factors = {"expand": (A["expand"], B_expand), "reduce": (A["reduce"], B_reduce)}
+            if real is not None and self.undecided:
+                whole = torch.full_like(counts, positions) if there is None else there.sum(1).to(counts)
+                unmasked = self._input_factors(there, whole)
         rows = examples * positions if there is None else int(there.sum())
-        padded = 0.0 if real is None else 1.0 - float(counts.sum()) / rows
+        padded = 0.0 if real is None or rows == 0 else 1.0 - float(counts.sum()) / rows
         draws = {name: torch.stack(each) for name, each in self.draws.items() if each}
-        return Extract(
-            self.spec,
-            examples,
-            mean_positions(counts),
-            padded,
-            factors,
-            self.gradient,
-            self._columns(),
-            draws,
-            tokens=self._tokens(),
+        found = Extract(
+            self.spec, examples, mean_positions(counts), padded, factors, self.gradient, self._columns(), draws
         )
+        return replace(found, unmasked=unmasked, tokens=self._tokens())
 
     def _tokens(self) -> Tensor | None:
         return None
 
-    def _input_factors(self, real: Tensor | None, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """A of expand and of reduce; `counts` [N] are the real positions of every example."""
+    def _input_factors(self, real: Tensor | None, counts: Tensor) -> dict[str, Tensor]:
+        """A of both flavours, over the rows that are real, `counts` [N] of them in every example."""
         a = self._a()
         bias = self.spec.bias is not None
         masked = a if real is None else a * real.unsqueeze(-1)
         expand = input_gram(masked.reshape(-1, a.shape[-1]), float(counts.sum()), bias=bias)
         if a.shape[1] == 1:
-            return expand, expand
-        means = masked.sum(1) / counts.clamp(min=1).unsqueeze(1)
-        return expand, input_gram(means[counts > 0], float((counts > 0).sum()), bias=bias)
+            return {"expand": expand, "reduce": expand}
+        means = masked.sum(1) / counts.clamp(min=1).unsqueeze(1).to(a.dtype)
+        held = counts > 0
+        return {"expand": expand, "reduce": input_gram(means[held], float(held.sum()), bias=bias)}
 
     def _real(self, masks: Mapping[str, Tensor]) -> Tensor | None:
         """Which rows count: those that are there (see `Ragged`), without the masked ones; None where all do."""
@@ -314,7 +318,7 @@ class Collector:
         if self.form == "formed":
             assert self.block is not None
             return Columns("formed", self.examples, self.count, block=self.block.result())
-        return Columns(self.form, self.examples, self.count, inputs=self._inputs(), gradients=torch.stack(self.kept))
+        return Columns(self.form, self.examples, self.count, inputs=self._inputs(), gradients=self.gradients)
 
     def _inputs(self) -> Tensor:
         """The inputs of all columns, [N, R, width]."""

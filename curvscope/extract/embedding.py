@@ -91,7 +91,7 @@ class EmbeddingCollector(Collector):
             return self._counted if real is None else real
         return real & self._counted
 
-    def _input_factors(self, real: Tensor | None, counts: Tensor) -> tuple[Tensor, Tensor]:
+    def _input_factors(self, real: Tensor | None, counts: Tensor) -> dict[str, Tensor]:
         """A of expand as a vector [V]: the share of every token; A of reduce [U, U] over the tokens that occur."""
         tokens = self._a()
         weight = torch.ones_like(tokens, dtype=self.like.dtype) if real is None else real.to(self.like.dtype)
@@ -102,4 +102,7 @@ class EmbeddingCollector(Collector):
         reached = counts > 0
         # a batch of padding alone has no positions, and factors of zeros
         number = max(1.0, float(reached.sum()))
-        return expand / counts.sum().clamp(min=1), input_gram(means[reached], number, bias=False)
+        return {
+            "expand": expand / counts.sum().clamp(min=1),
+            "reduce": input_gram(means[reached], number, bias=False),
+        }

@@ -60,12 +60,15 @@ class GroupedCollector(Collector):
             product = torch.bmm(flat.transpose(1, 2), flat)
             self._blocks = product if self._blocks is None else self._blocks.add_(product)
             return
-        self.kept.append(column)
+        if self.values is None:
+            self.values = column.new_empty(groups, self.count, *column.shape[1:])
+        assert self.column is not None
+        self.values[:, self.column] = column
 
     def result(self, masks: Mapping[str, Tensor]) -> Extract:
         """The layer's sums, scaled as records.CONVENTIONS says."""
         a = self._split(self._a())
-        groups, examples, positions = a.shape[:3]
+        examples, positions = a.shape[1:3]
         there, real = self._real({}), self._real(masks)
         counts = torch.full((examples,), positions, device=a.device) if real is None else real.sum(1)
         if self.spec.bias is not None:
@@ -85,8 +88,7 @@ class GroupedCollector(Collector):
         columns: list[Columns] | None = None
         if self._blocks is not None:
             columns = [Columns("formed", examples, self.count, block=block) for block in self._blocks]
-        elif self.kept:
-            values = torch.stack(self.kept)  # [K, groups, N, d_out, d_in]
-            columns = [Columns("dense", examples, self.count, values=values[:, i]) for i in range(groups)]
+        elif self.values is not None:
+            columns = [Columns("dense", examples, self.count, values=each) for each in self.values]
         padded = 1.0 - int(counts.sum()) / (examples * positions if there is None else int(there.sum()))
         return Extract(self.spec, examples, mean_positions(counts), padded, factors, self.gradient, columns, draws)

@@ -35,6 +35,7 @@ class TapCollector:
         self.gradient: Tensor | None = None
         self.kept: list[Tensor] = []
         self.block: GramSum | None = None
+        self.undecided = False
 
     def begin(self, stored: Mapping[str, Any], columns: int) -> None:
         """Take what the forward pass left at the taps."""

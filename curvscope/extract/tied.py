@@ -38,11 +38,13 @@ class TiedCollector:
         self.owners = {site.target: site.role for site in spec.sites}
         self.values: Tensor | None = None
         self.block: GramSum | None = None
+        self.undecided = False
 
     def begin(self, stored: Mapping[str, Any], columns: int) -> None:
         """Take what the forward pass left at the sites."""
         self.count = columns
         for part in self.parts.values():
+            part.undecided = self.undecided
             part.begin(stored, columns)
 
     def start(self, column: int | None) -> None:

@@ -7,7 +7,7 @@ import dataclasses
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from curvscope.errors import BatchError, ModelError
+from curvscope.errors import BatchError, ModelError, out_of_memory
 from curvscope.graph.cells import cell_decompositions
 from curvscope.graph.graph_inputs import batch_vector, edge_lists
 from curvscope.graph.reading import Replayed, numbers_read
@@ -33,6 +33,7 @@ class Exported:
         example_axes: the example axis of each input, None where it has none.
         dynamic: whether the example axis may change its size.
         notes: what could not be done as wished, one sentence each.
+        free: whether the further axes that were asked for may change their sizes, too.
     """
 
     program: torch.export.ExportedProgram
@@ -40,6 +41,7 @@ class Exported:
     example_axes: tuple[int | None, ...]
     dynamic: bool
     notes: tuple[str, ...] = ()
+    free: bool = False
 
 
 class ExportFailure(Exception):
@@ -192,11 +194,13 @@ def export_model(
     example_index: str | None = None,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
+    free_axes: Mapping[str, Collection[int]] | None = None,
 ) -> Exported:
     """The model in eval mode as a functional program with a dynamic example axis.
 
-    One example is exported from two copies of it, so that the axis is not specialised away. Where the dynamic
-    export fails, a static one is made and said to be. `model` itself is never touched (see `shadow`). Graphs are
+    One example is exported from two copies of it, so that the axis is not specialised away. `free_axes` are further
+    axes of inputs whose sizes differ between batches; where they can't be dynamic, the example axis alone is. Where
+    that fails, too, a static export is made and said to be. `model` itself is never touched (see `shadow`). Graphs are
     exported at the size they have, and numbers that the model reads off them (how many graphs there are) are fixed.
 
     Raises:
@@ -220,24 +224,35 @@ def export_model(
         read = numbers_read(lambda: wrapper(*tensors))
         wrapper = Replayed(wrapper, read).eval() if read else wrapper
     dynamic = tuple({} if axis is None else {axis: torch.export.Dim.DYNAMIC} for axis in axes)
+    attempts: list[tuple[Any, ...] | None] = [dynamic, None]
+    wanted = free_axes or {}
+    if wanted:
+        every = zip(dynamic, flat.names, strict=True)
+        attempts.insert(0, tuple(d | dict.fromkeys(wanted.get(n, ()), torch.export.Dim.DYNAMIC) for d, n in every))
+    if graphs:
+        attempts = [None]
     failures: list[str] = []
-    for attempt_dynamic in (False,) if graphs else (True, False):
+    for number, attempt in enumerate(attempts):
         try:
             with _quiet_export():
                 program = torch.export.export(
                     wrapper,
-                    traced if attempt_dynamic else tensors,
+                    tensors if attempt is None else traced,
                     # one *args parameter: its dynamic shapes are a tuple inside a tuple
-                    dynamic_shapes=(dynamic,) if attempt_dynamic else None,
+                    dynamic_shapes=None if attempt is None else (attempt,),
                     strict=False,
                 ).run_decompositions(recurrent_decompositions())
         except (BatchError, ModelError):
             raise
         except Exception as error:
+            if out_of_memory(error):
+                raise
             failures.append(_first_line(error))
             continue
-        notes = () if attempt_dynamic or graphs else (f"The batch size is fixed in the graph ({failures[0]}).",)
-        return Exported(program, flat.names, axes, attempt_dynamic, notes)
+        fixed = attempt is None and not graphs
+        notes = (f"The batch size is fixed in the graph ({failures[-1]}).",) if fixed else ()
+        free = bool(wanted) and number == 0
+        return Exported(program, flat.names, axes, attempt is not None, notes, free)
     raise ExportFailure(failures[-1])
 
 

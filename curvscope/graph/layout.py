@@ -49,6 +49,13 @@ class Layout:
         tensor = flat.reshape([flat.shape[0], *before, self.outer, self.inner, *after])
         return tensor.movedim(0, self.axis + 1).reshape(shape)
 
+    def take(self, tensor: Tensor, low: int, high: int) -> Tensor:
+        """The tensor of examples low to high alone, its layout the same."""
+        shape = list(tensor.shape)
+        part = self.split(tensor)[low:high]
+        shape[self.axis] = self.outer * (high - low) * self.inner
+        return part.movedim(0, self.axis + 1).reshape(shape)
+
     def split(self, tensor: Tensor) -> Tensor:
         """The tensor as [N, *axes before, outer, inner, *axes after]."""
         shape = list(tensor.shape)

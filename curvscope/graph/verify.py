@@ -266,6 +266,21 @@ def observe(
     return output, inputs, rows, tokens
 
 
+def looked_up(graph: Graph, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+    """`Layouts.tokens` of some inputs alone, by one forward pass; nothing where there are no embeddings."""
+    if not any(isinstance(site.module, nn.Embedding) for site in graph.sites()):
+        return {}
+    return observe(graph, tensors)[3]
+
+
+def all_tokens(known: dict[str, Tensor], more: dict[str, Tensor], graph: Graph) -> dict[str, Tensor]:
+    """The tokens of both, by layer."""
+    padding = {site.layer: site.module.padding_idx for site in graph.sites() if isinstance(site.module, nn.Embedding)}
+    return more | {
+        layer: _joined(tokens, more.get(layer, tokens), padding.get(layer)) for layer, tokens in known.items()
+    }
+
+
 def _joined(known: Tensor | None, index: Tensor, padding: int | None) -> Tensor:
     """The tokens known so far with those of one more look-up; padding alone where there is nothing else."""
     parts = [index.detach().flatten().long()]

@@ -30,10 +30,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from curvscope.errors import BatchError, CheckpointError, LossError
-from curvscope.load.batch import Batch
 from curvscope.load.importing import describe, listed
 from curvscope.load.loss import callable_loss, named_loss
-from curvscope.load.problem import Inputs, Loss, OptimizerState
+from curvscope.load.problem import Batch, Inputs, Loss, OptimizerState
 from curvscope.load.vet import RefusedArchiveError, UnreadableArchiveError, raw_weights, vetted_archive
 
 FORMAT = "curvscope-bundle"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,15 @@ class Inputs:
         """The tensor arguments by name: "0", "1", ... for positional ones, the keyword for the others."""
         named = {str(i): value for i, value in enumerate(self.args)} | dict(self.kwargs)
         return {name: value for name, value in named.items() if isinstance(value, Tensor)}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The model's arguments, the targets, and where they came from."""
+
+    inputs: Inputs
+    targets: Any
+    source: str
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,7 @@ class Problem:
         step: the training step, where known.
         notes: what was done on the way (prefixes stripped, ...), one sentence each.
         hidden_by_eval: what the model does otherwise in training mode, a clause each.
+        batches: where further batches come from; `inputs` and `targets` are those of the first. None: there is one.
     """
 
     model: nn.Module | torch.export.ExportedProgram
@@ -84,3 +94,4 @@ class Problem:
     notes: tuple[str, ...] = ()
     hidden_by_eval: tuple[str, ...] = ()
     example_index: str | None = None
+    batches: Iterable[Batch] | None = None

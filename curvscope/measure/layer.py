@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from curvscope.curvature.grouped import GroupedApproximation, GroupedBlock
 from curvscope.curvature.kronecker import Approximation, Diagonal, Kronecker
 from curvscope.curvature.summed import KroneckerSum
 from curvscope.extract.collector import Extract
+from curvscope.extract.plan import PIECE_BYTES
 from curvscope.measure.accuracy import error_row
 from curvscope.measure.approximate import approximate, approximate_tied, side_by_side
 from curvscope.measure.estimate import estimated_rows, estimated_spectra
@@ -25,12 +26,13 @@ from curvscope.measure.spectrum import (
     Spectrum,
     approximation_spectrum,
     block_spectrum,
+    diagonal_spectrum,
     spectrum_row,
     sum_row,
     too_large,
 )
 from curvscope.measure.terms import FLAVOURS, NO_EKFAC, product, terms
-from curvscope.records import ErrorRow, KroneckerFactors, Layer, LayerRow, SpectrumRow
+from curvscope.records import NAN, ErrorRow, KroneckerFactors, Layer, LayerRow, SpectrumRow
 from curvscope.settings import APPROXIMATIONS
 
 BIASED = "no error bar but the trace's: eigenvalues of a factor made of few draws are biased, and so are their ratios"
@@ -48,6 +50,7 @@ class Wishes:
     dump: tuple[str, ...]
     seed: int
     dtype: torch.dtype
+    piece_bytes: int = PIECE_BYTES
 
 
 @dataclass
@@ -87,12 +90,14 @@ class _Findings:
             self.add_spectrum(layer, name, approximation_spectrum(given, dtype), given.trace)
 
 
-def measure_layer(extract: Extract, wishes: Wishes, *, why_no_columns: str = "") -> Layer:
+def measure_layer(
+    extract: Extract, wishes: Wishes, *, why_no_columns: str = "", projected: Mapping[str, Tensor] | None = None
+) -> Layer:
     """The record of one layer.
 
     With exact columns every approximation is measured against the exact block; with probe or mc draws the two K-FACs
     and the diagonal get unbiased estimates with standard errors; without columns the errors are not assessed, for
-    the reason given.
+    the reason given, but for what follows from the diagonals of `projected` (see `curvscope.extract.projected`).
     """
     spec = extract.spec
     scale = extract.unit**-2
@@ -103,10 +108,12 @@ def measure_layer(extract: Extract, wishes: Wishes, *, why_no_columns: str = "")
     found = _Findings(attributes=_factor_facts(extract, scale), scale=scale)
     eigenvectors: dict[str, Any] = {}
     kept: dict[str, Any] = {}
-    blocks = _blocks(extract)
+    blocks = _blocks(extract, wishes.piece_bytes)
     if not blocks:
         _not_assessed(spec.name, wishes.fisher, why_no_columns, found, APPROXIMATIONS)
         _factor_spectra(extract, wishes, found)
+        if projected is not None:
+            _add_projected(extract, projected, wishes, found, why_no_columns)
     else:
         block: Block | GroupedBlock = blocks[0] if len(blocks) == 1 else GroupedBlock(blocks)
         if wishes.fisher in ("probe", "mc"):
@@ -220,11 +227,11 @@ def _group_factors(extract: Extract) -> list[dict[str, tuple[Tensor, Tensor]]]:
     return [{name: (A[i], B[i]) for name, (A, B) in extract.factors.items()} for i in range(extract.spec.groups)]
 
 
-def _blocks(extract: Extract) -> list[Block]:
+def _blocks(extract: Extract, piece_bytes: int) -> list[Block]:
     """The exact block of every group; none where there are no columns."""
     spec, columns = extract.spec, extract.columns
     each = [] if columns is None else columns if isinstance(columns, list) else [columns]
-    return [Block(one, spec.d_out // spec.groups, extract.width) for one in each]
+    return [Block(one, spec.d_out // spec.groups, extract.width, piece_bytes) for one in each]
 
 
 def _exact(
@@ -281,6 +288,37 @@ def _exact(
             if source in found.values:
                 found.values[name] = found.values[source]
     found.errors = {name: found.errors[name] for name in APPROXIMATIONS}
+
+
+def _add_projected(
+    extract: Extract, projected: Mapping[str, Tensor], wishes: Wishes, found: _Findings, reason: str
+) -> None:
+    """Trace ratios, the trace of G, and the spectra of EKFAC and the diagonal, all without columns.
+
+    The trace ratio of K-FAC is `tr A tr B / tr G`; the eigenvalues of EKFAC and of the diagonal are the projected
+    diagonals. Errors and cosines need ||G||, which does not add over columns: they stay not assessed.
+    """
+    layer = extract.spec.name
+    trace = float(projected["diag"].sum())
+    found.spectra["ggn"] = SpectrumRow(
+        layer, "ggn", trace=trace * found.scale, status="not_assessed", reason=f"only the trace: {reason}"
+    )
+    if trace == 0.0:
+        return
+    for name in found.errors:
+        kind, _, flavour = name.partition("_")
+        flavour = "expand" if extract.positions == 1 else flavour
+        ratio = NAN
+        if kind == "kfac":
+            A, B = extract.factors[flavour]
+            ratio = float(A.double().trace() * B.double().trace()) / trace
+        elif kind in ("ekfac", "diag"):
+            values = projected["diag" if kind == "diag" else flavour]
+            ratio = float(values.sum()) / trace
+            spectrum = diagonal_spectrum(values, wishes.dtype)
+            found.add_spectrum(layer, name, spectrum, float(values.sum()))
+        why = f"{reason}; without columns ||G|| is not known, and so of its errors only the trace ratio"
+        found.errors[name] = dataclasses.replace(found.errors[name], trace_ratio=ratio, reason=why)
 
 
 def _factor_spectra(extract: Extract, wishes: Wishes, found: _Findings) -> None:

@@ -210,7 +210,7 @@ def test_the_unexpected(pipeline: Pipeline, error: Exception) -> None:
         pytest.param(["--measure", "all"], "spectral, kron_best", id="measure"),
         pytest.param(["--format", "xml"], "table, json", id="format"),
         pytest.param(["--fail-on", "doom"], "info, warning, error", id="fail on"),
-        pytest.param(["--dry-run"], "No such option", id="unknown option"),
+        pytest.param(["--no-such-option"], "No such option", id="unknown option"),
         pytest.param(["--seed", "9" * 24], "--seed", id="seed too large"),
         pytest.param(["--seed", "-1"], "--seed", id="negative seed"),
     ],

@@ -20,16 +20,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import curvscope
-from curvscope import pipeline
 from curvscope.curvature.block import Block
 from curvscope.extract.collector import Columns, Extract
-from curvscope.measure import spectrum
+from curvscope.measure import layers, spectrum
 from curvscope.measure.draws import singly
 from curvscope.measure.terms import draw_products, terms
 from curvscope.present.export import export
 from curvscope.records import Layer
 from curvscope.run import Run
 from tests import reference
+from tests.many import cut
 
 EXAMPLES, TIME, WORDS, WIDTH = 3, 4, 6, 3
 TOLERANCE = 1e-9
@@ -480,13 +480,13 @@ def test_probes_estimate_the_exact_numbers(name: str) -> None:
 def test_products_of_single_draws(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """<G_i, M_j> and <M_i, M_j> of every pair of draws against dense matrices, whichever way a role uses the weight."""
     caught: list[Extract] = []
-    measure = pipeline.measure_layer
+    measure = layers.measure_layer
 
     def catch(extract: Extract, *args: Any, **options: Any) -> Layer:
         caught.append(extract)
         return measure(extract, *args, **options)
 
-    monkeypatch.setattr(pipeline, "measure_layer", catch)
+    monkeypatch.setattr(layers, "measure_layer", catch)
     model, inputs, targets = problem(name)
     options: dict[str, Any] = {"loss": CASES[name].loss, "dtype": "float64", "fisher": "probe", "samples": 4}
     curvscope.analyze(model, (inputs, targets), **options)
@@ -600,3 +600,67 @@ def test_rescaled_rows_are_not_covered() -> None:
     (row,) = [row for row in run.tables["coverage"] if row.parameter == "table.weight"]
     assert row.treatment == "uncovered"
     assert "renorm" in row.reason
+
+
+@pytest.mark.parametrize("dump", [("blocks",), ("columns", "blocks")], ids=["formed", "columns"])
+@pytest.mark.parametrize("name", ["padding", "large_vocabulary", "language_model", "tied_padding"])
+def test_many_batches(name: str, dump: tuple[str, ...]) -> None:
+    """Batches with other tokens each give what their concatenation does."""
+    model, inputs, targets = problem(name)
+    pairs = cut((inputs, targets), [1, 2])
+    options: dict[str, Any] = {"loss": CASES[name].loss, "dtype": "float64", "fisher": "exact", "dump": dump}
+    whole, parts = run_of(name, dump), curvscope.analyze(model, lambda: iter(pairs), **options)
+    one, other = whole.layers["table"], parts.layers["table"]
+    assert other.tokens is not None
+    assert np.array_equal(one.tokens, other.tokens)
+    np.testing.assert_allclose(other.block, one.block, rtol=1e-9, atol=1e-12 * np.abs(one.block).max())
+    for key, factors in one.factors.items():
+        np.testing.assert_allclose(other.factors[key].A, factors.A, rtol=1e-10, atol=1e-14)
+        np.testing.assert_allclose(other.factors[key].B, factors.B, rtol=1e-10, atol=1e-14)
+    assert other.row.positions == pytest.approx(one.row.positions)
+    for approximation in ("kfac_expand", "kfac_reduce", "diag"):
+        assert other.errors[approximation].rel_frobenius == pytest.approx(one.errors[approximation].rel_frobenius)
+    assert parts.model.gradient_norm == pytest.approx(whole.model.gradient_norm, rel=1e-12)
+
+
+class Atoms(nn.Module):
+    """Kinds of atoms looked up, summed over the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.mid, self.head = nn.Embedding(9, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3)
+
+    def forward(self, atoms: Tensor, batch: Tensor) -> Tensor:
+        h = torch.tanh(self.mid(self.table(atoms)))
+        pooled = h.new_zeros(3, WIDTH).index_add(0, batch, h)
+        return self.head(torch.tanh(pooled))
+
+
+def test_rows_of_graphs() -> None:
+    """Graphs of other sizes: an example's rows are its atoms, the mean of their one-hot rows is over these."""
+    torch.manual_seed(2)
+    model = Atoms().double()
+    batch = torch.tensor([0, 0, 0, 1, 2, 2])
+    atoms, targets = torch.tensor([4, 4, 7, 2, 0, 7]), words(3, top=3)
+    run = curvscope.analyze(
+        model,
+        ({"atoms": atoms, "batch": batch}, targets),
+        loss="cross_entropy",
+        example_index="batch",
+        dtype="float64",
+        fisher="exact",
+        dump=("blocks",),
+    )
+    layer = run.layers["table"]
+    assert layer.tokens is not None
+    assert layer.tokens.tolist() == [0, 2, 4, 7]
+    share = np.zeros(9)
+    share[[0, 2, 4, 7]] = [1 / 6, 1 / 6, 2 / 6, 2 / 6]
+    np.testing.assert_allclose(layer.factors["expand"].A, share)
+    means = np.array([[0, 0, 2 / 3, 1 / 3], [0, 1, 0, 0], [1 / 2, 0, 0, 1 / 2]])
+    np.testing.assert_allclose(layer.factors["reduce"].A, means.T @ means / 3)
+    inputs = {"atoms": atoms, "batch": batch}
+    G = reference.parameter_block(model, inputs, targets, functional.cross_entropy, "table.weight", transposed=True)
+    kept = (np.arange(WIDTH)[:, None] * 9 + layer.tokens[None]).flatten()
+    close(layer.block, G.detach()[kept][:, kept])
+    assert layer.row.positions == pytest.approx(2.0)

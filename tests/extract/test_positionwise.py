@@ -107,7 +107,7 @@ def analyzed(name: str, **options: Any) -> Run:
 def test_the_same_numbers_as_one_pass_a_position(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     got = analyzed(name, dump=("blocks",))
     assert any("one backward pass serves all" in note for note in got.notes)
-    monkeypatch.setattr("curvscope.pipeline.independent_positions", lambda *_: None)
+    monkeypatch.setattr("curvscope.extract.ready.independent_positions", lambda *_: None)
     want = analyzed(name, dump=("blocks",))
     assert not any("one backward pass" in note for note in want.notes)
     assert list(got.layers) == list(want.layers)
