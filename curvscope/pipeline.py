@@ -21,8 +21,10 @@ from curvscope.extract.ready import describe_plan, get_ready
 from curvscope.extract.sweep import Progress, no_progress
 from curvscope.load import load_problem
 from curvscope.load.problem import Problem
-from curvscope.measure.layer import Wishes
+from curvscope.measure.layer import Wishes, keep_nothing
 from curvscope.measure.layers import attempt, measure_layers, timed
+from curvscope.measure.stability_stage import Assessment, Wanted, stability_stage
+from curvscope.measure.stage import NetworkStage
 from curvscope.planned import PlannedRun
 from curvscope.records import CoverageRow, Layer, ModelInfo, RunInfo
 from curvscope.run import Run
@@ -30,6 +32,8 @@ from curvscope.settings import Settings, checked_settings
 from curvscope.units import parse_bytes
 
 T = TypeVar("T")
+# What the stability measures may take of --time.
+STABILITY_SHARE = 0.25
 
 
 def analyze(
@@ -53,6 +57,7 @@ def analyze(
     example_index: str | int | None = None,
     seed: int = 0,
     dump: Sequence[str] | str = (),
+    dataset_size: int | None = None,
     progress: bool | Progress = False,
 ) -> Run:
     """The curvature of every linear layer of a model on one batch, and how well K-FAC describes it.
@@ -69,14 +74,18 @@ def analyze(
         loss: "cross_entropy", "mse", "bce_with_logits" or "causal_lm" (settings after a colon, such as
             "cross_entropy:class_axis=last"), a torch loss module, or a callable `(outputs, targets) -> scalar`; None
             for a bundle's own.
-        optimizer: the torch.optim optimizer that trains the model, kept for later diagnostics.
+        optimizer: the torch.optim optimizer that trains the model, for the stability verdict; or words such as
+            "sgd:lr=0.1,momentum=0.9" or a mapping with the same keys, which come before the checkpoint's own state
+            (kinds: sgd, adam, adamw, nadam, rmsprop, adagrad, kfac, shampoo).
         factory: builds the nn.Module that a state_dict or safetensors file belongs to.
         trust: allow checkpoint formats that can run code when loaded.
         fisher: exact; probe or mc (`samples` draws, with standard errors); empirical; auto is exact for every layer for
             which the estimated time stays under `time` seconds, the bytes under `memory`, and min(P, N K) <= 8192.
         samples: draws of probe and mc (default 8; error bars take 4, EKFAC's 6).
         layers, skip: globs of layer names to keep, to leave out.
-        measure: "spectral" for the relative spectral error of all approximations, "kron_best" to compute it always.
+        measure: "spectral" for the relative spectral error of all approximations, "kron_best" to compute it always,
+            "steps" for damped steps of the whole network even where they take long, "stability" for sharpness by layer
+            and on halves of the batch also where no optimizer is known.
         device: auto, cpu or cuda.
         dtype: float32 or float64, the arithmetic of the network's passes; reductions run in float64 either way.
         memory: bound on the tool's own peak, bytes or "8GiB"; default half of what is free.
@@ -86,6 +95,7 @@ def analyze(
             every node. Without it a graph, known by its edge list, is one example.
         seed: of every random draw; the global random state is neither read nor changed.
         dump: "spectra" keeps eigenvectors, "columns" and "blocks" the matrices themselves.
+        dataset_size: examples of the whole training set, which the evidence (and the weight decay it suggests) needs.
         progress: True for lines on stderr, or a callable `(stage, item, done, total)`.
 
     Raises:
@@ -113,6 +123,7 @@ def analyze(
             time=time,
             example_axes=example_axes,
             example_index=example_index,
+            dataset_size=dataset_size,
             seed=seed,
             dump=dump,
         ),
@@ -219,8 +230,64 @@ def _analyzed(given: _Given, run_on: torch.device) -> Run:
     problem, passes, notes = ready.problem, ready.passes, ready.notes
     graph, survey, chosen, samples_taken = passes.graph, passes.pieces.survey, ready.fisher, ready.samples
     kind = DTYPES[settings.dtype]
-    wishes = Wishes(chosen, settings.measure, settings.dump, settings.seed, kind, ready.plan.piece_bytes)
+    whole = passes.pieces.whole()
+    stage = None
+    if whole is None:
+        notes.append(
+            "There are several batches, so what follows the whole network (tables steps, evidence and stability) is "
+            "not assessed: analyze one batch for that."
+        )
+    else:
+        with timed(seconds, "steps"):
+            stage = NetworkStage(
+                graph,
+                whole.tensors,
+                problem,
+                whole.targets,
+                examples=survey.examples,
+                outputs=ready.layouts.outputs,
+                settings=settings,
+                fisher=chosen,
+            )
+    wishes = Wishes(
+        chosen,
+        settings.measure,
+        settings.dump,
+        settings.seed,
+        kind,
+        ready.plan.piece_bytes,
+        keep_nothing if stage is None else stage.keep,
+    )
     measured, squared_gradient = measure_layers(passes, ready.plan, wishes, report, seconds, ready.estimated)
+    of_network: Mapping[str, list[Any]] = {"steps": [], "global_damping": [], "evidence": []}
+    if stage is not None:
+        report("steps", "", 0, 1)
+        with timed(seconds, "steps"):
+            of_network = stage.tables()
+        report("steps", "", 1, 1)
+    stability = Assessment([])
+    if whole is not None:
+        report("stability", "", 0, 1)
+        with timed(seconds, "stability"):
+            stability = stability_stage(
+                problem,
+                graph,
+                whole.tensors,
+                whole.targets,
+                passes.pieces.axes,
+                ready.layouts.output,
+                survey.examples,
+                {name: layer.factors for name, layer in measured.items()},
+                squared_gradient**0.5,
+                Wanted(
+                    seed=settings.seed,
+                    full="stability" in settings.measure,
+                    seconds=STABILITY_SHARE * settings.time_seconds,
+                    memory_bytes=budget(settings),
+                ),
+            )
+        notes += stability.notes
+        report("stability", "", 1, 1)
     with timed(seconds, "findings"):
         coverage = [
             CoverageRow(use.parameter, use.layer, use.count, use.treatment, reason=use.reason) for use in graph.uses
@@ -240,8 +307,10 @@ def _analyzed(given: _Given, run_on: torch.device) -> Run:
             graph=graph.origin,
             mode_note=_mode_note(problem),
             step=-1 if problem.step is None else problem.step,
+            optimizer=stability.optimizer,
+            learning_rate=stability.learning_rate,
         )
-        findings = rules.find(info, measured, coverage)
+        findings = rules.find(info, measured, coverage, stability.rows)
         notes += _padding_note(measured)
     return Run(
         info=RunInfo(
@@ -263,6 +332,8 @@ def _analyzed(given: _Given, run_on: torch.device) -> Run:
             "coverage": coverage,
             "errors": [row for layer in measured.values() for row in layer.errors.values()],
             "spectra": [row for layer in measured.values() for row in layer.spectra.values()],
+            **of_network,
+            "stability": stability.rows,
             "findings": findings,
         },
         notes=[*problem.notes, *notes],

@@ -124,26 +124,154 @@ class SpectrumRow:
 
 
 @dataclass(frozen=True)
-class FindingRow:
-    """One thing worth knowing: code, severity (info, warning, error), layer ("" = network), evidence, remedy."""
+class StepRow:
+    """One damped step of the whole network, delta = -(M + damping I)^{-1} (grad L + w theta), w the L2 decay.
 
-    code: str
-    severity: str
-    layer: str
-    evidence: str
-    remedy: str
-    confidence: float = 1.0
+    predicted_change = R . delta + delta^T (G + w) delta / 2 with the exact GGN of the whole network; actual_change by a
+    forward pass; rho = actual_change / predicted_change; length factors are multiples of the step. `role` is grid,
+    current (the optimizer's own damping), recommended, or boundary (tried to find where the safe range begins);
+    relative_damping is damping over the mean eigenvalue of G.
+    """
+
+    approximation: str
+    form: str
+    damping: float
+    role: str
+    relative_damping: float = NAN
+    predicted_change: float = NAN
+    actual_change: float = NAN
+    rho: float = NAN
+    step_norm: float = NAN
+    angle_to_gradient_degrees: float = NAN
+    best_step_length: float = NAN
+    best_length_change: float = NAN
+    model_length: float = NAN
+    passes: int = 0
     status: str = "ok"
     reason: str = ""
 
 
-Row = LayerRow | CoverageRow | ErrorRow | SpectrumRow | FindingRow
+@dataclass(frozen=True)
+class GlobalDampingRow:
+    """What the steps of one approximation and form say of damping: one value for all layers, the safe range, the gain.
+
+    Changes are those of the objective by one step: `change` and `rho` at `damping`, the recommended one. Every damping
+    judged from `safe_from` on has rho >= 1/4 and a predicted decrease; of them `safe_damping` has the lowest objective,
+    `safe_change` below the present one. From `lowerable_from` on rho > 3/4; from `gradient_from` on the step points
+    within 18 degrees of the negative gradient. per_layer_*: every layer at the damping that its own block recommends,
+    all times `per_layer_factor`.
+    """
+
+    approximation: str
+    form: str
+    damping: float = NAN
+    relative_damping: float = NAN
+    change: float = NAN
+    predicted_change: float = NAN
+    rho: float = NAN
+    safe_from: float = NAN
+    safe_damping: float = NAN
+    safe_change: float = NAN
+    lowerable_from: float = NAN
+    gradient_from: float = NAN
+    per_layer_predicted: float = NAN
+    per_layer_change: float = NAN
+    per_layer_factor: float = NAN
+    current: float = NAN
+    current_change: float = NAN
+    passes: int = 0
+    status: str = "ok"
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class EvidenceRow:
+    """The Laplace log evidence of the training set at one precision of a Gaussian prior on the Kronecker layers.
+
+    log_evidence = -nll - precision ||theta||^2 / 2 + sum log(precision / (scale lambda + precision)) / 2 over the P
+    eigenvalues lambda of M; effective_parameters = sum scale lambda / (scale lambda + precision); weight_decay =
+    precision / scale, the L2 decay (not AdamW's) with the same optimum. `role` is grid or maximum.
+    """
+
+    approximation: str
+    role: str
+    precision: float = NAN
+    log_evidence: float = NAN
+    effective_parameters: float = NAN
+    weight_decay: float = NAN
+    nll: float = NAN
+    scale: float = NAN
+    parameters: int = 0
+    status: str = "ok"
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class StabilityRow:
+    """One number that stability is judged by, of the network or of one layer.
+
+    `low` and `high` are the spread over the batch and its halves, `threshold` what the number is compared with,
+    `verdict` above, below, undecided or not_assessed: above only where `low` is above the threshold, below only where
+    `high` is below it. A layer that is below says nothing of the network. `residual` is ||Mx - lambda x|| of an
+    eigenvalue.
+    """
+
+    scope: str
+    layer: str
+    quantity: str
+    value: float = NAN
+    low: float = NAN
+    high: float = NAN
+    threshold: float = NAN
+    verdict: str = "not_assessed"
+    residual: float = NAN
+    source: str = ""
+    status: str = "ok"
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FindingRow:
+    """One thing worth knowing: code, severity (info, warning, error), layer ("" = network), evidence, remedy.
+
+    `title` says in a few words what the code stands for; `rank` counts from 1, the most important; `caused_by` is the
+    code of the finding whose consequence this is, with its layer behind a blank, empty where it stands on its own.
+    """
+
+    code: str
+    severity: str
+    layer: str
+    title: str = ""
+    evidence: str
+    remedy: str
+    confidence: float = 1.0
+    rank: int = 0
+    caused_by: str = ""
+    status: str = "ok"
+    reason: str = ""
+
+
+Row = (
+    LayerRow
+    | CoverageRow
+    | ErrorRow
+    | SpectrumRow
+    | StepRow
+    | GlobalDampingRow
+    | EvidenceRow
+    | StabilityRow
+    | FindingRow
+)
 
 TABLES: dict[str, type[Row]] = {
     "layers": LayerRow,
     "coverage": CoverageRow,
     "errors": ErrorRow,
     "spectra": SpectrumRow,
+    "steps": StepRow,
+    "global_damping": GlobalDampingRow,
+    "evidence": EvidenceRow,
+    "stability": StabilityRow,
     "findings": FindingRow,
 }
 
@@ -239,7 +367,8 @@ class ModelInfo:
 
     `loss` is L as trained, in eval mode; `gradient_norm` the 2-norm of its gradient over all trainable
     parameters; `coverage` the share of trainable parameters in layers with Kronecker factors; `mode_note` says
-    what eval mode hides; `graph` is "exported" or "eager modules" (and why).
+    what eval mode hides; `graph` is "exported" or "eager modules" (and why); `optimizer` is the optimizer with its
+    numbers in one line, empty where none is known, and `learning_rate` the largest of its groups.
     """
 
     name: str
@@ -254,6 +383,8 @@ class ModelInfo:
     graph: str = "exported"
     mode_note: str = ""
     step: int = -1
+    optimizer: str = ""
+    learning_rate: float = NAN
 
 
 def row_values(row: Row) -> dict[str, Any]:

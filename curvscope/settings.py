@@ -9,7 +9,7 @@ from curvscope.errors import UsageError
 
 APPROXIMATIONS = ("kfac_expand", "kfac_reduce", "ekfac_expand", "ekfac_reduce", "kron_best", "diag")
 FISHERS = ("auto", "exact", "probe", "mc", "empirical")
-MEASURES = ("errors", "spectra", "spectral", "kron_best")
+MEASURES = ("errors", "spectra", "spectral", "kron_best", "steps", "stability")
 DUMPS = ("factors", "spectra", "columns", "blocks")
 DTYPES = ("float32", "float64")
 DEVICES = ("auto", "cpu", "cuda")
@@ -25,7 +25,9 @@ class Settings:
         layers: glob patterns of layer names to keep; empty keeps all.
         skip: glob patterns of layer names to leave out.
         measure: extra measures beside the default ones: "spectral" (relative spectral error of every
-            approximation, not only of the two K-FACs), "kron_best" (compute it even where it dominates).
+            approximation, not only of the two K-FACs), "kron_best" (compute it even where it dominates), "steps" (steps
+            of the whole network even where they take long), "stability" (sharpness by layer and on halves even without
+            an optimizer).
         device: auto, cpu or cuda.
         dtype: float32 or float64, the arithmetic of the network's own passes.
         memory_bytes: bound on the tool's own peak (None: half of what is free).
@@ -34,6 +36,7 @@ class Settings:
         dump: optional parts of the file: factors (always), spectra (eigenvectors), columns, blocks.
         max_columns: `auto` is exact for a layer only where min(P, N K) is at most this.
         example_axes: example axis of an input by name or position, where it is not axis 0.
+        dataset_size: examples of the whole training set, for the evidence.
         example_index: the input, by name or position, that holds the graph of every node.
     """
 
@@ -50,6 +53,7 @@ class Settings:
     dump: tuple[str, ...] = ()
     max_columns: int = 8192
     example_axes: dict[str, int] = field(default_factory=dict)
+    dataset_size: int | None = None
     example_index: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -82,6 +86,8 @@ def checked_settings(**given: Any) -> Settings:
         raise UsageError("seed must be a whole number from 0 to 2^63 - 1.", where="--seed", remedy="Choose another.")
     if given["samples"] is not None and given["samples"] < 1:
         raise UsageError("samples must be at least 1.", where="--samples", remedy="Leave it out for the default.")
+    if given.get("dataset_size") is not None and given["dataset_size"] < 1:
+        raise UsageError("dataset_size must be at least 1.", where="--dataset-size", remedy="Count the training set.")
     if given["memory_bytes"] is not None and given["memory_bytes"] <= 0:
         raise UsageError("memory must be positive.", where="--memory", remedy="Write bytes, or words such as 8GiB.")
     return Settings(**given)

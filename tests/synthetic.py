@@ -11,13 +11,17 @@ from curvscope.records import (
     NAN,
     CoverageRow,
     ErrorRow,
+    EvidenceRow,
     FindingRow,
+    GlobalDampingRow,
     KroneckerFactors,
     Layer,
     LayerRow,
     ModelInfo,
     RunInfo,
     SpectrumRow,
+    StabilityRow,
+    StepRow,
 )
 from curvscope.run import Run
 from curvscope.settings import APPROXIMATIONS, Settings
@@ -112,6 +116,70 @@ def _layer(rng: np.random.Generator, spec: tuple[Any, ...], fisher: str, dumped:
     return layer
 
 
+SERIES = [
+    (name, form)
+    for name in ("kfac_expand", "kfac_reduce", "ekfac_expand", "ggn")
+    for form in ("eigenbasis", "factored")
+    if form == "eigenbasis" or name.startswith("kfac")
+]
+
+
+def _steps() -> list[StepRow]:
+    rows = []
+    for index, (name, form) in enumerate(SERIES[:-1]):
+        for decade in range(7):
+            damping, actual = 10.0 ** (decade - 3), -0.03 / (1 + (decade - 4) ** 2) + 0.01 * (decade < 2)
+            rho = 1.0 if decade > 3 else -0.3 * decade
+            rows.append(
+                StepRow(
+                    name, form, damping, "current" if decade == 2 else "recommended" if decade == 4 else "grid",
+                    damping / 0.011, actual * 1.1 + 0.001 * index, actual, rho, 3.1 / (1 + damping), 80.0 - 11 * decade,
+                    *((0.5, actual * 1.2, 0.31) if decade in (3, 4, 5) else (NAN, NAN, NAN)), passes=12,
+                    reason="rho: the changes are within rounding of the loss" if decade == 6 else "",
+                )
+            )  # fmt: skip
+    return [*rows, StepRow("ggn", "eigenbasis", NAN, "grid", status="not_assessed", reason=FORBIDDEN)]
+
+
+def _summaries() -> list[GlobalDampingRow]:
+    rows = [
+        GlobalDampingRow(
+            name, form, 10.0, 909.0, -0.03 - 0.001 * index, -0.033, 0.91, 10.0, 10.0, -0.03, 10.0, 100.0, -0.02, -0.021,
+            10.0, 0.1, 0.004, passes=70,
+        )
+        for index, (name, form) in enumerate(SERIES[:-1])
+    ]  # fmt: skip
+    return [*rows, GlobalDampingRow("ggn", "eigenbasis", status="not_assessed", reason=FORBIDDEN)]
+
+
+def _evidence() -> list[EvidenceRow]:
+    return [
+        EvidenceRow(
+            name, "grid" if decade else "maximum", 4.0 * 10.0**decade, -1178.1 - 700 * decade**2, 635.0 * 0.5**decade,
+            0.0028 * 10.0**decade, 98.2, 1437.0, 7030, reason="3 terms an example, as in the batch",
+        )
+        for name in ("kfac_expand", "ekfac_reduce")
+        for decade in range(-2, 3)
+    ]  # fmt: skip
+
+
+def _stability(made: list[Layer]) -> list[StabilityRow]:
+    rule = "(2 + 2 beta1)/((1 - beta1) lr), arXiv:2207.14484"
+    rows = [
+        StabilityRow("network", "", "hessian_top", 52.1, 50.0, 60.2, residual=1e-3),
+        StabilityRow("network", "", "ggn_top", 48.3, residual=1e-3),
+        StabilityRow("network", "", "preconditioned_sharpness", 21000.0, 18100.0, 26000.0, 12667.0, "above", 2.0, rule),
+        StabilityRow("network", "", "growth_factor", 2.9, 2.4, 3.8, 1.0, "above"),
+        StabilityRow("network", "", "largest_stable_lr", 0.0018, 0.0015, 0.0021, 0.003, "above"),
+    ]
+    for number, layer in enumerate(made):
+        rows.append(StabilityRow("layer", layer.name, "direction_share", 0.5 ** (number + 1)))
+        values = (9000.0, 8000.0, 9500.0) if number else (16000.0, 14000.0, 17000.0)
+        verdict = "below" if number else "above"
+        rows.append(StabilityRow("layer", layer.name, "preconditioned_sharpness", *values, 12667.0, verdict, 0.1, rule))
+    return rows
+
+
 def make_run(fisher: str = "exact", *, dumped: bool = False, findings: bool = True, layers: int | None = None) -> Run:
     """A run of nine layers: better and worse flavours, padding, a layer not assessed, odd names, NaNs."""
     rng = np.random.default_rng(0)
@@ -141,23 +209,36 @@ def make_run(fisher: str = "exact", *, dumped: bool = False, findings: bool = Tr
     covered = sum(row.count for row in coverage if row.treatment == "kronecker")
     found = [
         FindingRow(
-            "CS201", "error", "transformer.blocks.0.attention.key_projection",
-            "K-FAC-reduce is blind here: its B is 0 while tr G = 0.61 (softmax ignores a shift of the keys), "
+            code="CS201", severity="error", layer="transformer.blocks.0.attention.key_projection",
+            title="K-FAC-reduce is blind", rank=1,
+            evidence="K-FAC-reduce is blind here: its B is 0 while tr G = 0.61 (softmax ignores a shift of the keys), "
             "relative error 1.00.",
-            "Use expand for this layer, or leave it to the diagonal.",
+            remedy="Use expand for this layer, or leave it to the diagonal.",
         ),
         FindingRow(
-            "CS101", "warning", "transformer.blocks.0.attention.query_projection",
-            "K-FAC-expand is 0.97 off and K-FAC-reduce 0.35.", "Choose kfac_approx='reduce' here.", 0.9,
+            code="CS101", severity="warning", layer="transformer.blocks.0.attention.query_projection",
+            rank=2, caused_by="CS201 transformer.blocks.0.attention.key_projection",
+            evidence="K-FAC-expand is 0.97 off and K-FAC-reduce 0.35.", remedy="Choose kfac_approx='reduce' here.",
+            confidence=0.9,
         ),
-        FindingRow("CS001", "info", "", "Dropout (p = 0.1) is off in eval mode.", "Nothing to do.", 1.0),
-        FindingRow("CS102", "info", "100%weird/.name", "One position: K-FAC is exact.", "Nothing to do."),
+        FindingRow(
+            code="CS001", severity="info", layer="", evidence="Dropout (p = 0.1) is off in eval mode.",
+            remedy="Nothing to do.", rank=3,
+        ),
+        FindingRow(
+            code="CS102", severity="info", layer="100%weird/.name", evidence="One position: K-FAC is exact.",
+            remedy="Nothing to do.", rank=4,
+        ),
     ]  # fmt: skip
     tables: dict[str, list[Any]] = {
         "layers": [layer.row for layer in made],
         "coverage": coverage,
         "errors": [row for layer in made for row in layer.errors.values()],
         "spectra": [row for layer in made for row in layer.spectra.values()],
+        "steps": _steps(),
+        "global_damping": _summaries(),
+        "evidence": _evidence(),
+        "stability": _stability(made),
         "findings": [f for f in found if f.layer in ("", *(layer.name for layer in made))] if findings else [],
     }
     return Run(
@@ -170,6 +251,7 @@ def make_run(fisher: str = "exact", *, dumped: bool = False, findings: bool = Tr
             loss_name="cross_entropy(label_smoothing=0.1)", loss=0.6182736455, gradient_norm=0.0421,
             parameters=total, coverage=covered / total, examples=EXAMPLES, outputs="[6, 10]",
             mode_note="Dropout (p = 0.1) is off and BatchNorm uses its running statistics.", step=1200,
+            optimizer="Adam, lr 0.003, beta1 0.9, beta2 0.999, eps 1e-08, step 1,200", learning_rate=0.003,
         ),
         config=dataclasses.asdict(Settings()),
         layers={layer.name: layer for layer in made},

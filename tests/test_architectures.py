@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 import curvscope
-from curvscope import pipeline
+from curvscope.graph import prepare
 from curvscope.graph.export import Exported, export_model
 from curvscope.graph.functional import Graph, build
 from curvscope.load.problem import Inputs
@@ -89,7 +89,7 @@ def analyze(name: str, examples: int, **options: Any) -> Run:
 @cache
 def run_of(name: str, examples: int) -> Run:
     """Four probes of float32 through the one export."""
-    with mock.patch.object(pipeline, "export_model", return_value=exported(name)):
+    with mock.patch.object(prepare, "export_model", return_value=exported(name)):
         return analyze(name, examples, fisher="probe", samples=4)
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from curvscope.cli import options
+from curvscope.cli import optimizers, options
 from curvscope.cli.guard import Output, guarded
 from curvscope.cli.quantities import example_axis, memory_bytes, one_of, seconds
 from curvscope.errors import EXIT_FINDINGS
@@ -113,7 +113,17 @@ def analyze(
             parser=one_of(MEASURES),
             metavar="NAME",
             help="What to measure although it is left out by default: spectral (relative spectral error of "
-            "all approximations), kron_best (also where it takes longest); may be repeated.",
+            "all approximations), kron_best (also where it takes longest), steps (of the whole network, also where "
+            "they take long), stability (by layer and on halves also without an optimizer); may be repeated.",
+            rich_help_panel=CURVATURE,
+        ),
+    ] = None,
+    dataset_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Examples of the whole training set: for the evidence and the weight decay it suggests.",
             rich_help_panel=CURVATURE,
         ),
     ] = None,
@@ -177,6 +187,15 @@ def analyze(
         ),
     ] = None,
     force: options.Force = False,
+    optimizer: optimizers.Optimizer = None,
+    lr: optimizers.LearningRate = None,
+    momentum: optimizers.Momentum = None,
+    nesterov: optimizers.Nesterov = None,
+    beta1: optimizers.Beta1 = None,
+    beta2: optimizers.Beta2 = None,
+    eps: optimizers.Eps = None,
+    weight_decay: optimizers.WeightDecay = None,
+    damping: optimizers.Damping = None,
     format: options.Format = "table",
     fail_on: Annotated[
         str | None,
@@ -229,6 +248,17 @@ def analyze(
                 loss=loss,
                 factory=model,
                 trust=trust,
+                optimizer=optimizers.given(
+                    optimizer,
+                    lr=lr,
+                    momentum=momentum,
+                    nesterov=nesterov,
+                    beta1=beta1,
+                    beta2=beta2,
+                    eps=eps,
+                    weight_decay=weight_decay,
+                    damping=damping,
+                ),
                 fisher=fisher,
                 samples=samples,
                 layers=layers or None,
@@ -242,6 +272,7 @@ def analyze(
                 example_index=example_index,
                 seed=seed,
                 dump=tuple(dump or ()),
+                dataset_size=dataset_size,
             )
         if dry_run:
             _print_plan(found, format)

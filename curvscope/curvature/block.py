@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from curvscope.curvature.eigen import eigvalsh
+from curvscope.curvature.eigen import eigh, eigvalsh
 from curvscope.extract.collector import Columns
 from curvscope.extract.plan import PIECE_BYTES
 from curvscope.extract.symmetric import GramSum
@@ -177,6 +177,21 @@ class Block:
         assert self.columns.values is not None
         flat = self.columns.values.flatten(0, 1).flatten(1)
         return ((flat @ X.reshape(-1).to(flat.dtype)) @ flat).view(self.d_out, self.d_in).double()
+
+    @cached_property
+    def gram_basis(self) -> tuple[Float64[Tensor, " small"], Float64[Tensor, "small small"]]:
+        """Eigenvalues, ascending, and eigenvectors of `gram`, as the solver gave them."""
+        return eigh(self.gram)
+
+    def project(self, X: Float64[Tensor, "m d_out d_in"]) -> Float64[Tensor, "columns m"]:
+        """`V^T vec(X)` for each of m matrices, [N K, m], the columns ordered k, n as in `gram`; float64."""
+        parts = [piece @ X[:, low:high].flatten(1).T for low, high, piece in self.slices()]
+        return torch.stack(parts).sum(0)
+
+    def combine(self, weights: Float64[Tensor, "columns m"]) -> Float64[Tensor, "m d_out d_in"]:
+        """`V weights` as m matrices, [m, d_out, d_in]; float64."""
+        parts = [(piece.T @ weights).T.unflatten(1, (high - low, self.d_in)) for low, high, piece in self.slices()]
+        return torch.cat(parts, dim=1)
 
     @property
     def dtype(self) -> torch.dtype:

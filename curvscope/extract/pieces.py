@@ -233,6 +233,19 @@ class Pieces:
         self._layouts = {shape: replace(known, tokens=found) for shape, known in self._layouts.items()}
         return found
 
+    @property
+    def axes(self) -> tuple[int | None, ...]:
+        """The example axis of every input, None where it has none."""
+        return self._prepared.axes
+
+    def whole(self) -> Piece | None:
+        """The one batch in one piece, however many pieces the passes take it in; None where there are several."""
+        if self.survey.batches > 1:
+            return None
+        (loaded,) = self._loaded()
+        layouts = replace(self._of_shape(loaded), examples=loaded.examples)
+        return Piece(loaded.name, loaded.tensors, loaded.targets, layouts, 0, 1.0)
+
     def apart(self, independent: Independent | None) -> None:
         """From now on the layouts say how positions are kept apart."""
         self._layouts = {shape: replace(known, independent=independent) for shape, known in self._layouts.items()}

@@ -259,8 +259,12 @@ def build(
                 leaf.cut = True
         return {name: grad.detach() for name, grad in zip(fresh, found, strict=True) if grad is not None}
 
+    # what the forward pass does not reach is no attribute of the graph's module
+    held = {name for name, _ in (*plain.named_parameters(), *plain.named_buffers())}
+
     def function(given: Mapping[str, Tensor], tensors: Sequence[Tensor]) -> Tensor:
-        return torch.func.functional_call(plain, dict(given), tuple(tensors))
+        reached = {name: tensor for name, tensor in given.items() if name in held}
+        return torch.func.functional_call(plain, reached, tuple(tensors))
 
     origin = "exported" if dynamic else "exported with a fixed batch size"
     return Graph(module, specs, uses, parameters, requires_grad, origin, leaves, rest, function, wanted, plain)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from curvscope.curvature.summed import KroneckerSum
 from curvscope.extract.collector import Extract
 from curvscope.extract.plan import PIECE_BYTES
 from curvscope.measure.accuracy import error_row
-from curvscope.measure.approximate import approximate, approximate_tied, side_by_side
+from curvscope.measure.approximate import Built, approximate, approximate_tied, side_by_side
 from curvscope.measure.estimate import estimated_rows, estimated_spectra
 from curvscope.measure.spectrum import (
     STORED,
@@ -41,9 +41,20 @@ NO_KRONECKER = (
 )
 
 
+Keep = Callable[[Extract, Sequence[Block], Sequence[Mapping[str, Built]], str], None]
+
+
+def keep_nothing(extract: Extract, blocks: Sequence[Block], built: Sequence[Mapping[str, Built]], fisher: str) -> None:
+    """Keep nothing of a layer once it is measured."""
+
+
 @dataclass(frozen=True)
 class Wishes:
-    """What to measure beyond the default, and what to keep for the file."""
+    """What to measure beyond the default, and what to keep for the file.
+
+    `keep` is shown each layer's extract, its groups' blocks and their approximations (none where there are no exact
+    columns), and how its columns were taken, before all of them are let go.
+    """
 
     fisher: str
     measure: tuple[str, ...]
@@ -51,6 +62,7 @@ class Wishes:
     seed: int
     dtype: torch.dtype
     piece_bytes: int = PIECE_BYTES
+    keep: Keep = keep_nothing
 
 
 @dataclass
@@ -109,6 +121,7 @@ def measure_layer(
     eigenvectors: dict[str, Any] = {}
     kept: dict[str, Any] = {}
     blocks = _blocks(extract, wishes.piece_bytes)
+    built: Sequence[Mapping[str, Built]] = ()
     if not blocks:
         _not_assessed(spec.name, wishes.fisher, why_no_columns, found, APPROXIMATIONS)
         _factor_spectra(extract, wishes, found)
@@ -119,13 +132,14 @@ def measure_layer(
         if wishes.fisher in ("probe", "mc"):
             _estimated(extract, blocks, wishes, found)
         else:
-            _exact(extract, blocks, block, wishes, found)
+            built = _exact(extract, blocks, block, wishes, found)
             if "spectra" in wishes.dump and isinstance(block, Block):
                 eigenvectors["ggn"] = _eigenvectors(block)
         if "columns" in wishes.dump and blocks[0].columns.form != "formed":
             kept["kept_columns"] = _scaled(block.stacked(), 1 / extract.unit)
         if "blocks" in wishes.dump:
             kept["block"] = _scaled(block.dense(), scale)
+    wishes.keep(extract, blocks, built, wishes.fisher)
     if "spectra" in wishes.dump:
         for key, _, _, (A, B) in _stored(extract):
             for which, factor in (("A", A), ("B", B)):
@@ -236,7 +250,8 @@ def _blocks(extract: Extract, piece_bytes: int) -> list[Block]:
 
 def _exact(
     extract: Extract, blocks: list[Block], block: Block | GroupedBlock, wishes: Wishes, found: _Findings
-) -> None:
+) -> Sequence[Mapping[str, Built]]:
+    """All measures against the exact block; what comes back are the approximations of each group."""
     layer = extract.spec.name
     found.add_spectrum(layer, "ggn", block_spectrum(block), block.trace)
     every = "spectral" in wishes.measure
@@ -248,7 +263,7 @@ def _exact(
             layer, "diag", wishes.fisher, block, diagonal, inner=diagonal.norm**2, spectral=every, seed=wishes.seed
         )
         found.add_spectrum(layer, "diag", approximation_spectrum(diagonal, wishes.dtype), diagonal.trace)
-        return
+        return ()
     best = "kron_best" in wishes.measure
     if extract.roles:
         parts = [approximate_tied(blocks[0], terms(extract), single=extract.single, seed=wishes.seed, every=best)]
@@ -288,6 +303,7 @@ def _exact(
             if source in found.values:
                 found.values[name] = found.values[source]
     found.errors = {name: found.errors[name] for name in APPROXIMATIONS}
+    return [part for part, _ in parts]
 
 
 def _add_projected(

@@ -5,6 +5,8 @@ from __future__ import annotations
 LAYER = "the layer's exact name"
 STATUS = "ok, estimated, skipped, not_converged or not_assessed"
 REASON = "why the status is not ok, or what limits the row; empty otherwise"
+WHOLE = "kfac_expand, kfac_reduce, ekfac_expand, ekfac_reduce, or ggn (the exact block of every layer)"
+FORM = "eigenbasis (M + lam I) or factored (lam split between the factors, arXiv:1503.05671 section 6.3)"
 APPROXIMATION = "kfac_expand, kfac_reduce, ekfac_expand, ekfac_reduce, kron_best or diag"
 
 MEANINGS: dict[str, dict[str, str]] = {
@@ -49,10 +51,81 @@ MEANINGS: dict[str, dict[str, str]] = {
         "stable_rank": "||.||_F^2 / lambda_max^2, dimensionless",
         "effective_rank": "exp of the entropy of the eigenvalues' shares of the trace, dimensionless",
     },
+    "steps": {
+        "approximation": WHOLE,
+        "form": FORM,
+        "damping": "lam, added to every layer's approximation, in units of loss / parameter^2",
+        "role": "grid, current (the optimizer's own damping), recommended, or boundary (tried to find where the safe "
+        "range begins)",
+        "relative_damping": "damping over the mean eigenvalue of the network's exact GGN (tr G / P, from 4 probes)",
+        "predicted_change": "change of the objective by the quadratic model with the exact GGN of the whole network, "
+        "without damping * ||step||^2 / 2, in units of the loss",
+        "actual_change": "change of the objective at theta + step, in units of the loss; with the L2 decay's term "
+        "where the optimizer has one",
+        "rho": "actual_change / predicted_change, dimensionless",
+        "step_norm": "2-norm of the step over all parameters that it moves",
+        "angle_to_gradient_degrees": "angle between the step and the negative gradient, 0 to 180",
+        "best_step_length": "multiple of the step with the lowest objective, of those tried; NaN without line search",
+        "best_length_change": "actual change there, in units of the loss",
+        "model_length": "multiple of the step from which the actual change is off by more than 25 % of the largest "
+        "change predicted up to there",
+        "passes": "forward and backward passes that the row took",
+    },
+    "global_damping": {
+        "approximation": WHOLE,
+        "form": FORM,
+        "damping": "the recommended damping: the lowest objective after one step, of those tried",
+        "relative_damping": "the same over the mean eigenvalue of the network's exact GGN",
+        "change": "actual change of the objective there, in units of the loss",
+        "predicted_change": "change by the quadratic model there, in units of the loss",
+        "rho": "change / predicted_change, dimensionless",
+        "safe_from": "least damping tried from which on rho >= 1/4 and a decrease is predicted",
+        "safe_damping": "the damping in the safe range with the lowest objective after one step, of those judged",
+        "safe_change": "actual change of the objective there, in units of the loss",
+        "lowerable_from": "least damping tried from which on rho > 3/4: it may be lowered there",
+        "gradient_from": "least damping tried from which on the step is within 18 degrees of the negative gradient",
+        "per_layer_predicted": "change by the model with each layer at the damping its own exact block recommends, "
+        "times per_layer_factor, in units of the loss",
+        "per_layer_change": "the same, actual",
+        "per_layer_factor": "the common factor on those dampings with the lowest objective, of those tried",
+        "current": "the optimizer's own damping; NaN where the checkpoint has none",
+        "current_change": "actual change of the objective there, in units of the loss",
+        "passes": "forward and backward passes for this approximation and form in all",
+    },
+    "evidence": {
+        "approximation": WHOLE,
+        "role": "grid or maximum",
+        "precision": "of the Gaussian prior on the parameters with Kronecker factors, 1 / parameter^2",
+        "log_evidence": "Laplace log evidence of the training set, in nats",
+        "effective_parameters": "sum of scale * lambda / (scale * lambda + precision) over the eigenvalues lambda",
+        "weight_decay": "precision / scale: the L2 decay with the same optimum, not AdamW's decoupled one",
+        "nll": "negative log likelihood of the training set, the batch's loss scaled up, in nats",
+        "scale": "what the loss is multiplied with to be the training set's negative log likelihood (but for a "
+        "constant)",
+        "parameters": "P, the entries of the parameters with Kronecker factors",
+    },
+    "stability": {
+        "scope": "network or layer (its block of the matrix)",
+        "layer": "the layer's exact name, empty for the network",
+        "quantity": "hessian_top, hessian_bottom, ggn_top (eigenvalues, loss / parameter^2); preconditioned_sharpness "
+        "(top eigenvalue of P^-1 (H + wd), 1 / learning rate); growth_factor (a step, along the top direction); "
+        "largest_stable_lr; direction_share (of the top direction's energy, 0 to 1)",
+        "value": "the number on the whole batch",
+        "low": "the smallest on the batch and its random halves; NaN where none were run",
+        "high": "the largest on the batch and its random halves; NaN where none were run",
+        "threshold": "what the value is compared with; for largest_stable_lr the learning rate in use",
+        "verdict": "above (low is above the threshold), below (high is below it; a layer's says nothing of the "
+        "network), undecided or not_assessed",
+        "residual": "||M x - lambda x|| of the eigenvalue on the whole batch, same unit",
+        "source": "the rule behind the threshold",
+    },
     "findings": {
         "code": "the rule's code",
         "severity": "info, warning or error",
         "layer": "the layer's exact name, empty for the network",
+        "title": "what the code stands for",
+        "rank": "order of importance, from 1",
+        "caused_by": "code and layer of the finding that this one follows from, empty if none",
         "evidence": "the numbers that led to it, in words",
         "remedy": "what to do about it",
         "confidence": "0 to 1",

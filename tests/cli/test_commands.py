@@ -69,8 +69,8 @@ def test_analyze_hands_on_every_option(pipeline: Pipeline) -> None:
         --model net:build --batch b.npz --loss mse:reduction=sum --example-axis x=1 --example-axis 1=-2
         --example-index batch --trust --layers a.* --layers b --skip head --fisher probe --samples 4
         --measure spectral --measure kron_best --device cpu --dtype float64 --memory 1.5GiB --time 2min --seed 7
-        --dump columns --dump blocks
-        -o out.h5 --quiet
+        --dump columns --dump blocks --dataset-size 50000
+        --optimizer sgd --lr 0.1 --momentum 0.9 --nesterov --weight-decay 1e-4 --damping 0.5 -o out.h5 --quiet
     """
     result = call("analyze", "w.pt", *options.split())
     assert result.exit_code == 0, result.output
@@ -82,6 +82,14 @@ def test_analyze_hands_on_every_option(pipeline: Pipeline) -> None:
         "loss": "mse:reduction=sum",
         "factory": "net:build",
         "trust": True,
+        "optimizer": {
+            "kind": "sgd",
+            "lr": 0.1,
+            "momentum": 0.9,
+            "nesterov": True,
+            "weight_decay": 1e-4,
+            "damping": 0.5,
+        },
         "fisher": "probe",
         "samples": 4,
         "layers": ["a.*", "b"],
@@ -95,6 +103,7 @@ def test_analyze_hands_on_every_option(pipeline: Pipeline) -> None:
         "example_index": "batch",
         "seed": 7,
         "dump": ("columns", "blocks"),
+        "dataset_size": 50000,
     }
     assert Path("out.h5").exists()
     assert result.output == ""
@@ -104,7 +113,8 @@ def test_analyze_defaults(pipeline: Pipeline) -> None:
     call("analyze", "w.pt")
     kept = {key: value for key, value in pipeline.called_with.items() if key not in ("progress", "model")}
     assert {key for key, value in kept.items() if value is None} == {
-        "batch", "loss", "factory", "samples", "layers", "skip", "measure", "memory", "example_axes", "example_index"
+        "batch", "loss", "factory", "optimizer", "samples", "layers", "skip", "measure", "memory", "example_axes",
+        "example_index", "dataset_size",
     }  # fmt: skip
     assert kept["time"] == 60.0
     assert kept["fisher"] == kept["device"] == "auto"

@@ -22,7 +22,7 @@ from torch.nn import functional
 import curvscope
 from curvscope.curvature.block import Block
 from curvscope.extract.collector import Columns, Extract
-from curvscope.measure import layers, spectrum
+from curvscope.measure import layers, parts, spectrum
 from curvscope.measure.draws import singly
 from curvscope.measure.terms import draw_products, terms
 from curvscope.present.export import export
@@ -609,8 +609,8 @@ def test_many_batches(name: str, dump: tuple[str, ...]) -> None:
     model, inputs, targets = problem(name)
     pairs = cut((inputs, targets), [1, 2])
     options: dict[str, Any] = {"loss": CASES[name].loss, "dtype": "float64", "fisher": "exact", "dump": dump}
-    whole, parts = run_of(name, dump), curvscope.analyze(model, lambda: iter(pairs), **options)
-    one, other = whole.layers["table"], parts.layers["table"]
+    whole, joined = run_of(name, dump), curvscope.analyze(model, lambda: iter(pairs), **options)
+    one, other = whole.layers["table"], joined.layers["table"]
     assert other.tokens is not None
     assert np.array_equal(one.tokens, other.tokens)
     np.testing.assert_allclose(other.block, one.block, rtol=1e-9, atol=1e-12 * np.abs(one.block).max())
@@ -620,7 +620,7 @@ def test_many_batches(name: str, dump: tuple[str, ...]) -> None:
     assert other.row.positions == pytest.approx(one.row.positions)
     for approximation in ("kfac_expand", "kfac_reduce", "diag"):
         assert other.errors[approximation].rel_frobenius == pytest.approx(one.errors[approximation].rel_frobenius)
-    assert parts.model.gradient_norm == pytest.approx(whole.model.gradient_norm, rel=1e-12)
+    assert joined.model.gradient_norm == pytest.approx(whole.model.gradient_norm, rel=1e-12)
 
 
 class Atoms(nn.Module):
@@ -664,3 +664,47 @@ def test_rows_of_graphs() -> None:
     kept = (np.arange(WIDTH)[:, None] * 9 + layer.tokens[None]).flatten()
     close(layer.block, G.detach()[kept][:, kept])
     assert layer.row.positions == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("name", ["large_vocabulary", "tied"])
+def test_damped_steps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against dense solves over the whole vocabulary, of which weight decay moves what does not occur."""
+    keepers: list[parts.Keeper] = []
+    keep = parts.Keeper.keep
+
+    def kept(self: parts.Keeper, *args: Any) -> None:
+        keepers.append(self)
+        keep(self, *args)
+
+    monkeypatch.setattr(parts.Keeper, "keep", kept)
+    model, inputs, targets = problem(name)
+    model = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.3)
+    options: dict[str, Any] = {"loss": CASES[name].loss, "dtype": "float64", "fisher": "exact"}
+    curvscope.analyze(model, (inputs, targets), optimizer=optimizer, measure=("steps",), **options)
+    part, oracle = keepers[0].parts["table"], want(name)
+    R = oracle.gradient + 0.3 * model.table.weight.detach().T  # type: ignore[operator, union-attr]
+    lam = keepers[0].judged[3]
+    eye = torch.eye(R.numel(), dtype=R.dtype)
+
+    def solved(M: Tensor) -> Tensor:
+        return -torch.linalg.solve(M + lam * eye, R.flatten()).view(R.shape)
+
+    close(part.step("ggn", "eigenbasis", lam), solved(oracle.G))
+    if name == "tied":
+        close(part.step("kfac_expand", "eigenbasis", lam), solved(oracle.G))
+        assert "exact block" in part.notes[0]
+        return
+    for flavour, (A, B) in oracle.factors["embedding"].items():
+        close(part.step(f"kfac_{flavour}", "eigenbasis", lam), solved(torch.kron(B, A)))
+        pi = float((A.trace() / A.shape[0] / (B.trace() / B.shape[0])) ** 0.5)
+        of_A = A + pi * lam**0.5 * torch.eye(A.shape[0], dtype=A.dtype)
+        of_B = B + lam**0.5 / pi * torch.eye(B.shape[0], dtype=A.dtype)
+        step = -torch.linalg.solve(of_B, R) @ torch.linalg.inv(of_A)
+        close(part.step(f"kfac_{flavour}", "factored", lam), step)
+    basis = torch.linalg.eigh(oracle.factors["embedding"]["expand"][1]).eigenvectors.contiguous()
+    M = reference.ekfac(oracle.G, torch.eye(R.shape[1], dtype=R.dtype), basis)
+    close(part.step("ekfac_expand", "eigenbasis", lam), solved(M))
+    step = solved(M)
+    predicted = (R * step).sum() + 0.5 * step.flatten() @ (oracle.G @ step.flatten()) + 0.15 * step.square().sum()
+    assert part.decrease["ekfac_expand", lam] == pytest.approx(float(predicted), rel=1e-9)
