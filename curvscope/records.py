@@ -26,6 +26,14 @@ CONVENTIONS = {
     "reduce": "A = (1/N) sum_n abar abar^T, abar = mean over positions; B = sum_{n,k} gsum gsum^T, gsum = sum over "
     "positions; the approximation of the block is kron(B, A)",
     "ggn": "G = sum_{n,k} v v^T with v[n,k] = vec(sum_r g[n,k,r] a[n,r]^T)",
+    "embedding": "a layer with one-hot inputs, d_in = vocabulary, d_out = width of a row; A of expand is diagonal and "
+    "stored as the vector [d_in] of the tokens' shares of the positions; all rows of the weight that the batch does "
+    "not look up have zero curvature, so A of reduce, the columns and the block run over `tokens` [U] alone, those "
+    "that occur, ascending; positions with the padding token (padding_idx) do not count, and it has no place in tokens",
+    "roles": "a weight used in several roles (embedding and head, or plain and transposed) has factors for each role, "
+    "in the role's own orientation; the columns and the block are of all uses together, in the orientation "
+    "[d_out, d_in] of the first role, over all of d_in; kfac_<flavour> is the sum over roles of kron(B, A), or of "
+    "kron(A, B) for a role that uses the transpose",
 }
 
 
@@ -33,8 +41,9 @@ CONVENTIONS = {
 class LayerRow:
     """One layer: a weight, with the bias that belongs to it.
 
-    `positions` is the mean number of real positions an example (R_n), `padded` the share of rows that were
-    found to be padding and left out, `columns` the number of GGN columns (N times K).
+    `positions` is the mean number of real positions an example (R_n), those of all roles together, `padded` the share
+    of rows that were found to be padding and left out, `columns` the number of GGN columns (N times K). `kind` names
+    the roles of a weight used in several, as in embedding+head.
     """
 
     name: str
@@ -337,7 +346,9 @@ TABLES: dict[str, type[Row]] = {
 class KroneckerFactors:
     """The two factors of one flavour, [d_in(+1), d_in(+1)] and [d_out, d_out], in the run's dtype.
 
-    Scale and order are `CONVENTIONS[flavour]`; kron(B, A) is the approximation of the block.
+    Scale and order are `CONVENTIONS[flavour]`; kron(B, A) is the approximation of the block. With groups both have a
+    leading axis of groups. An embedding's A is [d_in], a diagonal, for expand and [U, U] over `Layer.tokens` for reduce
+    (`CONVENTIONS["embedding"]`). `role` is empty but for a weight used in several (`CONVENTIONS["roles"]`).
     """
 
     flavour: str
@@ -352,13 +363,16 @@ class Layer:
 
     Attributes:
         row: its line in tables/layers.
-        factors: "expand" and "reduce" to `KroneckerFactors`.
+        factors: "expand" and "reduce" to `KroneckerFactors`; for a weight used in several roles "expand/embedding",
+            "expand/head", "reduce/embedding", ...: flavour and role (embedding, head, linear or transposed).
         spectrum: "ggn" and approximation names to float64 eigenvalues, descending, the nonzero part.
         errors: approximation name to its `ErrorRow`.
         spectra: "ggn" and approximation names to their `SpectrumRow`.
         eigenvectors: with dump="spectra": "ggn" to [P, rank], "expand/A", "expand/B", ... to square matrices.
-        kept_columns: with dump="columns": [N*K, d_out, d_in(+1)].
-        block: with dump="blocks": [P, P].
+        kept_columns: with dump="columns": [N*K, d_out, d_in(+1)]; of an embedding [N*K, d_out, U].
+        block: with dump="blocks": [P, P]; of an embedding [d_out U, d_out U].
+        tokens: of an embedding: the U inputs that occur in the batch, ascending, over which A of reduce runs, and in a
+            layer of one role also the columns, the block and its eigenvectors; else None.
         attributes: raw extremes and solver facts, stored as attributes of the layer's group.
         damping: its lines in tables/damping.
         ranges: its lines in tables/ranges.
@@ -372,6 +386,7 @@ class Layer:
     eigenvectors: Mapping[str, Array] = field(default_factory=dict)
     kept_columns: Array | None = None
     block: Array | None = None
+    tokens: Array | None = None
     attributes: Mapping[str, Any] = field(default_factory=dict)
     damping: Sequence[DampingRow] = ()
     ranges: Sequence[RangeRow] = ()

@@ -52,6 +52,8 @@ def _gap(one: Any, other: Any, least: float = 1e-300) -> float:
 def _repeats(factors: Any) -> bool:
     """Whether a factor has equal eigenvalues: EKFAC's basis is then arbitrary."""
     for factor in (factors.A, factors.B) if factors is not None else ():
+        if factor.ndim == 1:
+            continue  # an embedding's: its basis are the tokens
         values = torch.linalg.eigvalsh(torch.as_tensor(factor, dtype=torch.float64))
         gaps = values.diff(dim=-1) / values.abs().amax(-1, keepdim=True)
         if gaps.numel() and float(gaps.min()) < 1e-9:

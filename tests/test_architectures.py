@@ -21,7 +21,7 @@ from curvscope.graph import prepare
 from curvscope.graph.export import Exported, export_model
 from curvscope.graph.functional import Graph, build
 from curvscope.load.problem import Inputs
-from curvscope.records import LayerRow
+from curvscope.records import Layer
 from curvscope.run import Run
 from tests.architectures import ARCHITECTURES, BilinearHead, Built, CellLoop, EinsumAttention, Experts
 
@@ -117,16 +117,11 @@ def test_every_parameter_is_covered_or_explained(name: str, examples: int) -> No
     assert run.model.gradient_norm > 0
 
 
-# Weights of linear modules that have no Kronecker form (yet): module path endings -> words of the reason.
-WITHOUT_FACTORS: dict[str, tuple[tuple[str, str], ...]] = {
-    # Both ends of the network use one table.
-    "gpt2_lm": (("lm_head", ""),),
-    "bert_masked_lm": (("decoder", ""),),
-    "t5": (("lm_head", ""),),
-}
 # Their rows are positions, the same for every example: an exact block, no factors.
 WITHOUT_EXAMPLES: dict[str, tuple[str, ...]] = {"swin_v2_tiny": ("cpb_mlp.0", "cpb_mlp.2")}
-LINEAR = (nn.Linear, nn.modules.conv._ConvNd)
+LINEAR = (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding)
+# Tables of positions, and of anything else that does not come from the batch.
+TABLES = ("wpe", "position_embeddings", "relative_attention_bias")
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -134,25 +129,17 @@ def test_linear_modules_have_factors(name: str) -> None:
     model, _, _ = ARCHITECTURES[name].build(2)
     run = run_of(name, 2)
     rows = {row.parameter: row for row in run.tables["coverage"]}
-    exceptions = WITHOUT_FACTORS.get(name, ())
+    names = {id(parameter): key for key, parameter in model.named_parameters()}
     for path, module in model.named_modules():
         if not isinstance(module, LINEAR) and type(module).__name__ != "Conv1D":
             continue
-        words = [words for ending, words in exceptions if path.endswith(ending)]
-        weight = f"{path}.weight"
-        if words:
-            # a tied weight goes by the name of its first owner
-            assert weight not in rows or words[0] in rows[weight].reason or rows[weight].treatment == "kronecker"
-        else:
-            positions = path.endswith(WITHOUT_EXAMPLES.get(name, ("no such path",)))
-            assert rows[weight].treatment == ("exact_only" if positions else "kronecker"), rows[weight]
+        # a tied weight goes by the name of its first owner
+        row = rows[names[id(module.weight)]]
+        positions = path.endswith((*TABLES, *WITHOUT_EXAMPLES.get(name, ())))
+        assert row.treatment == ("exact_only" if positions else "kronecker"), row
 
 
-# Not everything there is covered (yet), which `WITHOUT_FACTORS` and the coverage table tell of.
-INCOMPLETE = ("gpt2_lm", "bert_masked_lm", "bert_classifier", "llama_lm", "llama_classifier", "t5")
-
-
-@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in INCOMPLETE])
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_nothing_is_left_out(name: str) -> None:
     left = {row.parameter: row.reason for row in run_of(name, 2).tables["coverage"] if row.treatment not in ANALYZED}
     assert not left
@@ -240,9 +227,18 @@ AXES: dict[str, tuple[int, ...]] = {
 
 
 def layer_jacobian(
-    model: nn.Module, row: LayerRow, names: list[str], J: dict[str, Tensor], exact_only: bool
+    model: nn.Module, layer: Layer, names: list[str], J: dict[str, Tensor], exact_only: bool
 ) -> Tensor | None:
     """[all outputs, groups, P of a group] in the order of the layer's columns; None where that order is not plain."""
+    row = layer.row
+    if row.kind.startswith("embedding"):
+        jacobian = J[names[0]].transpose(1, 2)
+        if row.kind == "embedding":
+            tokens = torch.as_tensor(layer.tokens)
+            others = [word for word in range(row.d_in) if word not in tokens]
+            assert not jacobian[..., others].any()
+            jacobian = jacobian[..., tokens]
+        return jacobian.flatten(1).unsqueeze(1)
     if exact_only:
         return torch.cat([J[name].flatten(1) for name in names], dim=1).unsqueeze(1)
     if names[0] in AXES:
@@ -275,6 +271,8 @@ BRUTE_FORCE = (
     "lstm",  # both directions
     "gpt2_classifier",  # stored transposed, padding
     "llama_lm",
+    "gpt2_lm",  # its table is its head
+    "t5",  # and is looked up by the encoder and the decoder
 )
 
 
@@ -310,7 +308,7 @@ def test_blocks_agree_with_brute_force(name: str) -> None:
     for layer, names in owned.items():
         record = run.layers[layer].row
         V = torch.from_numpy(np.asarray(run.layers[layer].columns())).double()
-        M = layer_jacobian(model, record, names, J, layer in exact_only)
+        M = layer_jacobian(model, run.layers[layer], names, J, layer in exact_only)
         if M is None:  # another order of the same numbers has the same spectrum
             M = torch.cat([J[key].flatten(1) for key in names], dim=1)
             got, want = (torch.linalg.eigvalsh(G) for G in (V.flatten(1).T @ V.flatten(1), M.T @ H @ M))

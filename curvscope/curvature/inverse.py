@@ -32,6 +32,7 @@ class KroneckerInverse:
         rotated: `U_B^T R U_A`.
         corrected: EKFAC's diagonal [d_out, d_in] in this basis, or None.
         noise: the largest product of eigenvalues that was below zero, as a positive number.
+        inputs: d_in with the inputs that are left out because A is zero there (tokens that do not occur).
     """
 
     lam_A: Tensor
@@ -41,10 +42,17 @@ class KroneckerInverse:
     rotated: Tensor
     corrected: Tensor | None
     noise: float
+    inputs: int
 
     @classmethod
     def of(
-        cls, kronecker: Kronecker, corrected: Tensor | None, *, right: Float64[Tensor, "d_out d_in"], scale: float
+        cls,
+        kronecker: Kronecker,
+        corrected: Tensor | None,
+        *,
+        right: Float64[Tensor, "d_out d_in"],
+        scale: float,
+        inputs: int | None = None,
     ) -> KroneckerInverse:
         """From a product whose B (and the corrected diagonal) are to be multiplied with `scale`."""
         lam_A, U_A, lam_B, U_B = kronecker.bases
@@ -58,12 +66,13 @@ class KroneckerInverse:
             U_B.T @ right @ U_A,
             None if corrected is None else corrected * scale,
             max(0.0, -float(corners.min())),
+            inputs or lam_A.numel(),
         )
 
     @cached_property
     def pi(self) -> float | None:
         """The balance of factored damping; None where a factor is zero."""
-        mean_A, mean_B = float(self.lam_A.mean()), float(self.lam_B.mean())
+        mean_A, mean_B = float(self.lam_A.sum()) / self.inputs, float(self.lam_B.mean())
         return (mean_A / mean_B) ** 0.5 if mean_A > 0 and mean_B > 0 else None
 
     def eigenvalues(self, *, ekfac: bool = False) -> Float64[Tensor, "d_out d_in"]:
@@ -81,6 +90,16 @@ class KroneckerInverse:
         else:
             divisor = self.eigenvalues(ekfac=ekfac) + damping
         return self.U_B @ (self.rotated / divisor) @ self.U_A.T
+
+    def apply_outside(
+        self, right: Float64[Tensor, "d_out rest"], damping: float, *, factored: bool = False
+    ) -> Float64[Tensor, "d_out rest"]:
+        """The same for the right side at inputs that are left out: A is zero there, and so is EKFAC's diagonal."""
+        if not factored or self.pi is None:
+            return right / damping
+        root = damping**0.5
+        divisor = (self.lam_B + root / self.pi) * (self.pi * root)
+        return self.U_B @ ((self.U_B.T @ right) / divisor.unsqueeze(1))
 
 
 def exact_inverses(

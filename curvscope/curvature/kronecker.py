@@ -28,9 +28,12 @@ class Kronecker:
 
     @cached_property
     def bases(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Eigenvalues and eigenvectors (lam_A, U_A, lam_B, U_B), ascending, as the solver gave them."""
-        lam_A, U_A = eigh(self.A)
-        lam_B, U_B = eigh(self.B)
+        """Eigenvalues and eigenvectors (lam_A, U_A, lam_B, U_B), ascending, as the solver gave them.
+
+        A diagonal factor (an embedding's A) has the unit vectors for eigenvectors, whichever of its values are equal.
+        """
+        lam_A, U_A = _eigenbasis(self.A)
+        lam_B, U_B = _eigenbasis(self.B)
         return lam_A, U_A, lam_B, U_B
 
     @cached_property
@@ -96,7 +99,8 @@ class EigenCorrected:
 
     def dense(self) -> Float64[Tensor, "P P"]:
         """M itself, [P, P]."""
-        U = torch.kron(self.U_B, self.U_A)
+        # torch.kron refuses factors of different memory layouts
+        U = torch.kron(self.U_B.contiguous(), self.U_A.contiguous())
         return (U * self.scale.flatten()) @ U.T
 
 
@@ -162,6 +166,15 @@ def nearest_kronecker(block: Block, start: Kronecker, *, seed: int = 0) -> Neare
     A = _symmetric(found.vector)
     A = A if float(A.trace()) >= 0 else -A
     return Nearest(Kronecker(A, _symmetric(block.contract_inputs(A))), found.converged, found.steps)
+
+
+def _eigenbasis(X: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, ascending, and eigenvectors; unit vectors where X is diagonal."""
+    diagonal = X.diagonal()
+    if torch.count_nonzero(X) > torch.count_nonzero(diagonal):
+        return eigh(X)
+    values, order = diagonal.sort()
+    return values, torch.eye(X.shape[0], dtype=X.dtype, device=X.device)[:, order]
 
 
 def _symmetric(X: Tensor) -> Tensor:

@@ -132,10 +132,16 @@ def _of_layer(layer: Layer) -> list[tuple[int, float, FindingRow]]:
             f"Its better K-FAC {direction}states the curvature {times} (tr M / tr G = {ratio:.2g}).",
             f"Steps here are {times} too "
             + ("short" if ratio > 1 else "long")
-            + " where damping does not decide: scale the factors, or use EKFAC (trace ratio 1).",
+            + " where damping does not decide: scale the factors"
+            + (", or use EKFAC (trace ratio 1)." if not _roles(layer) else "."),
         )
         found.append((2, abs(math.log(ratio)) / 10, row))
     return found
+
+
+def _roles(layer: Layer) -> bool:
+    """Whether its weight is used in several roles, so that there is no EKFAC."""
+    return any(factors.role for factors in layer.factors.values())
 
 
 def _times(factor: float) -> str:

@@ -95,7 +95,7 @@ def choose(
         elif name not in estimated:
             left -= seconds
     exact = {name: layer for name, layer in plans.items() if name not in estimated}
-    fitting = plan_sweeps(exact, usable(settings), standing=standing(graph, settings))
+    fitting = plan_sweeps(exact, usable(settings), standing=standing(graph, layouts, settings))
     estimated |= {name: _what(layer.reason) for name, layer in fitting.layers.items() if layer.form is None}
     left -= pass_seconds * (len(fitting.groups) - 1)
     factored = [name for name in plans if not graph.layers[name].exact_only]
@@ -141,6 +141,7 @@ def layer_plans(
             itemsize=DTYPES[settings.dtype].itemsize,
             keep_draws=keep_draws or "columns" in settings.dump,
             limit=settings.max_columns,
+            tokens=layouts.tokens[spec.name].numel() if spec.name in layouts.tokens else None,
         )
         for spec in graph.chosen()
     }
@@ -165,7 +166,7 @@ def make_plan(
     draws = fisher in ("probe", "mc")
     plans = layer_plans(graph, layouts, columns, settings, keep_draws=draws, apart=apart)
     plans |= {name: LayerPlan(None, 0, 0, reason) for name, reason in without.items()}
-    stays = standing(graph, settings, columns if draws else 0)
+    stays = standing(graph, layouts, settings, columns if draws else 0)
     return plan_sweeps(plans, usable(settings), standing=stays, activations=activations, piece_share=piece_share)
 
 
@@ -175,12 +176,14 @@ def estimate_plan(
     """The same for a sweep over draws that serves some layers only."""
     plans = layer_plans(graph, layouts, columns, settings, keep_draws=True)
     chosen = {name: plans[name] for name in plans if name in names}
-    return plan_sweeps(chosen, usable(settings), standing=standing(graph, settings), activations=activations)
+    return plan_sweeps(chosen, usable(settings), standing=standing(graph, layouts, settings), activations=activations)
 
 
-def standing(graph: Graph, settings: Settings, draws: int = 0) -> int:
+def standing(graph: Graph, layouts: Layouts, settings: Settings, draws: int = 0) -> int:
     """Bytes that the factors and records of all layers take; each draw has a B of its own."""
-    return sum(standing_bytes(spec, DTYPES[settings.dtype].itemsize, draws) for spec in graph.layers.values())
+    itemsize = DTYPES[settings.dtype].itemsize
+    tokens = {name: seen.numel() for name, seen in layouts.tokens.items()}
+    return sum(standing_bytes(spec, itemsize, draws, tokens.get(spec.name, 0)) for spec in graph.layers.values())
 
 
 def budget(settings: Settings) -> int:

@@ -40,11 +40,16 @@ class Extract:
     """What one sweep found for one layer.
 
     `factors` maps expand and reduce to (A, B) in the run's dtype; `probe_B` maps them to the B of each draw alone,
-    [K, d_out, d_out] (only for probe and mc). With groups, factors have a leading axis of groups and there are columns
-    for each. `gradient` is dL/dW as [d_out, d_in(+1)]; `positions` the mean
+    [K, d_out, d_out] (only for probe and mc). `gradient` is dL/dW as [d_out, d_in(+1)]; `positions` the mean
     number of real positions an example; `padded` the share of rows found to be padding. Columns, B and `probe_B` are in
-    multiples of `unit` (`Root.unit`); the gradient is not. `unmasked` holds A of all rows where some look like
-    padding and data that comes later may tell otherwise.
+    multiples of `unit` (`Root.unit`); the gradient is not. With groups, factors have a leading axis of groups and there
+    are columns for each. `unmasked` holds A of all rows where some look like padding and data that comes later may tell
+    otherwise.
+
+    For an embedding `tokens` [U] says which inputs the columns, the gradient and A of reduce run over, those that occur
+    in the data; A of expand, which is diagonal, is a vector over all inputs. A weight of several `roles` has an
+    `Extract` for each, without columns and with the role's own orientation, and no factors of its own; its columns and
+    its gradient have the first role's orientation and run over all inputs.
     """
 
     spec: LayerSpec
@@ -57,11 +62,23 @@ class Extract:
     probe_B: dict[str, Tensor] = field(default_factory=dict)
     unit: float = 1.0
     unmasked: dict[str, Tensor] = field(default_factory=dict)
+    tokens: Tensor | None = None
+    roles: dict[str, Extract] = field(default_factory=dict)
+
+    @property
+    def single(self) -> bool:
+        """Whether every use of the weight has one position an example: both flavours are the same matrix then."""
+        return all(role.positions == 1 for role in self.roles.values()) if self.roles else self.positions == 1
+
+    @property
+    def width(self) -> int:
+        """The inputs that the columns run over, the bias included."""
+        return self.tokens.numel() if self.tokens is not None else self.spec.d_in + (self.spec.bias is not None)
 
 
 def mean_positions(counts: Tensor) -> float:
     """The mean number of positions over the examples that have any; 1 only where all of these have one."""
-    return float(counts[counts > 0].double().mean())
+    return float(counts[counts > 0].double().mean()) if bool((counts > 0).any()) else 0.0
 
 
 def _both(left: Tensor | None, right: Tensor | None) -> Tensor | None:
@@ -114,6 +131,7 @@ class Collector:
         self.factors = factors
         self.per_draw = per_draw
         self.examples = layouts.examples
+        self.like = layouts.outputs
         self.rows = {site.target: SiteRows(site.module, layouts.sites[site.target]) for site in spec.sites}
         self.parts = {site.target: site.part for site in spec.sites}
         self.inputs: dict[str, Tensor] = {}
@@ -148,9 +166,9 @@ class Collector:
 
     def finish(self) -> None:
         """All sites of the layer have reported: add the pass up."""
-        a, g = self._a(), self._g()
+        g = self._g()
         if self.column is None:
-            self._add_gradient(g, a)
+            self.gradient = self._weight_gradient(g)
             return
         single = g.shape[1] == 1
         total = g[:, 0] if single else g.sum(1)
@@ -168,20 +186,21 @@ class Collector:
 
     def _g(self) -> Tensor:
         """The output gradients of all calls, [N, R, d_out]; a call that the pass does not reach has none."""
-        a = self._a()
+        self._a()
         parts = [
-            self.pending[target] if target in self.pending else a.new_zeros(*shape, self.spec.d_out)
+            self.pending[target] if target in self.pending else self.like.new_zeros(*shape, self.spec.d_out)
             for target, shape in self.shapes.items()
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
-    def _add_gradient(self, g: Tensor, a: Tensor) -> None:
+    def _weight_gradient(self, g: Tensor) -> Tensor:
         """dL/dW = sum g a^T, with the bias's as last column."""
+        a = self._a()
         if g.stride(-1) == 1:
             weight = g.flatten(0, 1).T @ a.flatten(0, 1)
         else:
             weight = torch.bmm(g.transpose(1, 2), a).sum(0)
-        self.gradient = torch.cat([weight, g.sum((0, 1)).unsqueeze(1)], dim=1) if self.spec.bias else weight
+        return torch.cat([weight, g.sum((0, 1)).unsqueeze(1)], dim=1) if self.spec.bias else weight
 
     def _a(self) -> Tensor:
         """The layer's rows of all calls, [N, R, d_in]."""
@@ -207,50 +226,69 @@ class Collector:
             assert self.column is not None
             self.gradients[self.column] = g
             return
-        a = self._a()
-        d_in = a.shape[-1] + (self.spec.bias is not None)
+        shape = self.examples, g.shape[-1], self._width()
         if self.form == "dense":
             if self.values is None:
-                self.values = g.new_empty(self.count, self.examples, g.shape[-1], d_in)
+                self.values = g.new_empty(self.count, *shape)
             assert self.column is not None
             column = self.values[self.column]
         else:
-            column = g.new_empty(self.examples, g.shape[-1], d_in)
-        column[..., : a.shape[-1]] = torch.bmm(g.transpose(1, 2), a)
-        if self.spec.bias is not None:
-            column[..., -1] = total
+            column = g.new_empty(shape)
+        self._fill(column, g, total)
         if self.form == "formed":
             flat = column.reshape(self.examples, -1).double()
             if self.block is None:
                 self.block = GramSum(flat.shape[1], dtype=flat.dtype, device=flat.device)
             self.block.add(flat)
 
+    def _width(self) -> int:
+        """The inputs that the columns run over."""
+        return self.spec.d_in + (self.spec.bias is not None)
+
+    def _fill(self, column: Tensor, g: Tensor, total: Tensor) -> None:
+        """v[n] = sum_r g a^T of this pass into `column` [N, d_out, width]."""
+        a = self._a()
+        column[..., : a.shape[-1]] = torch.bmm(g.transpose(1, 2), a)
+        if self.spec.bias is not None:
+            column[..., -1] = total
+
+    def columns_of_pass(self) -> Tensor:
+        """This pass's columns v[n], [N, d_out, width]."""
+        g = self._g()
+        column = g.new_empty(self.examples, g.shape[-1], self._width())
+        self._fill(column, g, g.sum(1))
+        return column
+
     def result(self, masks: Mapping[str, Tensor]) -> Extract:
         """The layer's sums, scaled as records.CONVENTIONS says."""
-        a = self._a()
-        examples, positions = a.shape[:2]
+        examples, positions = self._a().shape[:2]
         there, real = self._real({}), self._real(masks)
-        counts = torch.full((examples,), float(positions), device=a.device) if real is None else real.sum(1).to(a.dtype)
+        counts = torch.full((examples,), float(positions), device=self.like.device) if real is None else real.sum(1)
+        counts = counts.to(self.like.dtype)
         factors = {}
         unmasked: dict[str, Tensor] = {}
         if self.factors and self.reduce is not None:
             B_reduce = self.reduce.result()
             B_expand = B_reduce if self.expand is None else self.expand.result()
-            A = self._input_factors(a, real, counts)
+            A = self._input_factors(real, counts)
             factors = {"expand": (A["expand"], B_expand), "reduce": (A["reduce"], B_reduce)}
             if real is not None and self.undecided:
-                whole = None if there is None else there.sum(1).to(a.dtype)
-                unmasked = self._input_factors(a, there, torch.full_like(counts, positions) if whole is None else whole)
+                whole = torch.full_like(counts, positions) if there is None else there.sum(1).to(counts)
+                unmasked = self._input_factors(there, whole)
         rows = examples * positions if there is None else int(there.sum())
-        padded = 0.0 if real is None else 1.0 - float(counts.sum()) / rows
+        padded = 0.0 if real is None or rows == 0 else 1.0 - float(counts.sum()) / rows
         draws = {name: torch.stack(each) for name, each in self.draws.items() if each}
         found = Extract(
-            self.spec, examples, mean_positions(counts), padded, factors, self.gradient, self._columns(a), draws
+            self.spec, examples, mean_positions(counts), padded, factors, self.gradient, self._columns(), draws
         )
-        return replace(found, unmasked=unmasked)
+        return replace(found, unmasked=unmasked, tokens=self._tokens())
 
-    def _input_factors(self, a: Tensor, real: Tensor | None, counts: Tensor) -> dict[str, Tensor]:
-        """A of both flavours, over the rows that are real."""
+    def _tokens(self) -> Tensor | None:
+        return None
+
+    def _input_factors(self, real: Tensor | None, counts: Tensor) -> dict[str, Tensor]:
+        """A of both flavours, over the rows that are real, `counts` [N] of them in every example."""
+        a = self._a()
         bias = self.spec.bias is not None
         masked = a if real is None else a * real.unsqueeze(-1)
         expand = input_gram(masked.reshape(-1, a.shape[-1]), float(counts.sum()), bias=bias)
@@ -272,7 +310,7 @@ class Collector:
         ]
         return torch.cat(full, dim=1)
 
-    def _columns(self, a: Tensor) -> Columns | None:
+    def _columns(self) -> Columns | None:
         if self.form is None:
             return None
         if self.form == "dense":
@@ -280,6 +318,9 @@ class Collector:
         if self.form == "formed":
             assert self.block is not None
             return Columns("formed", self.examples, self.count, block=self.block.result())
-        if self.spec.bias is not None:
-            a = torch.cat([a, a.new_ones(*a.shape[:2], 1)], dim=-1)
-        return Columns(self.form, self.examples, self.count, inputs=a, gradients=self.gradients)
+        return Columns(self.form, self.examples, self.count, inputs=self._inputs(), gradients=self.gradients)
+
+    def _inputs(self) -> Tensor:
+        """The inputs of all columns, [N, R, width]."""
+        a = self._a()
+        return a if self.spec.bias is None else torch.cat([a, a.new_ones(*a.shape[:2], 1)], dim=-1)

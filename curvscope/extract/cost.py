@@ -161,7 +161,8 @@ def measure_seconds(load: Load, rates: Rates) -> float:
 
 def _sizes(load: Load) -> tuple[int, int, int]:
     """d_out and d_in (with the bias) of one group, and P."""
-    d_out, d_in = load.spec.d_out // load.spec.groups, load.spec.d_in + (load.spec.bias is not None)
+    d_out = load.spec.d_out // load.spec.groups
+    d_in = load.plan.inputs or load.spec.d_in + (load.spec.bias is not None)
     return d_out, d_in, d_out * d_in
 
 

@@ -28,6 +28,7 @@ SITE_CLASSES = (
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
     GroupedLinear,
+    nn.Embedding,
     Tap,
 )
 

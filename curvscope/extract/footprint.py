@@ -39,7 +39,7 @@ def bytes_an_example(graph: Graph, tensors: Sequence[Tensor], examples: int) -> 
     def watch(module: Any, args: tuple[Tensor, ...], result: Tensor) -> None:
         keep(args[0].detach())
         keep(result.detach())
-        if not isinstance(module, (Tap, nn.Linear)):
+        if not isinstance(module, (Tap, nn.Linear, nn.Embedding)):
             inputs = module.weight[0].numel() * module.groups
             rows.append(result.numel() // result.shape[1] * inputs * result.element_size())
 

@@ -83,6 +83,7 @@ class Merged:
         self.columns: list[MergedColumns] = []
         self.grouped = False
         self.unmasked: dict[str, Tensor] | None = None
+        self.roles: dict[str, Merged] = {}
 
     def add(self, extract: Extract) -> None:
         """The next piece."""
@@ -96,12 +97,14 @@ class Merged:
             self.columns = self.columns or [MergedColumns(self.examples, self.count) for _ in each]
             for merged, one in zip(self.columns, each, strict=True):
                 merged.add(one)
-        extract = dataclasses.replace(extract, columns=None)
+        for name, role in extract.roles.items():
+            self.roles.setdefault(name, Merged(self.examples, self.count)).add(role)
+        extract = dataclasses.replace(extract, columns=None, roles={})
         if extract.examples == self.examples:
             self.total = extract
             return
         real = extract.positions * extract.examples
-        rows = real / (1 - extract.padded)
+        rows = real / (1 - extract.padded) if extract.padded < 1 else 0.0
         if self.total is None:
             self.total, self.rows = extract, rows
             self.weights = {"expand": real, "reduce": float(extract.examples), "all": rows}
@@ -143,6 +146,8 @@ class Merged:
 
     def rescale(self, factor: float) -> None:
         """Everything so far in a unit `factor` times the old one."""
+        for role in self.roles.values():
+            role.rescale(factor)
         for merged in self.columns:
             merged.rescale(factor)
         if self.total is not None:
@@ -159,8 +164,14 @@ class Merged:
         assert self.total is not None
         columns = [merged.result() for merged in self.columns]
         extract = dataclasses.replace(
-            self.total, columns=(columns if self.grouped else columns[0]) if columns else None, unmasked={}
+            self.total,
+            columns=(columns if self.grouped else columns[0]) if columns else None,
+            unmasked={},
+            roles={name: role.result(padded) for name, role in self.roles.items()},
         )
+        if extract.roles:
+            positions = sum(role.positions for role in extract.roles.values())
+            return dataclasses.replace(extract, positions=positions, padded=extract.padded if padded else 0.0)
         if padded or self.unmasked is None or extract.padded == 0.0:
             return extract
         factors = {name: (self.unmasked[name], B) for name, (_, B) in extract.factors.items()}

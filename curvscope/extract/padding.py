@@ -72,7 +72,7 @@ class Padding:
         self.linear: dict[str, tuple[SiteRows, int]] = {}
         for site in graph.sites():
             # a convolution's positions are all real: its rows vanish where units are dead
-            positions = layouts.positions[site.target] if site.kind == "linear" else 1
+            positions = layouts.positions[site.target] if site.kind in ("linear", "embedding") else 1
             known = isinstance(layouts.sites[site.target], Ragged)  # its rows are all real
             if positions > 1 and (layouts.examples > 1 or piece) and not known:
                 self.linear[site.target] = (SiteRows(site.module, layouts.sites[site.target]), positions)

@@ -25,7 +25,7 @@ from curvscope.graph.ownership import verify_graphs
 from curvscope.graph.prepare import Prepared
 from curvscope.graph.shadow import moved
 from curvscope.graph.trial import refused
-from curvscope.graph.verify import Independent, Layouts, verify
+from curvscope.graph.verify import Independent, Layouts, all_tokens, looked_up, verify
 from curvscope.load import check_targets
 from curvscope.load.class_axis import class_axis
 from curvscope.load.problem import Batch, Loss, Problem
@@ -219,6 +219,19 @@ class Pieces:
             if self.in_pieces():
                 raise
             self._divisible = False
+
+    def tokens(self, layouts: Layouts) -> dict[str, Tensor]:
+        """The rows of every embedding that the data looks up, by one more forward pass where there are pieces.
+
+        From now on the layouts of all pieces say so. `layouts` are those of the first batch.
+        """
+        found = layouts.tokens
+        if found and (self.in_pieces() or layouts.examples < self.survey.examples):
+            for piece in self:
+                with self.named(piece.name):
+                    found = all_tokens(found, looked_up(self.graph, piece.tensors), self.graph)
+        self._layouts = {shape: replace(known, tokens=found) for shape, known in self._layouts.items()}
+        return found
 
     @property
     def axes(self) -> tuple[int | None, ...]:

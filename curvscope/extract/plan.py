@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from curvscope.extract.collector import Form
 from curvscope.graph.sites import LayerSpec
@@ -21,12 +21,16 @@ EXACT_ONLY_ENTRIES = 2**25
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer's columns: the form they are kept in, and what keeping and measuring them takes in bytes."""
+    """One layer's columns: the form they are kept in, and what keeping and measuring them takes in bytes.
+
+    `inputs` is how many inputs the columns run over, the bias included (0: all of the layer's).
+    """
 
     form: Form | None
     kept_bytes: int
     measure_bytes: int
     reason: str = ""
+    inputs: int = 0
 
 
 @dataclass(frozen=True)
@@ -47,12 +51,18 @@ def slice_bytes(budget: int) -> int:
     return min(PIECE_BYTES, max(LEAST_PIECE_BYTES, budget // PIECES_OF_THE_BOUND))
 
 
-def standing_bytes(spec: LayerSpec, itemsize: int, draws: int) -> int:
-    """A layer's factors (B of every draw, too), gradient and record, which stay from the first sweep on."""
+def standing_bytes(spec: LayerSpec, itemsize: int, draws: int, tokens: int = 0) -> int:
+    """A layer's factors (B of every draw, too), gradient and record, which stay from the first sweep on.
+
+    A of an embedding has a number for every input, and a matrix over the `tokens` that occur.
+    """
     if spec.exact_only:
         return spec.parameters * itemsize
-    d_in, d_out = spec.d_in + (spec.bias is not None), spec.d_out // spec.groups
-    factors = 2 * spec.groups * (d_in**2 + (1 + draws) * d_out**2) * itemsize
+    factors = 0
+    for role in [spec.role(name) for name in spec.roles] or [spec]:
+        d_in, d_out = role.d_in + (role.bias is not None), role.d_out // role.groups
+        of_inputs = d_in + tokens**2 if role.kind == "embedding" else 2 * d_in**2
+        factors += role.groups * (of_inputs + 2 * (1 + draws) * d_out**2) * itemsize
     return 2 * factors + spec.parameters * itemsize + 8 * 6 * min(spec.parameters, 2**14)
 
 
@@ -65,12 +75,19 @@ def plan_layer(
     itemsize: int,
     keep_draws: bool,
     limit: int,
+    tokens: int | None = None,
 ) -> LayerPlan:
-    """The cheapest form of one layer's columns.
+    """The cheapest form of one layer's columns; those of an embedding run over the `tokens` that occur.
 
     G itself where P <= N K (not where single draws are needed); inputs and gradients for R = 1; otherwise the smaller
     of inputs with gradients and the columns themselves. None where min(P, N K) is over `limit`.
     """
+    if spec.roles:
+        return _plan_tied(spec, examples * columns, itemsize, keep_draws, limit)
+    if tokens is not None:
+        sizes = replace(spec, d_in=tokens)
+        found = plan_layer(sizes, examples, columns, positions, itemsize=itemsize, keep_draws=keep_draws, limit=limit)
+        return replace(found, inputs=tokens)
     d_in = spec.d_in + (spec.bias is not None)
     if spec.exact_only:
         return _plan_exact_only(spec.d_in, examples * columns, itemsize, keep_draws, limit)
@@ -104,6 +121,18 @@ def _plan_grouped(spec: LayerSpec, NK: int, d_in: int, itemsize: int, keep_draws
         return LayerPlan("formed", 8 * spec.groups * P * P, 8 * spec.groups * P * P)
     dense = spec.groups * NK * P * itemsize
     return LayerPlan("dense", dense, 4 * 8 * small * small + dense)
+
+
+def _plan_tied(spec: LayerSpec, NK: int, itemsize: int, keep_draws: bool, limit: int) -> LayerPlan:
+    """The same for a weight of several roles, whose columns are sums: formed where P is smaller, else dense."""
+    P = spec.parameters
+    small = NK if keep_draws else min(P, NK)
+    if small > limit:
+        return LayerPlan(None, 0, 0, _too_large(small, limit))
+    square = 32 * small * small
+    if NK >= P and not keep_draws:
+        return LayerPlan("formed", 8 * P * P, square)
+    return LayerPlan("dense", NK * P * itemsize, square + 64 * P)
 
 
 def _plan_exact_only(P: int, NK: int, itemsize: int, keep_draws: bool, limit: int) -> LayerPlan:

@@ -41,8 +41,8 @@ def independent_positions(
     Checked, not assumed: for every bit of the position's number, the outputs at the positions with this bit set (and
     then at those without it) are backpropagated with random weights, and the gradients at the rows of all other
     positions must be exactly zero, at every site. Two positions differ in some bit, so no pair escapes. Sites must
-    have one row a position, in the same order; grouped convolutions and other modules than linear ones, convolutions
-    and taps rule sharing out. None, too, where it would save no passes.
+    have one row a position, in the same order; grouped convolutions, weights of several roles and other modules than
+    linear ones, convolutions and taps rule sharing out. None, too, where it would save no passes.
     """
     for axis in _feature_axes(loss, layouts, targets):
         features = layouts.outputs.shape[axis]
@@ -76,7 +76,7 @@ def _feature_axes(loss: Loss, layouts: Layouts, targets: Any) -> list[int]:
 
 def _apart(graph: Graph, tensors: list[Tensor], layouts: Layouts, axis: int, count: int) -> dict[str, int] | None:
     """The feature axis of every tap, if no position's outputs depend on another's rows; else None."""
-    if any(spec.groups > 1 for spec in graph.layers.values()):
+    if any(spec.groups > 1 or spec.roles for spec in graph.layers.values()):
         return None
     sites = {site.target: site for site in graph.sites()}
     for target, site in sites.items():

@@ -82,6 +82,7 @@ def get_ready(
     pieces.settle(layouts)
     seconds |= {"export": exported - start, "layout": verified - exported, "survey": time.perf_counter() - verified}
     survey = pieces.survey
+    layouts = dataclasses.replace(layouts, tokens=pieces.tokens(layouts))
     everything = dataclasses.replace(layouts, examples=survey.examples, positions=survey.positions)
     looked = time.perf_counter()
     apart = None

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from curvscope.graph.layout import Layout
@@ -32,17 +32,24 @@ class SiteRows:
         """The inputs a without the constant 1, [N, R, d_in]; a view for linear sites wherever strides allow."""
         if isinstance(self.module, LINEAR):
             return self.layout.rows(tensor)
+        assert not isinstance(self.module, nn.Embedding)
         return _merge(patches(self.module, tensor), self.layout)
 
+    def tokens(self, index: Tensor) -> Int64[Tensor, "N R"]:
+        """The rows that an embedding looks up, [N, R]."""
+        return self.layout.rows(index.long().unsqueeze(-1)).squeeze(-1)
+
     def real(self, tensor: Tensor) -> Bool[Tensor, "N R"] | None:
-        """Which of `inputs` are rows of the layer and not empty slots; None where all are."""
+        """Which of `inputs` (or `tokens`) are rows of the layer and not empty slots; None where all are."""
         if type(self.layout) is Layout:
             return None  # without making a convolution's patches a second time
+        if isinstance(self.module, nn.Embedding):
+            return self.layout.real(tensor.unsqueeze(-1))
         return self.layout.real(tensor if isinstance(self.module, LINEAR) else patches(self.module, tensor))
 
     def outputs(self, tensor: Tensor) -> Float[Tensor, "N R d_out"]:
         """The output gradients g, [N, R, d_out]."""
-        if isinstance(self.module, LINEAR):
+        if isinstance(self.module, (*LINEAR, nn.Embedding)):
             return self.layout.rows(tensor)
         # [B, d_out, *spatial] as [B, L, d_out], a view: rows run along memory
         return _merge(tensor.flatten(2).transpose(1, 2), self.layout)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from curvscope.extract.collector import Collector, Extract, Form
+from curvscope.extract.embedding import EmbeddingCollector
 from curvscope.extract.extension import SiteExtension, active, extended
 from curvscope.extract.grouped import GroupedCollector
 from curvscope.extract.padding import Judge, Padding
@@ -22,6 +23,7 @@ from curvscope.extract.projected import ProjectedCollector
 from curvscope.extract.roots import Root
 from curvscope.extract.symmetric import GramSum
 from curvscope.extract.taps import TapCollector
+from curvscope.extract.tied import TiedCollector
 from curvscope.graph.functional import Graph
 from curvscope.graph.sites import LayerSpec
 from curvscope.graph.verify import Layouts
@@ -65,7 +67,7 @@ def sweep(
         blocks: sums that formed columns are added to, and where those that are begun here are put.
     """
     wanted: dict[str, Form | None] = {**forms, **dict.fromkeys(gradient_only)}
-    collectors: dict[str, Collector | TapCollector] = {}
+    collectors: dict[str, Collector | TapCollector | TiedCollector] = {}
     padding = Padding(graph, layouts, piece=judge is not None) if factors else None
     owners = {id(site.module): (site.target, site.layer) for site in graph.sites()}
     watched = [
@@ -129,8 +131,14 @@ def sweep(
         }
 
 
-def _collector(spec: LayerSpec, root: Root) -> type[Collector] | type[TapCollector]:
+def _collector(spec: LayerSpec, root: Root) -> type[Collector] | type[TapCollector] | type[TiedCollector]:
     """What collects a layer's columns."""
     if root.shared:
         return PositionwiseTapCollector if spec.exact_only else PositionwiseCollector
-    return TapCollector if spec.exact_only else Collector if spec.groups == 1 else GroupedCollector
+    if spec.exact_only:
+        return TapCollector
+    if spec.roles:
+        return TiedCollector
+    if spec.kind == "embedding":
+        return EmbeddingCollector
+    return Collector if spec.groups == 1 else GroupedCollector

@@ -1,4 +1,4 @@
-"""The fallback where export refuses a model: its own nn.Linear and nn.ConvNd modules as sites, run eagerly."""
+"""The fallback where export refuses a model: its own nn.Linear, nn.ConvNd and nn.Embedding modules as sites."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from curvscope.graph.export import FlatInputs, output_tensor
 from curvscope.graph.functional import Graph, layer_names, require_layers, require_trainable, selected
 from curvscope.graph.operands import stored_form
-from curvscope.graph.sites import LayerSpec, Leaf, ParameterUse, Site, site_module
+from curvscope.graph.sites import LayerSpec, Leaf, ParameterUse, Site, role_name, site_module
 
 KINDS: dict[type[nn.Module], str] = {
     nn.Linear: "linear",
@@ -21,6 +21,7 @@ KINDS: dict[type[nn.Module], str] = {
     nn.ConvTranspose1d: "conv_transpose1d",
     nn.ConvTranspose2d: "conv_transpose2d",
     nn.ConvTranspose3d: "conv_transpose3d",
+    nn.Embedding: "embedding",
 }
 OPTIONS = ("stride", "padding", "dilation", "groups", "output_padding")
 
@@ -28,9 +29,10 @@ OPTIONS = ("stride", "padding", "dilation", "groups", "output_padding")
 class _Calls(nn.Module):
     """Stands where the model's own module stood: one site a call, each ending in a leaf where nothing came before."""
 
-    def __init__(self, sites: Sequence[nn.Module]) -> None:
+    def __init__(self, sites: Sequence[nn.Module], added: Tensor | None) -> None:
         super().__init__()
         self.sites = nn.ModuleList(sites)
+        self.added = [added]  # a bias that is no part of the layer, kept out of the parameters
         self.leaves = [Leaf() for _ in sites]
         self.calls = 0
         self.cut = True
@@ -53,6 +55,8 @@ class _Calls(nn.Module):
         output: Tensor = site(tensor)
         if self.cut and not tensor.requires_grad:
             output = leaf(output)
+        if self.added[0] is not None:
+            return output + self.added[0]
         # In-place operations on leaves and on what a hooked module returns are refused by autograd: hand out a copy.
         return output.clone()
 
@@ -92,7 +96,8 @@ def build_eager(
     standing: list[_Calls] = []
     weight_of: list[str] = []
     stood: dict[str, nn.Module] = {}
-    # a weight that another kind of module holds as well is used in two roles
+    uses_of = _uses_of(used, by_identity)
+    # a weight that a module of yet another kind holds as well
     tied = {
         by_identity[id(parameter)]
         for path, module in twin.named_modules()
@@ -100,33 +105,38 @@ def build_eager(
         for parameter in module.parameters(recurse=False)
         if by_identity[id(parameter)] in names
     }
+    tied |= {weight for weight, kinds in uses_of.items() if len(kinds) > 1 and {*kinds} != {"linear", "embedding"}}
     for path, module in used.items():
         weight = by_identity[id(module.weight)]
         if not requires_grad[weight]:
             continue
         name, kind = names[weight], KINDS[type(module)]
-        bias = by_identity[id(module.bias)] if module.bias is not None else None
+        own_bias = getattr(module, "bias", None)
+        bias = by_identity[id(own_bias)] if own_bias is not None else None
         spec = specs.get(name)
         if spec is None:
-            trained = bias if bias is not None and requires_grad[bias] else None
-            transposed = "transpose" in kind
+            trained = bias if bias is not None and requires_grad[bias] and len(uses_of[weight]) == 1 else None
+            transposed = "transpose" in kind or kind == "embedding"
             groups = getattr(module, "groups", 1)
             form = stored_form(module.weight.shape, transposed=transposed, groups=groups)
             spec = specs[name] = LayerSpec(name, kind, weight, trained, form.d_in, form.d_out, form)
             spec.groups = groups
             spec.selected = selected(name, layers, skip)
-        keys = () if kind == "linear" else OPTIONS if "transpose" in kind else OPTIONS[:-1]
-        options = {key: getattr(module, key) for key in keys}
+            if len(uses_of[weight]) > 1:
+                spec.roles = {role_name(each, False, uses_of[weight]): each != kind for each in uses_of[weight]}
+                spec.kind = "+".join(spec.roles)
+        role = role_name(kind, False, uses_of[weight]) if spec.roles else ""
+        options = {key: getattr(module, key) for key in _options(kind)}
+        added = module.bias if spec.roles and bias is not None and requires_grad[bias] else None
+        held = None if bias is None or added is not None else module.bias.detach()
         sites = []
         for _ in range(counts[path]):
             target = f"curvscope_site_{sum(len(s.sites) for s in specs.values())}"
-            shared = site_module(
-                kind, module.weight.detach(), None if module.bias is None else module.bias.detach(), options
-            )
-            site = Site(target, name, kind, shared)
+            shared = site_module(kind, module.weight.detach(), held, options)
+            site = Site(target, name, kind, shared, role=role)
             spec.sites.append(site)
             sites.append(shared)
-        calls = _Calls(sites)
+        calls = _Calls(sites, added)
         standing.append(calls)
         weight_of.append(weight)
         stood[path] = module
@@ -156,7 +166,7 @@ def build_eager(
     lost = {weight for weight, calls in zip(weight_of, standing, strict=True) if calls.read} | tied
     for (path, module), weight in zip(list(stood.items()), weight_of, strict=True):
         if weight in lost:
-            _put(twin, path, module)
+            _put(twin, path, module.requires_grad_(False))
             specs.pop(names[weight], None)
     standing[:] = [calls for weight, calls in zip(weight_of, standing, strict=True) if weight not in lost]
     require_layers(list(specs), layers, skip)
@@ -206,12 +216,38 @@ def build_eager(
         elif not requires_grad[name]:
             uses.append(ParameterUse(name, "", count, "frozen", "it does not require a gradient"))
         else:
-            why = "no plain nn.Linear or nn.ConvNd of a model that could not be exported"
+            why = "no plain nn.Linear, nn.ConvNd or nn.Embedding of a model that could not be exported"
             if name in lost:
                 why = "its weight is also read outside its own forward pass: not covered without export"
             uses.append(ParameterUse(name, "", count, "uncovered", why))
+
+    def given_up(lost: Sequence[str]) -> None:
+        for path, module in stood.items():
+            if by_identity[id(module.weight)] in lost:
+                _put(twin, path, module.requires_grad_(False))
+        wanted.update({name: own[name] for name in lost})
+
     origin = f"eager modules, export failed ({reason})"
-    return Graph(run, specs, uses, parameters, requires_grad, origin, leaves, rest, function)
+    return Graph(
+        run, specs, uses, parameters, requires_grad, origin, leaves, rest, function, list(wanted), given_up=given_up
+    )
+
+
+def _uses_of(used: Mapping[str, nn.Module], by_identity: Mapping[int, str]) -> dict[str, list[str]]:
+    """Weight -> the kinds of its modules, each once."""
+    kinds: dict[str, list[str]] = {}
+    for module in used.values():
+        known = kinds.setdefault(by_identity[id(module.weight)], [])
+        if KINDS[type(module)] not in known:
+            known.append(KINDS[type(module)])
+    return kinds
+
+
+def _options(kind: str) -> tuple[str, ...]:
+    """The settings that a module of this kind shares with its site."""
+    if kind == "embedding":
+        return ("padding_idx",)
+    return () if kind == "linear" else OPTIONS if "transpose" in kind else OPTIONS[:-1]
 
 
 def _put(twin: nn.Module, path: str, module: nn.Module) -> None:
@@ -221,8 +257,8 @@ def _put(twin: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def _coverable(module: Any) -> bool:
-    """Zero padding only: others pad outside the operation."""
-    return getattr(module, "padding_mode", "zeros") == "zeros"
+    """Zero padding only (others pad outside the operation), and no embedding that rescales its rows."""
+    return getattr(module, "padding_mode", "zeros") == "zeros" and getattr(module, "max_norm", None) is None
 
 
 def _count_calls(

@@ -15,11 +15,11 @@ from torch import Tensor, fx
 from curvscope.errors import ModelError
 from curvscope.graph import sites as finding
 from curvscope.graph import taps
-from curvscope.graph.operands import SAME_VALUES, VIEWS, MatrixForm, Part, matrix_form, operand_of
+from curvscope.graph.operands import SAME_VALUES, VIEWS, WHOLE, MatrixForm, Part, matrix_form, operand_of
 from curvscope.graph.products import Operation
 from curvscope.graph.reasons import UNREACHED, why_blocked
 from curvscope.graph.sites import LayerSpec, Leaf, ParameterUse, Site
-from curvscope.graph.still import moving_nodes, reads_any
+from curvscope.graph.still import moving_nodes, reads_any, symbolic
 from curvscope.graph.unlift import tidy, unlift
 
 aten = torch.ops.aten
@@ -42,6 +42,7 @@ class Graph:
             are not given keep their values.
         plain: that model as an exported graph; None for eager modules.
         free: the names of those parameters.
+        given_up: told the parameters of a layer that is dropped.
     """
 
     run: Callable[..., Tensor]
@@ -55,13 +56,16 @@ class Graph:
     function: Callable[[Mapping[str, Tensor], Sequence[Tensor]], Tensor]
     free: list[str] = field(default_factory=list)
     plain: fx.GraphModule | None = None
+    given_up: Callable[[Sequence[str]], None] | None = None
 
     def drop(self, layer: str, reason: str) -> None:
-        """Give an exact-only layer up: its parameters count as uncovered, and `rest` has their gradients again."""
-        spec = self.layers.pop(layer)
-        self.free += spec.members
+        """Give a layer up: its parameters count as uncovered, and `rest` has their gradients again."""
+        lost = self.layers.pop(layer).trained
+        self.free += lost
+        if self.given_up is not None:
+            self.given_up(lost)
         self.uses = [
-            ParameterUse(use.parameter, "", use.count, "uncovered", reason) if use.parameter in spec.members else use
+            ParameterUse(use.parameter, "", use.count, "uncovered", reason) if use.parameter in lost else use
             for use in self.uses
         ]
 
@@ -125,10 +129,10 @@ def build(
     tidy(graph, device, dtype)
     plain = fx.GraphModule(module, copy.deepcopy(graph))
     shapes = {name: tensor.shape for name, tensor in parameters.items()}
-    operations = finding.find_operations(graph, shapes)
+    readers = _readers(graph, set(parameters))
+    operations = _without_tables(finding.find_operations(graph, shapes), readers)
     weights = list(dict.fromkeys(operation.weight for operation in operations))
     names = layer_names(weights)
-    readers = _readers(graph, set(parameters))
     require_trainable(weights, requires_grad)
     specs: dict[str, LayerSpec] = {}
     reasons: dict[str, tuple[str, str, str]] = {}  # parameter -> (layer, treatment, reason)
@@ -136,9 +140,13 @@ def build(
     chosen: list[Operation] = []
     forms: dict[str, MatrixForm] = {}
     parts: dict[fx.Node, Part] = {}
+    roles: dict[str, dict[fx.Node, Role]] = {}
     for weight in weights:
         calls = [operation for operation in operations if operation.weight == weight]
         agreed = None if weight in blocked else _agreed(calls, shapes[weight])
+        if agreed is None and weight not in blocked:
+            agreed, found_roles = _roles(calls, shapes[weight])
+            roles |= {weight: found_roles} if found_roles else {}
         if not requires_grad[weight]:
             reasons[weight] = (names[weight], "frozen", "its weight does not require a gradient")
         elif weight in blocked:
@@ -156,15 +164,16 @@ def build(
             parts |= {call.node: part for call, part in zip(calls, found, strict=True)}
     chosen = [operation for operation in operations if operation.weight in forms]
 
-    biases = _biases(chosen, forms, parts, requires_grad, readers, shapes)
+    single = [operation for operation in chosen if operation.weight not in roles]
+    biases = _biases(single, forms, parts, requires_grad, readers, shapes)
     replaced: dict[fx.Node, Site] = {}
     outputs: dict[fx.Node, fx.Node] = {}
     roots: list[tuple[str, Leaf]] = []
+    copies: dict[str, list[tuple[str, Operation]]] = {}  # weight -> where sites hold it
     for index, operation in enumerate(chosen):
-        weight, reading = operation.weight, operation.reading
-        value = parameters[weight]
-        whole = "conv" in operation.kind and not reading.operand.chain
-        value = value if whole else _stored(operation, reading.matrix(value))
+        weight = operation.weight
+        value = _stored(operation, parameters[weight])
+        copies.setdefault(weight, []).append((f"curvscope_site_{index}.weight", operation))
         own = biases.get(weight)
         bias = _site_bias(operation, own, parameters, requires_grad)
         name = names[weight]
@@ -174,8 +183,12 @@ def build(
             spec = specs[name] = LayerSpec(name, operation.kind, weight, own, form.d_in, form.d_out, form)
             spec.groups = operation.groups
             spec.selected = selected(name, layers, skip)
+            if weight in roles:
+                spec.roles = {role.name: role.flipped for role in roles[weight].values()}
+                spec.kind = "+".join(spec.roles)
         shared = finding.site_module(operation.kind, value, bias, operation.options, operation.groups)
-        site = Site(f"curvscope_site_{index}", name, operation.kind, shared, parts[operation.node])
+        role = roles[weight][operation.node].name if weight in roles else ""
+        site = Site(f"curvscope_site_{index}", name, operation.kind, shared, parts[operation.node], role)
         spec.sites.append(site)
         module.add_submodule(site.target, site.module)
         with graph.inserting_before(operation.node):
@@ -233,7 +246,13 @@ def build(
             leaf.cut = False
         try:
             with torch.enable_grad():
-                output = torch.func.functional_call(module, fresh, tuple(tensors))
+                # the sites of a layer that was given up hold its weight themselves
+                held = {
+                    key: _stored(operation, fresh[name]) for name in fresh for key, operation in copies.get(name, [])
+                }
+                output = torch.func.functional_call(module, fresh | held, tuple(tensors))
+                if not output.requires_grad:
+                    return {}
                 found = torch.autograd.grad(output, list(fresh.values()), cotangent, allow_unused=True)
         finally:
             for _, leaf in roots:
@@ -320,18 +339,13 @@ def _follows_examples(call: Operation, calls: Sequence[Operation]) -> bool:
 
     A recurrent layer's first step takes zeros, one row for each example.
     """
-    if _depends_on_inputs(call.node) or _symbolic(call.node):
+    if _depends_on_inputs(call.node) or symbolic(call.node):
         return True
     return any(_depends_on_inputs(other.node) and str(_shape(other.node)) == str(_shape(call.node)) for other in calls)
 
 
 def _shape(node: fx.Node) -> list[Any]:
     return list(node.meta["val"].shape)
-
-
-def _symbolic(node: fx.Node) -> bool:
-    """Whether the size of some axis changes with the batch."""
-    return any(not isinstance(size, int) for size in _shape(node))
 
 
 def _agreed(calls: Sequence[Operation], shape: torch.Size) -> tuple[MatrixForm, list[Part]] | None:
@@ -347,14 +361,59 @@ def _agreed(calls: Sequence[Operation], shape: torch.Size) -> tuple[MatrixForm, 
     return matrix_form(view, readings, whole=count > 1)
 
 
-def _stored(operation: Operation, matrix: Tensor) -> Tensor:
-    """The matrix of a part of a convolution's kernel as its module stores it."""
+def _stored(operation: Operation, value: Tensor) -> Tensor:
+    """The operation's weight as its module stores it, a view of the parameter's value where strides allow."""
+    reading = operation.reading
+    if operation.kind != "linear" and not reading.operand.chain:
+        return value
+    matrix = reading.matrix(value)
     if operation.kind == "linear":
         return matrix
-    reading = operation.reading
     sizes = [reading.operand.sizes[axis] for axis in reading.ins]
     kernel = matrix.reshape(-1, *sizes)
     return kernel.transpose(0, 1) if "transpose" in operation.kind else kernel
+
+
+@dataclass(frozen=True)
+class Role:
+    """What an operation uses its weight as, and whether that is the transpose of the first operation's matrix."""
+
+    name: str
+    flipped: bool
+
+
+def _roles(
+    calls: Sequence[Operation], shape: torch.Size
+) -> tuple[tuple[MatrixForm, list[Part]] | None, dict[fx.Node, Role]]:
+    """The first use's matrix and every operation's role, of a whole matrix that is used in several ways."""
+    kinds = {call.kind for call in calls}
+    forms = []
+    for call in calls:
+        alone = matrix_form(tuple(shape), [call.reading], whole=False) if len(shape) == 2 else None
+        if alone is None or alone[1] != [WHOLE] or call.groups > 1 or not kinds <= {"linear", "embedding"}:
+            return None, {}
+        forms.append(alone[0])
+    found = {}
+    for call, form in zip(calls, forms, strict=True):
+        name = finding.role_name(call.kind, form.order == (1, 0), kinds)
+        found[call.node] = Role(name, form.order != forms[0].order)
+    return (forms[0], [WHOLE] * len(calls)), found
+
+
+def _without_tables(operations: Sequence[Operation], readers: dict[str, list[fx.Node]]) -> list[Operation]:
+    """The operations without look-ups in weights that nothing but taps can serve.
+
+    Those are tables of positions, whose rows belong to no example, and parameters that are also read otherwise.
+    """
+    nodes = {operation.node for operation in operations}
+    linear = {operation.weight for operation in operations if operation.kind != "embedding"}
+    tables = {
+        operation.weight
+        for operation in operations
+        if operation.weight not in linear
+        and (not _follows_examples(operation, [operation]) or not nodes.issuperset(readers[operation.weight]))
+    }
+    return [operation for operation in operations if operation.weight not in tables]
 
 
 def _site_bias(
@@ -395,7 +454,8 @@ def require_trainable(weights: Sequence[str], requires_grad: dict[str, bool]) ->
         raise ModelError(
             "The model has no linear layer whose weight is a parameter.",
             where=f"{len(requires_grad)} parameters",
-            remedy="curvscope analyzes nn.Linear, nn.Conv1d/2d/3d and products with a parameter; this model has none.",
+            remedy="curvscope analyzes nn.Linear, nn.Conv1d/2d/3d, nn.Embedding and products with a parameter; this "
+            "model has none.",
         )
     if not any(requires_grad[weight] for weight in weights):
         raise ModelError(
@@ -473,6 +533,8 @@ def _biases(
 
 def _bias_of(operation: Operation, d_out: int, part: Part, shapes: dict[str, torch.Size]) -> str | None:
     """The parameter with a number for every row of the weight that the operation adds, or that is added right after."""
+    if operation.kind == "embedding":
+        return None
     if operation.bias is not None:
         node, found = operation.node, operand_of(operation.bias, shapes)
     else:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from curvscope.errors import LayoutError
 from curvscope.graph.functional import Graph
@@ -33,7 +33,7 @@ def verify_graphs(graph: Graph, tensors: Sequence[Tensor], rows: Sequence[Tensor
         ModelError: NaN or Inf appears along the way; the first layer is named.
     """
     examples = len(rows[0])
-    output, inputs, counts = observe(graph, tensors)
+    output, inputs, counts, tokens = observe(graph, tensors)
     outputs = list(_candidates(output, rows, range(output.ndim)))
     if not outputs:
         raise LayoutError(
@@ -56,14 +56,14 @@ def verify_graphs(graph: Graph, tensors: Sequence[Tensor], rows: Sequence[Tensor
             else counts[target] // examples
             for target, kept in found.items()
         }
-        return Layouts(examples, layout, found, output, positions)
+        return Layouts(examples, layout, found, output, positions, tokens=tokens)
     raise refusals[0]
 
 
 def _sites(
     graph: Graph, tensors: Sequence[Tensor], output_layout: Layout, rows: Sequence[Tensor], inputs: dict[str, Tensor]
 ) -> tuple[dict[str, Layout], list[str]]:
-    """The layout of every site, and the exact-only layers that have none."""
+    """The layout of every site, and the exact-only layers and embeddings that have none."""
     examples = len(rows[0])
     tests = {site.target: _Test(site, inputs[site.target], rows) for site in graph.sites()}
     with watched_pass(graph, tensors) as (output, watched), torch.enable_grad():
@@ -88,7 +88,7 @@ def _sites(
         layout = tests[site.target].result(tolerance)
         if layout is not None:
             found[site.target] = layout
-        elif isinstance(site.module, Tap):
+        elif isinstance(site.module, (Tap, nn.Embedding)):
             lost.append(site.layer)
         else:
             raise tests[site.target].refusal(tolerance)

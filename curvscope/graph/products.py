@@ -33,12 +33,12 @@ class Operation:
 
     Attributes:
         node: the operation.
-        kind: linear, conv1d, ..., conv_transpose3d.
+        kind: linear, conv1d, ..., conv_transpose3d, embedding (whose input is an index).
         reading: its weight.
         inputs: the nodes that its rows are made from.
         out_axes: the axes of its output that are groups and outputs, in the order of the weight's rows.
         bias: what it adds by itself.
-        options: a convolution's settings.
+        options: a convolution's settings, or an embedding's.
         before: `(graph, *inputs) -> rows`, after: `(graph, site's output) -> the operation's output`.
     """
 
@@ -61,7 +61,7 @@ class Operation:
     def groups(self) -> int:
         """How many groups of inputs have a weight each."""
         sizes = [self.reading.operand.sizes[axis] for axis in self.reading.groups]
-        return math.prod(sizes) if self.kind == "linear" else int(self.options["groups"])
+        return int(self.options["groups"]) if "conv" in self.kind else math.prod(sizes)
 
 
 def find_product(node: fx.Node, shapes: Shapes) -> Operation | None:

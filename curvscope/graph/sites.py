@@ -1,13 +1,14 @@
 """Finding the linear operations of a functional graph and making each one a module: a site.
 
-A site is exactly an nn.Linear, an nn.ConvNd or a `GroupedLinear` that shares the model's parameter, called where the
-graph had the operation. BackPACK looks its rules up by exact class, so nothing else will do.
+A site is exactly an nn.Linear, an nn.ConvNd, an nn.Embedding or a `GroupedLinear` that shares the model's parameter,
+called where the graph had the operation. BackPACK looks its rules up by exact class, so nothing else will do. A look-up
+counts as linear: its inputs are one-hot.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,7 +40,7 @@ class GroupedLinear(nn.Module):
         return out if self.bias is None else out + self.bias
 
 
-SiteModule = nn.Linear | GroupedLinear | ConvModule
+SiteModule = nn.Linear | GroupedLinear | ConvModule | nn.Embedding
 
 CONVOLUTIONS = {
     aten.conv1d.default: 1,
@@ -63,9 +64,10 @@ class Site:
     Attributes:
         target: the site's name as a submodule of the graph.
         layer: the name of the layer, that is the weight, it belongs to.
-        kind: linear, conv1d, ..., conv_transpose3d; for a tap the operation it stands behind.
-        module: the nn.Linear, nn.ConvNd or `GroupedLinear` that shares the parameter, or a `Tap`.
+        kind: linear, conv1d, ..., conv_transpose3d, embedding; for a tap the operation it stands behind.
+        module: the nn.Linear, nn.ConvNd, nn.Embedding or `GroupedLinear` that shares the parameter, or a `Tap`.
         part: the rows and columns of the layer's matrix that the call uses.
+        role: what the weight is used as here, in a layer of several roles (`role_name`).
     """
 
     target: str
@@ -73,6 +75,7 @@ class Site:
     kind: str
     module: Any
     part: Part = WHOLE
+    role: str = ""
 
 
 @dataclass
@@ -82,7 +85,8 @@ class LayerSpec:
     `form` is how the parameter is the matrix [d_out, d_in]; `bias` is None where the linear has none, where
     it is frozen, or where it is shared with something else. `selected` is whether --layers and --skip keep it.
     A layer that is `exact_only` has no Kronecker form: its weight is a row of all its `members` (name to size), and
-    d_out is 1.
+    d_out is 1. `roles` is empty but where the weight is used in several ways: then it maps each role to whether its
+    weight is the transpose of the layer's, which has the orientation of the first role; such a layer has no bias.
     """
 
     name: str
@@ -97,6 +101,21 @@ class LayerSpec:
     selected: bool = True
     exact_only: bool = False
     members: dict[str, int] = field(default_factory=dict)
+    roles: dict[str, bool] = field(default_factory=dict)
+
+    def role(self, name: str) -> LayerSpec:
+        """One role as a layer of its own: the sites that use the weight so."""
+        sites = [site for site in self.sites if site.role == name]
+        form = self.form
+        assert form is not None
+        if self.roles[name]:
+            form = MatrixForm(form.view, form.order[::-1], form.d_in, form.d_out)
+        return LayerSpec(self.name, sites[0].kind, self.weight, None, form.d_in, form.d_out, form, sites)
+
+    @property
+    def trained(self) -> list[str]:
+        """The names of its parameters."""
+        return list(self.members) or [name for name in (self.weight, self.bias) if name is not None]
 
     @property
     def parameters(self) -> int:
@@ -141,7 +160,7 @@ def find_operations(graph: fx.Graph, shapes: Shapes) -> list[Operation]:
     found = []
     for node in graph.nodes:
         if node.op == "call_function":
-            operation = find_product(node, shapes) or _convolution(node, shapes)
+            operation = find_product(node, shapes) or _convolution(node, shapes) or _lookup(node, shapes)
             if operation is not None:
                 found.append(operation)
     return found
@@ -181,13 +200,39 @@ def _convolution(node: fx.Node, shapes: Shapes) -> Operation | None:
     return Operation(node, kind, reading, (given["input"],), (1,), given.get("bias"), options)
 
 
+def _lookup(node: fx.Node, shapes: Shapes) -> Operation | None:
+    """Rows of a whole parameter, by an index."""
+    if node.target is not aten.embedding.default:
+        return None
+    args: list[Any] = list(node.args)
+    operand, index = operand_of(args[0], shapes), args[1].meta.get("val")
+    if operand is None or operand.chain or not isinstance(index, Tensor) or index.ndim == 0:
+        return None
+    row: Any = args[2] if len(args) > 2 else node.kwargs.get("padding_idx", -1)
+    options = {"padding_idx": int(row) if int(row) >= 0 else None}
+    return Operation(node, "embedding", Reading(operand, (), (1,), (0,)), (args[1],), (index.ndim,), options=options)
+
+
+def role_name(kind: str, transposed: bool, beside: Collection[str]) -> str:
+    """What a weight is used as, for weights with several uses (`beside`: their kinds).
+
+    embedding: rows are looked up. head: the linear layer y = W x beside an embedding that stores W. linear and
+    transposed: y = W x and y = W^T x, W as it is stored.
+    """
+    if kind != "linear":
+        return kind
+    if transposed:
+        return "transposed"
+    return "head" if "embedding" in beside else "linear"
+
+
 def _tuple(value: Any, dims: int) -> tuple[int, ...]:
     values = [int(v) for v in (value if isinstance(value, Sequence) else [value])]
     return tuple(values * dims) if len(values) == 1 else tuple(values)
 
 
 def site_module(kind: str, weight: Tensor, bias: Tensor | None, options: dict[str, Any], groups: int = 1) -> SiteModule:
-    """An nn.Linear, nn.ConvNd or `GroupedLinear` around these tensors, which it shares, as the module stores them."""
+    """A module of the kind around these tensors, which it shares, as the module stores them."""
     if kind == "linear" and groups > 1:
         return GroupedLinear(weight, bias, groups).eval()
     classes: dict[str, Any] = {
@@ -202,6 +247,8 @@ def site_module(kind: str, weight: Tensor, bias: Tensor | None, options: dict[st
     with torch.device("meta"):
         if kind == "linear":
             module: SiteModule = nn.Linear(weight.shape[1], weight.shape[0], bias=has_bias)
+        elif kind == "embedding":
+            module = nn.Embedding(weight.shape[0], weight.shape[1], **options)
         else:
             many = options.get("groups", 1)
             channels = weight.shape[1] * many, weight.shape[0]
@@ -210,7 +257,7 @@ def site_module(kind: str, weight: Tensor, bias: Tensor | None, options: dict[st
             module = classes[kind](*channels, tuple(weight.shape[2:]), bias=has_bias, **options)
     module.weight = nn.Parameter(weight.detach(), requires_grad=False)
     if bias is not None:
-        module.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        module.register_parameter("bias", nn.Parameter(bias.detach(), requires_grad=False))
     return module.eval()
 
 
@@ -244,5 +291,5 @@ def _row_sizes(operation: Operation) -> list[int]:
 
 
 def spatial_dims(kind: str) -> int:
-    """1, 2 or 3 for convolutions of either kind, 0 for linear."""
-    return 0 if kind == "linear" else int(kind[-2])
+    """1, 2 or 3 for convolutions of either kind, 0 for linear and embedding."""
+    return int(kind[-2]) if "conv" in kind else 0

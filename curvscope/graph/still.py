@@ -14,18 +14,30 @@ from torch import Tensor, fx, nn
 
 aten = torch.ops.aten
 
+CHOICES = (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf)
+
 
 def moving_nodes(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes whose values depend on those of the inputs (a size read off an input is none)."""
+    """The nodes whose values depend on those of the inputs (a size read off an input is none).
+
+    A choice by a mask that was expanded to the batch counts as well: it has rows for every example.
+    """
     moving: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op == "placeholder":
             is_moving = not isinstance(node.meta.get("val"), (int, float, torch.SymInt))
         else:
             is_moving = node.target is not aten.sym_size.int and any(p in moving for p in node.all_input_nodes)
+            is_moving = is_moving or (node.target in CHOICES and symbolic(node))
         if is_moving or node.op == "output":
             moving.add(node)
     return moving
+
+
+def symbolic(node: fx.Node) -> bool:
+    """Whether the size of some axis changes with the batch."""
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and any(not isinstance(size, int) for size in value.shape)
 
 
 class Pull(nn.Module):

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from curvscope.graph.operands import SAME_VALUES, TRANSPOSES
 from curvscope.graph.reasons import UNREACHED, why_no_tap
-from curvscope.graph.still import Pull, moving_nodes, pull_back, stands_alone
+from curvscope.graph.still import CHOICES, Pull, moving_nodes, pull_back, stands_alone
 
 aten = torch.ops.aten
 
@@ -305,7 +305,7 @@ def _derivative(graph: fx.Graph, end: fx.Node, shown: fx.Node) -> tuple[str, fx.
             if place == 0:
                 return "shift", None, False
             other = then(aten.mul.Tensor, args[3 - place], end.kwargs.get("value", 1))
-        elif target is aten.where.self and place:
+        elif target in CHOICES and place:
             chosen = args[0] if place == 1 else then(aten.logical_not.default, args[0])
             other = then(aten.mul.Tensor, then(aten.ones_like.default, end), chosen)
         elif target is aten.lerp.Tensor:

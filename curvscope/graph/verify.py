@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from curvscope.errors import LayoutError, ModelError
 from curvscope.graph.functional import Graph
@@ -45,6 +45,7 @@ class Layouts:
         outputs: the model's output on the batch, detached.
         positions: site target -> rows an example, R of that call (of the longest example where they differ).
         independent: how positions are kept apart, where they do not mix and exact columns gain by it.
+        tokens: layer -> the rows of its embedding that the batch looks up [U], ascending, without `padding_idx`.
     """
 
     examples: int
@@ -53,6 +54,7 @@ class Layouts:
     outputs: Tensor
     positions: dict[str, int]
     independent: Independent | None = None
+    tokens: dict[str, Tensor] = field(default_factory=dict)
 
 
 def verify(graph: Graph, tensors: Sequence[Tensor], axes: Sequence[int | None], examples: int) -> Layouts:
@@ -66,7 +68,7 @@ def verify(graph: Graph, tensors: Sequence[Tensor], axes: Sequence[int | None], 
         LayoutError: no candidate holds for some layer, or for the output.
         ModelError: NaN or Inf appears along the way; the first layer is named.
     """
-    output, inputs, rows = observe(graph, tensors)
+    output, inputs, rows, tokens = observe(graph, tensors)
     if examples == 1:
         return Layouts(
             1,
@@ -74,6 +76,7 @@ def verify(graph: Graph, tensors: Sequence[Tensor], axes: Sequence[int | None], 
             {target: _whole(tensor) for target, tensor in inputs.items()},
             output,
             _positions(rows, 1),
+            tokens=tokens,
         )
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(examples, generator=generator)
@@ -83,11 +86,12 @@ def verify(graph: Graph, tensors: Sequence[Tensor], axes: Sequence[int | None], 
     permuted = [
         tensor if axis is None else tensor.index_select(axis, order) for tensor, axis in zip(tensors, axes, strict=True)
     ]
-    output_permuted, inputs_permuted, _ = observe(graph, permuted)
+    output_permuted, inputs_permuted, *_ = observe(graph, permuted)
     tolerance = float(torch.finfo(output.dtype).eps) ** 0.5
     passing: dict[str, list[Layout]] = {}
     for site in graph.sites():
         is_tap = isinstance(site.module, Tap)
+        can_go = is_tap or isinstance(site.module, nn.Embedding)
         allowed = inputs[site.target].ndim - (not is_tap)
         if not is_tap and spatial_dims(site.kind):
             allowed = 1
@@ -95,15 +99,14 @@ def verify(graph: Graph, tensors: Sequence[Tensor], axes: Sequence[int | None], 
         try:
             passing[site.target] = _holding(*pair, order, examples, allowed, tolerance, f"layer {site.layer}")
         except LayoutError:
-            if not is_tap:
+            if not can_go:
                 raise
             if site.layer in graph.layers:
-                graph.drop(
-                    site.layer, "what it is combined with belongs to no example; its exact block is not computed"
-                )
+                what = "what it is combined with belongs" if is_tap else "the rows looked up in it belong"
+                graph.drop(site.layer, f"{what} to no example; its exact block is not computed")
     layout = _holding(output, output_permuted, order, examples, output.ndim, tolerance, "the model's output")[0]
     found = _settled(graph, tensors, layout, passing, tolerance / 100)
-    return Layouts(examples, layout, found, output, _positions(rows, examples))
+    return Layouts(examples, layout, found, output, _positions(rows, examples), tokens=tokens)
 
 
 def _settled(
@@ -209,10 +212,16 @@ def _holding(
     )
 
 
-def observe(graph: Graph, tensors: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor], dict[str, int]]:
-    """The output of one forward pass without gradients, every site's input, and how many rows its output has."""
+def observe(
+    graph: Graph, tensors: Sequence[Tensor]
+) -> tuple[Tensor, dict[str, Tensor], dict[str, int], dict[str, Tensor]]:
+    """The output of one forward pass without gradients, every site's input, its number of rows, and `Layouts.tokens`.
+
+    An embedding's input is an index, whose axes are those of its output: the output stands in for it.
+    """
     inputs: dict[str, Tensor] = {}
     rows: dict[str, int] = {}
+    tokens: dict[str, Tensor] = {}
     bad: list[tuple[str, str, str]] = []
     handles = []
 
@@ -220,6 +229,9 @@ def observe(graph: Graph, tensors: Sequence[Tensor]) -> tuple[Tensor, dict[str, 
         def watch(module: SiteModule, args: tuple[Tensor, ...], result: Tensor) -> None:
             inputs[target] = args[0].detach()
             rows[target] = 0 if isinstance(module, Tap) else result.numel() // result.shape[1 if "conv" in kind else -1]
+            if isinstance(module, nn.Embedding):
+                inputs[target] = result.detach()
+                tokens[layer] = _joined(tokens.get(layer), args[0], module.padding_idx)
             if not bad:
                 for what, tensor in (("input", args[0]), ("output", result)):
                     if not bool(torch.isfinite(tensor).all()):
@@ -251,4 +263,28 @@ def observe(graph: Graph, tensors: Sequence[Tensor]) -> tuple[Tensor, dict[str, 
             where="the forward pass, after the last linear layer",
             remedy="Look at the operations behind the last layer, or analyze with --dtype float64.",
         )
-    return output, inputs, rows
+    return output, inputs, rows, tokens
+
+
+def looked_up(graph: Graph, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+    """`Layouts.tokens` of some inputs alone, by one forward pass; nothing where there are no embeddings."""
+    if not any(isinstance(site.module, nn.Embedding) for site in graph.sites()):
+        return {}
+    return observe(graph, tensors)[3]
+
+
+def all_tokens(known: dict[str, Tensor], more: dict[str, Tensor], graph: Graph) -> dict[str, Tensor]:
+    """The tokens of both, by layer."""
+    padding = {site.layer: site.module.padding_idx for site in graph.sites() if isinstance(site.module, nn.Embedding)}
+    return more | {
+        layer: _joined(tokens, more.get(layer, tokens), padding.get(layer)) for layer, tokens in known.items()
+    }
+
+
+def _joined(known: Tensor | None, index: Tensor, padding: int | None) -> Tensor:
+    """The tokens known so far with those of one more look-up; padding alone where there is nothing else."""
+    parts = [index.detach().flatten().long()]
+    if known is not None:
+        parts.append(known)
+    joined = torch.cat(parts).unique()
+    return joined if padding is None or joined.numel() == 1 else joined[joined != padding]

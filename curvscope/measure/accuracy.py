@@ -12,6 +12,7 @@ from curvscope.curvature.block import Block
 from curvscope.curvature.grouped import GroupedApproximation, GroupedBlock
 from curvscope.curvature.kronecker import Approximation
 from curvscope.curvature.lanczos import largest_magnitude
+from curvscope.curvature.summed import KroneckerSum
 from curvscope.extract.plan import PIECES_AT_ONCE
 from curvscope.records import NAN, ErrorRow
 
@@ -25,7 +26,7 @@ def error_row(
     name: str,
     fisher: str,
     block: Block | GroupedBlock,
-    approximation: Approximation | GroupedApproximation,
+    approximation: Approximation | GroupedApproximation | KroneckerSum,
     *,
     inner: float,
     spectral: bool,

@@ -11,9 +11,10 @@ from torch import Tensor
 from curvscope.curvature.block import Block
 from curvscope.curvature.grouped import GroupedApproximation
 from curvscope.curvature.kronecker import Approximation, Diagonal, EigenCorrected, Kronecker, nearest_kronecker
+from curvscope.curvature.summed import KroneckerSum
 from curvscope.extract.cost import NEAREST_FREE, nearest_operations
+from curvscope.measure.terms import FLAVOURS, Term, product
 
-FLAVOURS = ("expand", "reduce")
 QUICK_ERROR = 0.1
 
 Factors = Mapping[str, tuple[Tensor, Tensor]]
@@ -23,7 +24,7 @@ Factors = Mapping[str, tuple[Tensor, Tensor]]
 class Built:
     """An approximation, <G, M>, and in words what is special about it (empty: nothing)."""
 
-    approximation: Approximation | GroupedApproximation
+    approximation: Approximation | GroupedApproximation | KroneckerSum
     inner: float
     note: str = ""
 
@@ -43,14 +44,35 @@ def approximate(
         corrected = _eigen_corrected(kronecker, block)
         built[f"kfac_{flavour}"] = Built(kronecker, corrected.inner, blindness(flavour, factors, positions))
         built[f"ekfac_{flavour}"] = Built(corrected, corrected.norm**2, _ambiguity(kronecker, dtype))
+    return built, _of_the_block(block, Kronecker(*factors["expand"]), built, seed, every)
+
+
+def approximate_tied(
+    block: Block, given: Mapping[str, Sequence[Term]], *, single: bool, seed: int, every: bool
+) -> tuple[dict[str, Built], str]:
+    """As `approximate`, for a weight of several roles: each K-FAC is the sum of the roles', and there is no EKFAC.
+
+    `single` says that every role has one position an example.
+    """
+    built: dict[str, Built] = {}
+    for flavour in FLAVOURS:
+        if flavour == "reduce" and single:
+            continue
+        total = product(given[flavour])
+        built[f"kfac_{flavour}"] = Built(total, total.inner(block), blind_roles(flavour, given))
+    return built, _of_the_block(block, given["expand"][0].product, built, seed, every)
+
+
+def _of_the_block(block: Block, start: Kronecker, built: dict[str, Built], seed: int, every: bool) -> str:
+    """Adds what follows from the block alone; why kron_best is skipped, if it is."""
     diagonal = Diagonal(block)
     built["diag"] = Built(diagonal, diagonal.norm**2)
     refusal = "" if every else _kron_best_refusal(block)
     if not refusal:
-        nearest = nearest_kronecker(block, Kronecker(*factors["expand"]), seed=seed)
+        nearest = nearest_kronecker(block, start, seed=seed)
         note = "" if nearest.converged else f"its Lanczos iteration had not converged after {nearest.steps} steps"
         built["kron_best"] = Built(nearest.approximation, nearest.approximation.inner(block), note)
-    return built, refusal
+    return refusal
 
 
 def side_by_side(parts: Sequence[dict[str, Built]], outputs: Sequence[int]) -> dict[str, Built]:
@@ -60,7 +82,9 @@ def side_by_side(parts: Sequence[dict[str, Built]], outputs: Sequence[int]) -> d
         if all(name in part for part in parts):
             each = [part[name] for part in parts]
             approximations = [
-                one.approximation for one in each if not isinstance(one.approximation, GroupedApproximation)
+                one.approximation
+                for one in each
+                if not isinstance(one.approximation, GroupedApproximation | KroneckerSum)
             ]
             notes = list(dict.fromkeys(one.note for one in each if one.note))
             joined[name] = Built(
@@ -91,6 +115,16 @@ def blindness(flavour: str, factors: Factors, positions: float) -> str:
     if expand > 0 and reduce <= expand * positions * (100 * eps) ** 2:
         return "B is zero to rounding: the output gradients of an example's positions sum to zero"
     return ""
+
+
+def blind_roles(flavour: str, given: Mapping[str, Sequence[Term]]) -> str:
+    """The same for every role of a weight that has several."""
+    notes = []
+    for expand, reduce in zip(given["expand"], given["reduce"], strict=True):
+        factors = {"expand": (expand.A, expand.B), "reduce": (reduce.A, reduce.B)}
+        note = blindness(flavour, factors, expand.positions)
+        notes += [f"{expand.role}: {note}" if expand.role else note] if note else []
+    return "; ".join(notes)
 
 
 def _ambiguity(kronecker: Kronecker, dtype: torch.dtype) -> str:

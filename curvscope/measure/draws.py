@@ -31,11 +31,6 @@ def diagonal_pairs(block: Block) -> Float64[Tensor, "K K"]:
     return total
 
 
-def contractions(block: Block, A: Float64[Tensor, "d_in d_in"]) -> Float64[Tensor, "K d_out d_out"]:
-    """`sum_n V A V^T` of each draw alone."""
-    return torch.stack([one.contract_inputs(A) for one in _singly(block)]) * block.columns.count
-
-
 def some_draws(block: Block, which: Sequence[int]) -> Block:
     """The block of some of the draws, scaled to estimate G with them alone."""
     columns, chosen = block.columns, list(which)
@@ -62,8 +57,8 @@ def rotated(block: Block, U_B: Float64[Tensor, "d_out d_out"], U_A: Float64[Tens
     return Block(turned, block.d_out, block.d_in, block.piece_bytes)
 
 
-def _singly(block: Block) -> Iterator[Block]:
-    """Each draw's own columns, as they are scaled."""
+def singly(block: Block) -> Iterator[Block]:
+    """Each draw's own block, its columns as they are scaled."""
     columns = block.columns
     for k in range(columns.count):
         single = dataclasses.replace(

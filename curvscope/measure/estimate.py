@@ -22,11 +22,12 @@ from torch import Tensor
 
 from curvscope.curvature.block import Block
 from curvscope.extract.collector import Extract
-from curvscope.measure.approximate import blindness
-from curvscope.measure.draws import block_pairs, contractions, diagonal_pairs
+from curvscope.measure.approximate import blind_roles
+from curvscope.measure.draws import block_pairs, diagonal_pairs
 from curvscope.measure.ekfac_estimate import MINIMUM_DRAWS as EKFAC_DRAWS
 from curvscope.measure.ekfac_estimate import ekfac_pairs, halves
 from curvscope.measure.jackknife import Estimate, sums, t_95
+from curvscope.measure.terms import FLAVOURS, NO_EKFAC, Term, draw_products, terms
 from curvscope.records import NAN, ErrorRow, SpectrumRow
 from curvscope.settings import APPROXIMATIONS
 
@@ -75,7 +76,7 @@ def estimated_rows(layer: str, fisher: str, extract: Extract, blocks: Sequence[B
         reason = "the draws of this layer were summed, not kept"
     if reason:
         return {name: ErrorRow(layer, name, fisher, status="not_assessed", reason=reason) for name in APPROXIMATIONS}
-    if not extract.factors:
+    if not terms(extract):
         rows = {
             name: ErrorRow(layer, name, fisher, status="not_assessed", reason="no Kronecker form")
             for name in APPROXIMATIONS
@@ -94,7 +95,8 @@ def estimated_rows(layer: str, fisher: str, extract: Extract, blocks: Sequence[B
 def _factored_rows(layer: str, fisher: str, extract: Extract, blocks: Sequence[Block]) -> dict[str, ErrorRow]:
     """The rows of both K-FACs and both EKFACs."""
     draws = blocks[0].columns.count
-    exact_B = not extract.probe_B
+    known = terms(extract)
+    exact_B = all(term.draws is None for each in known.values() for term in each)
     folds = None if exact_B else halves(draws)
     basis = (
         "EKFAC in the eigenbasis of the exact factors"
@@ -102,22 +104,25 @@ def _factored_rows(layer: str, fisher: str, extract: Extract, blocks: Sequence[B
         else f"EKFAC in eigenbases that {draws // 2} draws give, its diagonal there from the other draws"
     )
     rows: dict[str, ErrorRow] = {}
-    for flavour in extract.factors:
+    for flavour in FLAVOURS:
         kfac, ekfac = f"kfac_{flavour}", f"ekfac_{flavour}"
-        if flavour == "reduce" and extract.positions == 1:
+        if flavour == "reduce" and extract.single:
             # one position an example: both flavours are the same matrix
             for name in (kfac, ekfac):
                 rows[name] = replace(rows[name.replace("reduce", "expand")], approximation=name)
             continue
-        factors = [_factors(extract, flavour, group) for group in range(len(blocks))]
-        each = [_kronecker(block, A, B) for block, (A, B) in zip(blocks, factors, strict=True)]
-        note = blindness(flavour, extract.factors, extract.positions)
+        parts = [[term.of_group(group) for term in known[flavour]] for group in range(len(blocks))]
+        each = [_products(block, part) for block, part in zip(blocks, parts, strict=True)]
+        note = blind_roles(flavour, known)
         rows[kfac] = _row(layer, kfac, fisher, each, None, "; ".join(filter(None, (note, RATIOS))))
+        if extract.roles:
+            rows[ekfac] = ErrorRow(layer, ekfac, fisher, status="not_assessed", reason=NO_EKFAC)
+            continue
         if folds is not None and draws < EKFAC_DRAWS:
             reason = f"basis and diagonal need draws of their own: take --samples {EKFAC_DRAWS} or more"
             rows[ekfac] = ErrorRow(layer, ekfac, fisher, status="not_assessed", reason=reason)
             continue
-        each = [_ekfac(block, A, B, folds) for block, (A, B) in zip(blocks, factors, strict=True)]
+        each = [_ekfac(block, part[0], folds) for block, part in zip(blocks, parts, strict=True)]
         rows[ekfac] = _row(layer, ekfac, fisher, each, folds, f"{basis}; {RATIOS}")
     return rows
 
@@ -131,10 +136,9 @@ def estimated_spectra(layer: str, extract: Extract, blocks: Sequence[Block], sca
     traces: dict[str, Tensor] = {}
     if blocks[0].columns.form != "formed":
         traces["ggn"] = sum((block_pairs(block)[1] for block in blocks), torch.zeros(()))
-    for flavour, B in extract.probe_B.items():
-        A = extract.factors[flavour][0].double().diagonal(dim1=-2, dim2=-1).sum(-1)  # [] or [groups]
-        per_draw = B.double().diagonal(dim1=-2, dim2=-1).sum(-1) * A * draws
-        traces[f"kfac_{flavour}"] = per_draw.reshape(draws, -1).sum(1)
+    for flavour, given in terms(extract).items():
+        if any(term.draws is not None for term in given):
+            traces[f"kfac_{flavour}"] = torch.stack([term.traces(draws) for term in given]).sum(0)
     rows = {
         name: SpectrumRow(
             layer,
@@ -149,33 +153,21 @@ def estimated_spectra(layer: str, extract: Extract, blocks: Sequence[Block], sca
     return rows
 
 
-def _factors(extract: Extract, flavour: str, group: int) -> tuple[Tensor, Tensor]:
-    """A, and the B of every draw scaled to estimate B alone (or the exact one K times)."""
-    A, B = extract.factors[flavour]
-    columns = extract.columns[0] if isinstance(extract.columns, list) else extract.columns
-    assert columns is not None
-    each = extract.probe_B.get(flavour)
-    each = B.unsqueeze(0).expand(columns.count, *B.shape) if each is None else each * columns.count
-    if extract.spec.groups > 1:
-        A, each = A[group], each[:, group]
-    return A.double(), each.double()
-
-
 def _diagonal(block: Block) -> _Products:
     GG, trace = block_pairs(block)
     DD = diagonal_pairs(block)
     return _Products(GG, DD, DD, trace, trace)
 
 
-def _kronecker(block: Block, A: Tensor, B: Tensor) -> _Products:
+def _products(block: Block, given: Sequence[Term]) -> _Products:
     GG, trace = block_pairs(block)
-    GM = torch.einsum("iab,jab->ij", contractions(block, A), B)
-    MM = torch.einsum("iab,jab->ij", B, B) * A.square().sum()
-    return _Products(GG, GM, MM, trace, B.diagonal(dim1=1, dim2=2).sum(1) * A.trace())
+    GM, MM, trace_M = draw_products(given, block)
+    return _Products(GG, GM, MM, trace, trace_M)
 
 
-def _ekfac(block: Block, A: Tensor, B: Tensor, folds: Sequence[Sequence[int]] | None) -> _Products:
-    GG, diagonals = ekfac_pairs(block, A, B, folds or [range(block.columns.count)])
+def _ekfac(block: Block, term: Term, folds: Sequence[Sequence[int]] | None) -> _Products:
+    count = block.columns.count
+    GG, diagonals = ekfac_pairs(block, term.A.double(), term.scaled_draws(count), folds or [range(count)])
     trace = block_pairs(block)[1]
     return _Products(GG, diagonals, diagonals, trace, trace)
 

@@ -162,7 +162,7 @@ def evidence_rows(
                     weight_decay=precision / found.scale,
                     nll=found.nll,
                     scale=found.scale,
-                    parameters=curvatures.numel(),
+                    parameters=sum(part.spec.parameters for part in kept),
                     status="estimated" if fisher in ("probe", "mc") else "ok",
                     reason="; ".join(filter(None, notes)),
                 )

@@ -14,12 +14,13 @@ from torch import Tensor
 from curvscope.curvature.block import Block
 from curvscope.curvature.eigen import eigh, eigvalsh
 from curvscope.curvature.grouped import GroupedApproximation, GroupedBlock
-from curvscope.curvature.kronecker import Diagonal, Kronecker
+from curvscope.curvature.kronecker import Approximation, Diagonal, Kronecker
+from curvscope.curvature.summed import KroneckerSum
 from curvscope.extract.collector import Extract
 from curvscope.extract.plan import PIECE_BYTES
 from curvscope.graph.matrix import to_matrix
 from curvscope.measure.accuracy import error_row
-from curvscope.measure.approximate import FLAVOURS, Built, approximate, side_by_side
+from curvscope.measure.approximate import Built, approximate, approximate_tied, side_by_side
 from curvscope.measure.damping import DampingWishes, Subject, damping_tables, not_assessed, why_skipped
 from curvscope.measure.estimate import estimated_rows, estimated_spectra
 from curvscope.measure.spectrum import (
@@ -29,11 +30,15 @@ from curvscope.measure.spectrum import (
     block_spectrum,
     diagonal_spectrum,
     spectrum_row,
+    sum_row,
+    too_large,
 )
+from curvscope.measure.terms import FLAVOURS, NO_EKFAC, product, terms
 from curvscope.records import NAN, DampingRow, ErrorRow, KroneckerFactors, Layer, LayerRow, RangeRow, SpectrumRow
 from curvscope.settings import APPROXIMATIONS
 
 BIASED = "no error bar but the trace's: eigenvalues of a factor made of few draws are biased, and so are their ratios"
+NO_INVERSE = "the weight has several roles: a sum of Kronecker products has no eigenbasis of Kronecker form"
 NO_KRONECKER = (
     "no Kronecker form: the parameter is added or multiplied element by element, or used before any example comes in"
 )
@@ -93,6 +98,15 @@ class _Findings:
         if spectrum.values.numel() > limit:
             self.attributes[f"{name}_eigenvalues_in_all"] = spectrum.values.numel()
 
+    def add_approximation(
+        self, layer: str, name: str, given: Approximation | GroupedApproximation | KroneckerSum, dtype: torch.dtype
+    ) -> None:
+        """An approximation's spectrum, or what is known of it where it is too large."""
+        if isinstance(given, KroneckerSum) and too_large(given):
+            self.spectra[name] = sum_row(layer, name, given, self.scale)
+        else:
+            self.add_spectrum(layer, name, approximation_spectrum(given, dtype), given.trace)
+
 
 def measure_layer(
     extract: Extract, wishes: Wishes, *, why_no_columns: str = "", projected: Mapping[str, Tensor] | None = None
@@ -106,7 +120,8 @@ def measure_layer(
     spec = extract.spec
     scale = extract.unit**-2
     factors = {
-        name: KroneckerFactors(name, A.cpu().numpy(), _scaled(B, scale)) for name, (A, B) in extract.factors.items()
+        key: KroneckerFactors(flavour, A.cpu().numpy(), _scaled(B, scale), role)
+        for key, flavour, role, (A, B) in _stored(extract)
     }
     found = _Findings(attributes=_factor_facts(extract, scale), scale=scale)
     eigenvectors: dict[str, Any] = {}
@@ -134,9 +149,10 @@ def measure_layer(
             kept["block"] = _scaled(block.dense(), scale)
     wishes.keep(extract, blocks, built, wishes.fisher)
     if "spectra" in wishes.dump:
-        for name, (A, B) in extract.factors.items():
+        for key, _, _, (A, B) in _stored(extract):
             for which, factor in (("A", A), ("B", B)):
-                eigenvectors[f"{name}/{which}"] = eigh(factor.double())[1].cpu().numpy()
+                if factor.ndim > 1:  # those of an embedding's diagonal are the tokens
+                    eigenvectors[f"{key}/{which}"] = eigh(factor.double())[1].cpu().numpy()
     row = LayerRow(
         name=spec.name,
         kind=spec.kind,
@@ -148,7 +164,7 @@ def measure_layer(
         examples=extract.examples,
         positions=extract.positions,
         columns=blocks[0].total_columns if blocks else 0,
-        better_flavour=_better(extract.positions, found.errors),
+        better_flavour=_better(extract.single, found.errors),
         padded=extract.padded,
         status="ok" if blocks else "not_assessed",
         reason=why_no_columns,
@@ -163,16 +179,34 @@ def measure_layer(
         attributes=found.attributes,
         damping=found.damping,
         ranges=found.ranges,
+        tokens=_tokens(extract),
         **kept,
     )
 
 
-def _better(positions: float, errors: dict[str, ErrorRow]) -> str:
+def _stored(extract: Extract) -> list[tuple[str, str, str, tuple[Tensor, Tensor]]]:
+    """All factors as (key of Layer.factors, flavour, role, (A, B)), flavour by flavour."""
+    roles = extract.roles or {"": extract}
+    return [
+        (f"{flavour}/{name}" if name else flavour, flavour, name, role.factors[flavour])
+        for flavour in FLAVOURS
+        for name, role in roles.items()
+        if flavour in role.factors
+    ]
+
+
+def _tokens(extract: Extract) -> Any:
+    """The tokens that A of reduce runs over, of an embedding."""
+    found = [each.tokens for each in (extract, *extract.roles.values()) if each.tokens is not None]
+    return found[0].cpu().numpy() if found else None
+
+
+def _better(single: bool, errors: dict[str, ErrorRow]) -> str:
     """expand, reduce, or same; empty where the errors are unknown."""
     expand, reduce = (errors[f"kfac_{flavour}"].rel_frobenius for flavour in FLAVOURS)
     if np.isnan(expand) or np.isnan(reduce):
         return ""
-    if positions == 1:
+    if single:
         return "same"
     return "expand" if expand <= reduce else "reduce"
 
@@ -190,13 +224,16 @@ def _scaled(tensor: Tensor, scale: float) -> Any:
 def _factor_facts(extract: Extract, scale: float) -> dict[str, Any]:
     """Trace and raw extreme eigenvalues of every factor, for the file's attributes."""
     facts: dict[str, Any] = {}
-    for flavour, pair in extract.factors.items():
+    for key, _, _, pair in _stored(extract):
         for name, factor in zip("AB", pair, strict=True):
             exact = factor.double() * (scale if name == "B" else 1.0)
-            values = eigvalsh(exact)
-            facts[f"{flavour}/{name}/trace"] = float(exact.diagonal(dim1=-2, dim2=-1).sum())
-            facts[f"{flavour}/{name}/lambda_max"] = float(values.max())
-            facts[f"{flavour}/{name}/lambda_min"] = float(values.min())
+            # a vector is a diagonal
+            values = exact if exact.ndim == 1 else eigvalsh(exact)
+            facts[f"{key}/{name}/trace"] = float(
+                exact.sum() if exact.ndim == 1 else exact.diagonal(dim1=-2, dim2=-1).sum()
+            )
+            facts[f"{key}/{name}/lambda_max"] = float(values.max())
+            facts[f"{key}/{name}/lambda_min"] = float(values.min())
     if extract.gradient is not None:
         facts["gradient_norm"] = float(torch.linalg.norm(extract.gradient.double()))
     return facts
@@ -208,9 +245,9 @@ def _not_assessed(layer: str, fisher: str, reason: str, found: _Findings, names:
 
 
 def _group_factors(extract: Extract) -> list[dict[str, tuple[Tensor, Tensor]]]:
-    """The factors of every group, one dict a group."""
+    """The factors of every group over the columns' inputs, one dict a group; not for layers of several roles."""
     if extract.spec.groups == 1:
-        return [dict(extract.factors)]
+        return [{flavour: (term.A, term.B) for flavour, (term,) in terms(extract).items()}]
     return [{name: (A[i], B[i]) for name, (A, B) in extract.factors.items()} for i in range(extract.spec.groups)]
 
 
@@ -218,8 +255,7 @@ def _blocks(extract: Extract, piece_bytes: int) -> list[Block]:
     """The exact block of every group; none where there are no columns."""
     spec, columns = extract.spec, extract.columns
     each = [] if columns is None else columns if isinstance(columns, list) else [columns]
-    shape = spec.d_out // spec.groups, spec.d_in + (spec.bias is not None)
-    return [Block(one, *shape, piece_bytes) for one in each]
+    return [Block(one, spec.d_out // spec.groups, extract.width, piece_bytes) for one in each]
 
 
 def _exact(
@@ -244,17 +280,15 @@ def _exact(
         built = {"diag": Built(diagonal, diagonal.norm**2)}
         _damped(extract, blocks, built, wishes, found, steps_refused)
         return ()
-    parts = [
-        approximate(
-            one,
-            factors,
-            positions=extract.positions,
-            dtype=wishes.dtype,
-            seed=wishes.seed,
-            every="kron_best" in wishes.measure,
-        )
-        for one, factors in zip(blocks, _group_factors(extract), strict=True)
-    ]
+    best = "kron_best" in wishes.measure
+    if extract.roles:
+        parts = [approximate_tied(blocks[0], terms(extract), single=extract.single, seed=wishes.seed, every=best)]
+        _not_assessed(layer, wishes.fisher, NO_EKFAC, found, [f"ekfac_{flavour}" for flavour in FLAVOURS])
+    else:
+        parts = [
+            approximate(one, factors, positions=extract.positions, dtype=wishes.dtype, seed=wishes.seed, every=best)
+            for one, factors in zip(blocks, _group_factors(extract), strict=True)
+        ]
     refusal = next((reason for _, reason in parts if reason), "")
     built = dict(parts[0][0])
     if len(parts) > 1:
@@ -274,16 +308,17 @@ def _exact(
             seed=wishes.seed,
             reason=one.note,
         )
-        spectrum = approximation_spectrum(one.approximation, wishes.dtype)
-        found.add_spectrum(layer, name, spectrum, one.approximation.trace)
+        found.add_approximation(layer, name, one.approximation, wishes.dtype)
     _damped(extract, blocks, built, wishes, found, steps_refused)
-    if extract.positions == 1:
+    if extract.single:
         # One position an example: both flavours are the same matrix.
         for kind in ("kfac", "ekfac"):
             source, name = f"{kind}_expand", f"{kind}_reduce"
             found.errors[name] = dataclasses.replace(found.errors[source], approximation=name)
-            found.spectra[name] = dataclasses.replace(found.spectra[source], approximation=name)
-            found.values[name] = found.values[source]
+            if source in found.spectra:
+                found.spectra[name] = dataclasses.replace(found.spectra[source], approximation=name)
+            if source in found.values:
+                found.values[name] = found.values[source]
             found.damping += [
                 dataclasses.replace(r, approximation=name) for r in found.damping if r.approximation == source
             ]
@@ -343,10 +378,17 @@ def _damped(
         found.damping = not_assessed(spec.name, reason, "skipped" if refused else "not_assessed")
         return
     decay = asked.decay.get(spec.name, 0.0)
-    approximations = {
-        name: one.approximation.parts if isinstance(one.approximation, GroupedApproximation) else [one.approximation]
+    sums = [name for name, one in built.items() if isinstance(one.approximation, KroneckerSum)]
+    built = {name: one for name, one in built.items() if name not in sums}
+    approximations: dict[str, list[Any]] = {
+        name: list(one.approximation.parts)
+        if isinstance(one.approximation, GroupedApproximation)
+        else [one.approximation]
         for name, one in built.items()
     }
+    weights = to_matrix(spec, asked.weights) if decay else None
+    if weights is not None and extract.tokens is not None:
+        weights = weights[:, extract.tokens]
     found.damping, found.ranges = damping_tables(
         Subject(
             layer=spec.name,
@@ -358,16 +400,23 @@ def _damped(
             dtype=wishes.dtype,
             current=asked.current.get(spec.name),
             decay=decay,
-            weights=to_matrix(spec, asked.weights) if decay else None,
+            weights=weights,
             seed=wishes.seed,
             always=asked.always,
             remark=asked.remarks.get(spec.name, ""),
         )
     )
+    found.damping += [
+        DampingRow(spec.name, name, "eigenbasis", status="not_assessed", reason=NO_INVERSE) for name in sums
+    ]
 
 
 def _factor_spectra(extract: Extract, wishes: Wishes, found: _Findings) -> None:
     """The spectra of both K-FACs, from the factors alone."""
+    if extract.roles:
+        for flavour, given in terms(extract).items():
+            found.add_approximation(extract.spec.name, f"kfac_{flavour}", product(given), wishes.dtype)
+        return
     groups = _group_factors(extract)
     for flavour in extract.factors:
         parts = [Kronecker(*factors[flavour]) for factors in groups]

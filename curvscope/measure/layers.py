@@ -123,7 +123,8 @@ def _projected(
         spec = extract.spec
         wanted = plan.layers[name].form is None if name in plan.layers else False
         fits = 64 * spec.parameters <= PIECES_AT_ONCE * wishes.piece_bytes
-        if wanted and fits and extract.factors and spec.groups == 1:
+        plain = spec.groups == 1 and extract.tokens is None
+        if wanted and fits and extract.factors and plain:
             flavours = ("expand",) if extract.positions == 1 else ("expand", "reduce")
             found = {flavour: Kronecker(*extract.factors[flavour]).bases for flavour in flavours}
             bases[name] = {flavour: (U_A, U_B) for flavour, (_, U_A, _, U_B) in found.items()}
@@ -180,6 +181,8 @@ def _on_cpu(extract: Extract) -> Extract:
         extract,
         factors={name: (A.cpu(), B.cpu()) for name, (A, B) in extract.factors.items()},
         gradient=None if extract.gradient is None else extract.gradient.cpu(),
+        tokens=None if extract.tokens is None else extract.tokens.cpu(),
+        roles={name: _on_cpu(role) for name, role in extract.roles.items()},
         columns=kept,
         probe_B={name: B.cpu() for name, B in extract.probe_B.items()},
     )

@@ -1,7 +1,9 @@
 """What is kept of each layer for steps of the whole network: the inverses of its curvature, small enough to hold all.
 
-A layer without factors (a norm, a position table) takes its exact block in every approximation. What has neither, the
-uncovered parameters and the layers that were not selected, stays where it is.
+A layer without factors (a norm, a position table) takes its exact block in every approximation, and so does a weight of
+several roles, whose sum of Kronecker products has no such inverse. What has neither, the uncovered parameters and the
+layers that were not selected, stays where it is. An embedding's curvature is that of the tokens that occur; the others
+are moved by weight decay alone.
 """
 
 from __future__ import annotations
@@ -20,11 +22,13 @@ from curvscope.curvature.kronecker import EigenCorrected, Kronecker
 from curvscope.extract.collector import Extract
 from curvscope.graph.matrix import to_matrix
 from curvscope.graph.sites import LayerSpec
-from curvscope.measure.approximate import FLAVOURS, Built
+from curvscope.measure.approximate import Built
+from curvscope.measure.terms import FLAVOURS, terms
 
 EXACT = "ggn"
 # Steps of the exact block between two that were kept may be off by this share in an eigendirection.
 BETWEEN_ERROR = 1e-2
+NO_INVERSE = "the sum of its roles' Kronecker products has no inverse of Kronecker form"
 KRONECKER = tuple(f"{kind}_{flavour}" for kind in ("kfac", "ekfac") for flavour in FLAVOURS)
 
 
@@ -40,6 +44,8 @@ class LayerPart:
             step alone.
         positions: R, the mean number of positions an example.
         notes: what is special about the layer's steps, a clause each.
+        tokens: the inputs that inverses and exact steps run over, of an embedding; None: all.
+        outside: R [d_out, d_in] at the other inputs, zero at these.
     """
 
     spec: LayerSpec
@@ -48,6 +54,8 @@ class LayerPart:
     decrease: Mapping[tuple[str, float], float]
     positions: float
     notes: tuple[str, ...] = ()
+    tokens: Tensor | None = None
+    outside: Tensor | None = None
 
     def step(self, approximation: str, form: str, damping: float) -> Tensor | None:
         """-(M + damping I)^{-1} R as [d_out, d_in], or None where this layer has no such M or damping."""
@@ -59,12 +67,26 @@ class LayerPart:
         pieces = [
             one.apply(damping, ekfac=kind == "ekfac", factored=form == "factored") for one in self.inverses[flavour]
         ]
-        return -(pieces[0] if len(pieces) == 1 else torch.cat(pieces))
+        found = -(pieces[0] if len(pieces) == 1 else torch.cat(pieces))
+        if self.outside is None:
+            return found
+        (one,) = self.inverses[flavour]
+        factored = form == "factored" and kind != "ekfac"
+        return self._widened(found, -one.apply_outside(self.outside, damping, factored=factored))
+
+    def _widened(self, step: Tensor, rest: Tensor) -> Tensor:
+        """A step over the tokens that occur, with that of the others."""
+        assert self.tokens is not None
+        rest[:, self.tokens] = step.to(rest)
+        return rest
 
     def _exact_step(self, damping: float) -> Tensor | None:
         """The exact block's step: one that was kept, or between those as `inverse.between` says."""
         if self.exact is None:
             return None
+        if self.outside is not None:
+            inside = dataclasses.replace(self, outside=None)._exact_step(damping)
+            return None if inside is None else self._widened(inside, -self.outside / damping)
         if damping in self.exact:
             return -self.exact[damping]
         weights, error = between(damping, tuple(sorted(self.exact)))
@@ -107,15 +129,24 @@ class Keeper:
         rates = self._rates(spec)
         decay = rates * to_matrix(spec, self.parameters).double()
         right = gradient + decay
+        outside: Tensor | None = None
+        if extract.tokens is not None:
+            outside = right.index_fill(1, extract.tokens, 0.0)
+            gradient, decay, right = (each[:, extract.tokens] for each in (gradient, decay, right))
         height = spec.d_out // spec.groups
         inverses: dict[str, list[KroneckerInverse]] = {}
         for flavour in extract.factors:
-            source = "expand" if extract.positions == 1 else flavour
+            source = "expand" if extract.single else flavour
             if source in inverses:
                 inverses[flavour] = inverses[source]
                 continue
             inverses[flavour] = [
-                KroneckerInverse.of(*_bases(extract, built, source, group), right=side, scale=scale)
+                KroneckerInverse.of(
+                    *_bases(extract, built, source, group),
+                    right=side,
+                    scale=scale,
+                    inputs=None if extract.tokens is None else spec.d_in,
+                )
                 for group, side in enumerate(right.split(height))
             ]
         exact = None
@@ -128,8 +159,10 @@ class Keeper:
             ]
             joined = torch.cat(found, dim=1).to(self.gradient[spec.weight].dtype)
             exact = dict(zip(self.dampings, joined, strict=True))
-        part = LayerPart(spec, inverses, exact, {}, extract.positions, _notes(spec, inverses))
-        if blocks and fisher == "exact" and not spec.exact_only:
+        part = LayerPart(
+            spec, inverses, exact, {}, extract.positions, _notes(spec, inverses, exact), extract.tokens, outside
+        )
+        if blocks and fisher == "exact" and inverses:
             part = dataclasses.replace(part, decrease=self._decrease(part, blocks, right, rates, scale))
         self.parts[spec.name] = part
 
@@ -151,8 +184,12 @@ class Keeper:
             for damping in self.judged:
                 step = part.step(name, "eigenbasis", damping)
                 if step is not None:
-                    quadratic = float((step * (scale * block.matvec(step) + rates * step)).sum())
-                    found[name, damping] = float((right * step).sum()) + 0.5 * quadratic
+                    inside = step if part.tokens is None else step[:, part.tokens]
+                    quadratic = float((inside * (scale * block.matvec(inside))).sum() + (rates * step * step).sum())
+                    linear = float((right * inside).sum())
+                    if part.outside is not None:
+                        linear += float((part.outside * step).sum())
+                    found[name, damping] = linear + 0.5 * quadratic
         if part.positions == 1:
             found |= {(name.replace("expand", "reduce"), damping): value for (name, damping), value in found.items()}
         return found
@@ -171,10 +208,14 @@ def _bases(
         corrected = built[group][f"ekfac_{flavour}"].approximation
         assert isinstance(kronecker, Kronecker) and isinstance(corrected, EigenCorrected)
         return kronecker, corrected.scale
-    A, B = extract.factors[flavour]
-    return Kronecker(*((A, B) if extract.spec.groups == 1 else (A[group], B[group]))), None
+    (term,) = terms(extract)[flavour]
+    return term.of_group(group).product, None
 
 
-def _notes(spec: LayerSpec, inverses: Mapping[str, Sequence[KroneckerInverse]]) -> tuple[str, ...]:
+def _notes(
+    spec: LayerSpec, inverses: Mapping[str, Sequence[KroneckerInverse]], exact: Mapping[float, Tensor] | None
+) -> tuple[str, ...]:
+    if spec.roles and exact is not None:
+        return (f"{spec.name} takes its exact block: {NO_INVERSE}",)
     zero = [flavour for flavour, each in inverses.items() if any(one.pi is None for one in each)]
     return (f"{spec.name} has a zero factor ({', '.join(zero)}), where factored damping is undefined",) if zero else ()

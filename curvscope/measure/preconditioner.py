@@ -162,6 +162,8 @@ def _kfac(
         owned = [spec.weight, *([spec.bias] if spec.bias is not None else [])]
         if pair is None or pair.A.ndim != 2 or spec.groups > 1 or not all(one in moving for one in owned):
             continue
+        if len(pair.A) != spec.d_in + (spec.bias is not None):
+            continue  # an embedding's, over the tokens that occur
         if len({scales[one] for one in owned}) > 1:
             return Unassessable(f"weight and bias of {name} have different learning rates")
         lam_A, U_A = eigh(torch.as_tensor(pair.A).double())

@@ -11,6 +11,7 @@ from torch import Tensor
 from curvscope.curvature.block import Block
 from curvscope.curvature.grouped import GroupedApproximation, GroupedBlock
 from curvscope.curvature.kronecker import Approximation, Kronecker
+from curvscope.curvature.summed import FORMED_PARAMETERS, KroneckerSum
 from curvscope.records import NAN, SpectrumRow
 
 # More leading eigenvalues of an approximation than this are not stored; the numbers are taken from all of them.
@@ -37,7 +38,9 @@ def block_spectrum(block: Block | GroupedBlock) -> Spectrum:
     return _nonzero(values, max(block.parameters, block.total_columns) * torch.finfo(torch.float64).eps)
 
 
-def approximation_spectrum(approximation: Approximation | GroupedApproximation, dtype: torch.dtype) -> Spectrum:
+def approximation_spectrum(
+    approximation: Approximation | GroupedApproximation | KroneckerSum, dtype: torch.dtype
+) -> Spectrum:
     """M's nonzero eigenvalues.
 
     An eigenvalue (for a Kronecker product: one of a factor) counts as zero below the largest times n times eps, eps
@@ -106,4 +109,34 @@ def spectrum_row(layer: str, name: str, spectrum: Spectrum, trace: float) -> Spe
         stable_rank=float((values / high).square().sum()),
         effective_rank=float(torch.exp(-(p * p.log()).sum())),
         reason="" if spectrum.resolved else UNRESOLVED,
+    )
+
+
+SUM_ONLY = (
+    "a sum of Kronecker products has no closed form for its eigenvalues, and is too large to be formed: "
+    "only what follows from the trace, the norm and the largest eigenvalue"
+)
+
+
+def too_large(approximation: KroneckerSum) -> bool:
+    """Whether not all of the sum's eigenvalues are computed."""
+    d_out, d_in = approximation.shape
+    return d_out * d_in > FORMED_PARAMETERS
+
+
+def sum_row(layer: str, name: str, approximation: KroneckerSum, scale: float) -> SpectrumRow:
+    """tables/spectra for a sum of products that is too large: trace, lambda_max (by Lanczos) and stable rank.
+
+    `scale` brings eigenvalues to the loss's unit.
+    """
+    found = approximation.largest()
+    stable = (approximation.norm / found.value) ** 2 if found.value > 0 else NAN
+    return SpectrumRow(
+        layer,
+        name,
+        trace=approximation.trace * scale,
+        lambda_max=found.value * scale,
+        stable_rank=stable,
+        status="ok" if found.converged else "not_converged",
+        reason=SUM_ONLY,
     )

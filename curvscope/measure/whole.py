@@ -16,6 +16,7 @@ from torch import Tensor
 
 from curvscope.extract.cost import ASSUMED
 from curvscope.graph.functional import Graph
+from curvscope.graph.sites import LayerSpec
 from curvscope.measure.network import Network
 from curvscope.measure.parts import EXACT, Keeper, LayerPart
 from curvscope.measure.recommend import GRADIENT_COSINE, LOWER, RAISE, holds_from, lowest
@@ -42,15 +43,17 @@ FACTORS = (0.1, 1.0, 10.0, 100.0, 1000.0)
 FORWARD_PASSES = len(SERIES) * (10 * 4 + 18 + 24 + 9)
 STEPS_A_SERIES = 41
 SHARE_OF_TIME = 0.2
+# Tokens of a large vocabulary that a batch is taken to look up, for the estimates of time and memory.
+TOKENS = 4096
 SHARE_OF_MEMORY = 0.25
 
 
 def estimated_seconds(graph: Graph, forward_seconds: float) -> float:
     """What the stage takes, from the seconds of one forward pass: the passes, and the products that make the steps."""
     solves = sum(
-        4.0 * spec.parameters * (spec.d_in + spec.d_out // spec.groups)
+        4.0 * spec.d_out * _inputs(spec) * (_inputs(spec) + spec.d_out // spec.groups)
         for spec in graph.chosen()
-        if not spec.exact_only
+        if not spec.exact_only and not spec.roles
     )
     return FORWARD_PASSES * forward_seconds + len(SERIES) * STEPS_A_SERIES * solves / ASSUMED.product64
 
@@ -60,10 +63,15 @@ def kept_bytes(graph: Graph, itemsize: int) -> int:
     nodes = 2 * (len(DECADES) + 1 + 2 * EXTRA_DECADES) + 1
     total = 0
     for spec in graph.chosen():
-        d_in = spec.d_in + (spec.bias is not None)
-        bases = 0 if spec.exact_only else 2 * 8 * (spec.groups * d_in**2 + spec.d_out**2 // spec.groups)
+        d_in = _inputs(spec)
+        bases = 0 if spec.exact_only or spec.roles else 2 * 8 * (spec.groups * d_in**2 + spec.d_out**2 // spec.groups)
         total += bases + spec.parameters * (4 * 8 + nodes * itemsize)
     return total
+
+
+def _inputs(spec: LayerSpec) -> int:
+    """The inputs that a layer's curvature runs over; of an embedding no more tokens than a batch is likely to have."""
+    return min(spec.d_in, TOKENS) if spec.kind == "embedding" else spec.d_in + (spec.bias is not None)
 
 
 @dataclass

@@ -67,7 +67,7 @@ def _layer_arrays(layer: Layer) -> Iterator[tuple[str, Array]]:
         yield f"spectrum/{name}", values
     for name, values in layer.eigenvectors.items():
         yield f"eigenvectors/{name}", values
-    for name, kept in (("columns", layer.kept_columns), ("block", layer.block)):
+    for name, kept in (("columns", layer.kept_columns), ("block", layer.block), ("tokens", layer.tokens)):
         if kept is not None:
             yield name, kept
 

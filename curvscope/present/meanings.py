@@ -12,14 +12,15 @@ APPROXIMATION = "kfac_expand, kfac_reduce, ekfac_expand, ekfac_reduce, kron_best
 MEANINGS: dict[str, dict[str, str]] = {
     "layers": {
         "name": "path of the module that owns the weight",
-        "kind": "the linear operation: linear, conv1d, conv2d, conv3d, embedding, ...",
+        "kind": "the linear operation: linear, conv1d, conv2d, conv3d, embedding, ...; of a weight used in several "
+        "roles their names, as in embedding+head",
         "d_in": "inputs of the weight, without the bias",
         "d_out": "outputs of the weight",
         "bias": "whether a bias belongs to the layer (it is then the last input, a constant 1)",
         "groups": "groups of a grouped convolution, 1 otherwise",
         "parameters": "entries of weight and bias",
         "examples": "N, the examples of the batch",
-        "positions": "mean number of real positions an example, R",
+        "positions": "mean number of real positions an example, R, those of all roles together",
         "columns": "number of GGN columns, N times K",
         "better_flavour": "expand or reduce: the K-FAC with the smaller relative Frobenius error; same where they "
         "agree; else neither",

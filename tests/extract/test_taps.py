@@ -49,17 +49,6 @@ class PositionTable(nn.Module):
         return x + self.table(torch.arange(x.shape[1]).unsqueeze(0))
 
 
-class Lookup(nn.Module):
-    """An embedding whose rows go straight into a linear layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table, self.mid = nn.Embedding(5, 6), nn.Linear(6, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(x) * self.mid(self.table((x[..., 0] > 0).long() + 2 * (x[..., 1] > 0).long()))
-
-
 class TwoTables(nn.Module):
     """A table of tokens and one of positions meet in one addition."""
 
@@ -206,10 +195,10 @@ BODIES: dict[str, tuple[Callable[[], nn.Module], str, tuple[str, ...]]] = {
     "scaled": (lambda: Bare(6, use=lambda x, p: p * x), "body.p", ("body.p",)),
     "scaled_view": (lambda: Bare(4, use=lambda x, p: x * p.view(1, -1, 1)), "body.p", ("body.p",)),
     "sliced": (lambda: Bare(1, 9, 6, use=lambda x, p: x + p[:, 2:6]), "body.p", ("body.p",)),
+    "chosen": (lambda: Bare(4, 1, use=lambda x, p: torch.where(x > 0, p.unsqueeze(0), x)), "body.p", ("body.p",)),
+    "chosen_else": (lambda: Bare(6, use=lambda x, p: torch.where(x > 0, x, p)), "body.p", ("body.p",)),
     "single_number": (lambda: Bare(1, use=lambda x, p: x * p), "body.p", ("body.p",)),
     "position_table": (PositionTable, "body.table.weight", ("body.table.weight",)),
-    "embedding": (Lookup, "body.table.weight", ("body.table.weight",)),
-    "token_table": (TwoTables, "body.tokens.weight", ("body.tokens.weight",)),
     "table_beside_it": (TwoTables, "body.places", ("body.places",)),
     "relative_bias": (RelativeBias, "body.bias", ("body.bias",)),
     "windows": (Windows, "body.p", ("body.p",)),
@@ -393,8 +382,8 @@ def test_a_parameter_that_meets_no_example_is_given_up() -> None:
 
 
 def test_a_table_with_a_padding_row_is_left_alone() -> None:
-    """torch gives the row of padding_idx no gradient, which the exact block would have to leave out."""
-    body = Lookup()
+    """torch gives the row of padding_idx no gradient, which a tap would have to leave out."""
+    body = PositionTable()
     body.table.padding_idx = 0
     torch.manual_seed(0)
     batch = (torch.randn(5, 4, 3), torch.randint(3, (5,)))

@@ -212,6 +212,16 @@ class StoredLayer(Layer):
             raise AttributeError("a stored layer can't be changed")
 
     @property
+    def tokens(self) -> Array | None:
+        """The stored tokens of an embedding, or None."""
+        return _kept(self._group, "tokens")
+
+    @tokens.setter
+    def tokens(self, value: Array | None) -> None:
+        if value is not None:
+            raise AttributeError("a stored layer can't be changed")
+
+    @property
     def block(self) -> Array | None:
         """The stored block, or None."""
         return _kept(self._group, "block")

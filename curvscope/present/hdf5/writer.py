@@ -101,17 +101,23 @@ def _write_layer(group: h5py.Group, layer: Layer) -> None:
         dataset = _write_array(group, f"spectrum/{name}", values)
         dataset.attrs["dimensions"] = "[rank], descending, the numerically nonzero part"
         dataset.attrs["units"] = "loss / parameter^2"
+    compact = layer.tokens is not None and not any(factors.role for factors in layer.factors.values())
     for name, values in layer.eigenvectors.items():
         dataset = _write_array(group, f"eigenvectors/{name}", values)
         dataset.attrs["dimensions"] = "one eigenvector a column"
         dataset.attrs["convention"] = CONVENTIONS["vec"]
+    if layer.tokens is not None:
+        dataset = _write_array(group, "tokens", layer.tokens)
+        dataset.attrs["dimensions"] = "[U], the tokens that occur in the batch, ascending"
+        dataset.attrs["convention"] = CONVENTIONS["embedding"]
     if layer.kept_columns is not None:
         dataset = _write_array(group, "columns", layer.kept_columns)
-        dataset.attrs["dimensions"] = "[N*K, d_out, d_in(+1)]"
+        dataset.attrs["dimensions"] = "[N*K, d_out, d_in(+1)]" if not compact else "[N*K, d_out, U], U of tokens"
         dataset.attrs["convention"] = CONVENTIONS["ggn"]
     if layer.block is not None:
         dataset = _write_array(group, "block", layer.block)
-        dataset.attrs["dimensions"] = "[P, P], P = d_out * d_in(+1)"
+        size = "U, U of tokens" if compact else "d_in(+1)"
+        dataset.attrs["dimensions"] = f"[P, P], P = d_out * {size}"
         dataset.attrs["convention"] = CONVENTIONS["vec"]
         dataset.attrs["units"] = "loss / parameter^2"
     schema.seal(group.attrs)
@@ -127,8 +133,12 @@ def _write_factors(group: h5py.Group, layer: Layer, factors: KroneckerFactors) -
     path = f"{factors.flavour}/{encode(factors.role)}" if factors.role else factors.flavour
     key = f"{factors.flavour}/{factors.role}" if factors.role else factors.flavour
     owned = set()
+    lookup = layer.row.kind == "embedding" or factors.role == "embedding"
+    inputs = "[d_in(+1), d_in(+1)]"
+    if lookup:
+        inputs = "[d_in], a diagonal" if factors.flavour == "expand" else "[U, U], U of tokens"
     described = {
-        "A": (factors.A, "[d_in(+1), d_in(+1)]", "activation^2"),
+        "A": (factors.A, inputs, "activation^2"),
         "B": (factors.B, "[d_out, d_out]", "loss / output^2"),
     }
     for side, (values, dimensions, units) in described.items():

@@ -60,13 +60,24 @@ def _header(page: Page, layer: Layer) -> Panel:
     groups = f", {row.groups} groups" if row.groups > 1 else ""
     noun = "position" if row.positions == 1 else "positions"
     positions = f"{count(row.examples, 'example')}, {row.positions:,.4g} {noun} each"
+    roles = list(dict.fromkeys(factors.role for factors in layer.factors.values() if factors.role))
+    if roles:
+        positions += ", those of all roles together"
     if row.padded > 0:
         positions += f" (and {percent(row.padded)} of the rows are padding, left out)"
     if row.columns:
         positions += f", {count(row.columns, 'GGN column')}"
     shape = f"{row.d_out}{page.times}{row.d_in} {bias}{groups}" if layer.factors else "exact block only"
     grid.add_row("layer", page.text(f"{row.kind}, {shape}, {count(row.parameters, 'parameter')}"))
+    if roles:
+        words = f"{' and '.join(roles)}: one weight, factors for each role, the block of both together"
+        grid.add_row("roles", page.text(words))
     grid.add_row("batch", page.text(positions))
+    if layer.tokens is not None:
+        rest = "the rest has no curvature" if len(roles) < 2 else "the rest only what its other role gives it"
+        unseen = f"; {rest}" if _vocabulary(layer) > len(layer.tokens) else ""
+        words = f"{len(layer.tokens):,} of {_vocabulary(layer):,} occur in the batch{unseen}"
+        grid.add_row("tokens", page.text(words))
     if row.better_flavour in FLAVOURS:
         grid.add_row("better", page.text(f"K-FAC-{row.better_flavour}", "bold"))
     elif row.better_flavour == "same":
@@ -76,6 +87,12 @@ def _header(page: Page, layer: Layer) -> Panel:
         grid.add_row(STATUS_WORDS.get(row.status, row.status), page.text(row.reason, "yellow"))
     (name,) = shorten([page.safe(layer.name)], max(10, page.width - 8), page.ellipsis)
     return Panel(grid, title=page.text(name, "bold"), title_align="left", border_style="cyan")
+
+
+def _vocabulary(layer: Layer) -> int:
+    """The rows of an embedding: the length of its diagonal A."""
+    lengths = [len(factors.A) for factors in layer.factors.values() if factors.A.ndim == 1]
+    return lengths[0] if lengths else layer.row.d_in
 
 
 def _errors(page: Page, layer: Layer) -> None:
@@ -220,7 +237,8 @@ def _next(page: Page, run: Run, layer: Layer) -> None:
     names = list(run.layers)
     following = names[(names.index(layer.name) + 1) % len(names)]
     if page.path is None:
-        call = f'  run.layers[{layer.name!r}].factors["expand"].A    run.show({following!r})'
+        key = next(iter(layer.factors), "expand")
+        call = f'  run.layers[{layer.name!r}].factors["{key}"].A    run.show({following!r})'
         page.console.print(page.text(call, "bold cyan"), soft_wrap=True, highlight=False)
         return
     if following != layer.name:
