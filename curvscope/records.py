@@ -29,7 +29,8 @@ CONVENTIONS = {
     "embedding": "a layer with one-hot inputs, d_in = vocabulary, d_out = width of a row; A of expand is diagonal and "
     "stored as the vector [d_in] of the tokens' shares of the positions; all rows of the weight that the batch does "
     "not look up have zero curvature, so A of reduce, the columns and the block run over `tokens` [U] alone, those "
-    "that occur, ascending; positions with the padding token (padding_idx) do not count, and it has no place in tokens",
+    "that occur, ascending, and the layer's damped steps are those of these tokens; positions with the padding token "
+    "(padding_idx) do not count, and it has no place in tokens",
     "roles": "a weight used in several roles (embedding and head, or plain and transposed) has factors for each role, "
     "in the role's own orientation; the columns and the block are of all uses together, in the orientation "
     "[d_out, d_in] of the first role, over all of d_in; kfac_<flavour> is the sum over roles of kron(B, A), or of "

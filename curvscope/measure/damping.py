@@ -68,6 +68,7 @@ class Subject:
         seed: of Lanczos' first vectors.
         always: compute every condition, whatever it costs.
         remark: what limits every row of tables/ranges.
+        inputs: d_in with those inputs that the columns leave out (an embedding's tokens that do not occur); 0: none.
     """
 
     layer: str
@@ -83,6 +84,7 @@ class Subject:
     seed: int = 0
     always: bool = False
     remark: str = ""
+    inputs: int = 0
 
 
 def not_assessed(layer: str, reason: str, status: str = "not_assessed") -> list[DampingRow]:
@@ -183,8 +185,8 @@ class _Stage:
             damped = []
             for matrix in matrices:
                 assert matrix.lam_A is not None and matrix.lam_B is not None
-                traces = [(float(lam.sum()), lam.numel()) for lam in (matrix.lam_A, matrix.lam_B)]
-                pi = mean_ratio(*traces[0], *traces[1])
+                traces = [float(lam.sum()) for lam in (matrix.lam_A, matrix.lam_B)]
+                pi = mean_ratio(traces[0], subject.inputs or matrix.lam_A.numel(), traces[1], matrix.lam_B.numel())
                 damped.append(None if pi is None else Damped(matrix, pi))
             factored = _Variant(name, "factored", [one for one in damped if one is not None])
             if name in subject.blind or None in damped:

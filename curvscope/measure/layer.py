@@ -404,6 +404,7 @@ def _damped(
             seed=wishes.seed,
             always=asked.always,
             remark=asked.remarks.get(spec.name, ""),
+            inputs=0 if extract.tokens is None else spec.d_in,
         )
     )
     found.damping += [

@@ -708,3 +708,25 @@ def test_damped_steps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     step = solved(M)
     predicted = (R * step).sum() + 0.5 * step.flatten() @ (oracle.G @ step.flatten()) + 0.15 * step.square().sum()
     assert part.decrease["ekfac_expand", lam] == pytest.approx(float(predicted), rel=1e-9)
+
+
+def test_damping_of_one_layer() -> None:
+    """Factored damping balances A over the whole vocabulary: the angle to the exact step against dense solves."""
+    layer, oracle = layer_of("large_vocabulary"), want("large_vocabulary")
+    R, seen = oracle.gradient, 0
+    for row in layer.damping:
+        if row.approximation != "kfac_expand" or row.form != "factored" or np.isnan(row.angle_degrees):
+            continue
+        if row.relative < 1e-3:
+            continue  # below, the dense solves lose their digits
+        A, B = oracle.factors["embedding"]["expand"]
+        pi = float((A.trace() / A.shape[0] / (B.trace() / B.shape[0])) ** 0.5)
+        of_A = A + pi * row.damping**0.5 * torch.eye(A.shape[0], dtype=A.dtype)
+        of_B = B + row.damping**0.5 / pi * torch.eye(B.shape[0], dtype=A.dtype)
+        step = torch.linalg.solve(of_B, R) @ torch.linalg.inv(of_A)
+        exact = torch.linalg.solve(oracle.G + row.damping * torch.eye(R.numel(), dtype=R.dtype), R.flatten())
+        cosine = float(step.flatten() @ exact / (step.norm() * exact.norm()))
+        assert row.angle_degrees == pytest.approx(np.degrees(np.arccos(cosine)), abs=1e-6)
+        assert row.length_ratio == pytest.approx(float(step.norm() / exact.norm()), rel=1e-8)
+        seen += 1
+    assert seen >= 4
