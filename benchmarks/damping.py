@@ -61,10 +61,10 @@ def measure(name: str) -> dict[str, float]:
         return vectors(matrix)
 
     vectors = clock.timed("eigenvectors", eigh)
-    from curvscope import pipeline
+    from curvscope.extract import passes
 
     with (
-        mock.patch.object(pipeline, "sweep", clock.timed("passes", sweep)),
+        mock.patch.object(passes, "sweep", clock.timed("passes", sweep)),
         mock.patch.object(layer, "damping_tables", clock.timed("stage", damping.damping_tables)),
         mock.patch.object(damping, "CONDITION_FREE", 0.0),
         mock.patch.object(block, "eigh", both),

@@ -27,6 +27,7 @@ from curvscope.measure.layers import attempt, measure_layers, timed
 from curvscope.measure.optimizer import damping_wishes
 from curvscope.measure.stability_stage import Assessment, Wanted, stability_stage
 from curvscope.measure.stage import NetworkStage
+from curvscope.measure.whole import SHARE_OF_TIME, estimated_seconds
 from curvscope.planned import PlannedRun
 from curvscope.records import CoverageRow, Layer, ModelInfo, RunInfo
 from curvscope.run import Run
@@ -37,6 +38,8 @@ T = TypeVar("T")
 WHOLE_MEMORY = "memory ran out over the whole batch, which they need at once; give a smaller batch."
 # What the stability measures may take of --time.
 STABILITY_SHARE = 0.25
+# Forward passes that sharpness on the batch and its halves, and by layer, costs as a rule.
+STABILITY_PASSES = 200
 
 
 def analyze(
@@ -236,7 +239,19 @@ def _with_fallback(given: _Given, call: Callable[[_Given, torch.device], T]) -> 
 
 
 def _planned(given: _Given, device: torch.device) -> PlannedRun:
-    return describe_plan(get_ready(given.problem, given.settings, device, given.report, dict(given.seconds)))
+    ready = get_ready(given.problem, given.settings, device, given.report, dict(given.seconds))
+    planned = describe_plan(ready)
+    if ready.passes.pieces.survey.batches > 1:
+        return planned
+    # the whole network's stages: known numbers of passes, and bounds in shares of --time
+    forward, time = ready.passes.pass_seconds().column, given.settings.time_seconds
+    steps = estimated_seconds(ready.passes.graph, forward)
+    if steps > SHARE_OF_TIME * time and "steps" not in given.settings.measure:
+        steps = 0.0
+    known = ready.problem.optimizer is not None or bool(ready.problem.optimizer_options)
+    stability = (STABILITY_PASSES if known else STABILITY_PASSES / 4) * forward
+    more = {"steps": steps, "stability": min(stability, STABILITY_SHARE * time)}
+    return dataclasses.replace(planned, seconds={**planned.seconds, **more})
 
 
 def _analyzed(given: _Given, run_on: torch.device) -> Run:

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 import curvscope
-from curvscope import pipeline
 from curvscope.curvature.extremes import Pair
 from curvscope.graph.functional import Graph
+from curvscope.graph.prepare import prepare
 from curvscope.graph.sites import LayerSpec
 from curvscope.load import check_targets, load_problem
 from curvscope.load.optimizer_settings import OptimizerSettings, ParameterSettings, optimizer_settings
@@ -68,7 +68,8 @@ class Sample:
 
 def load_sample(name: str) -> Sample:
     problem = load_problem(SAMPLES / f"{name}.pt")
-    graph, flat, *_ = pipeline._graph(problem, Settings(dtype="float64"), torch.device("cpu"), torch.float64)
+    prepared = prepare(problem, Settings(dtype="float64"), torch.device("cpu"), torch.float64)
+    graph, flat = prepared.graph, prepared.flat
     tensors = [t.double() if t.is_floating_point() else t for t in flat.tensors]
     with torch.no_grad():
         loss = check_targets(problem.loss, graph.function({}, tensors), problem.targets)

@@ -22,6 +22,12 @@ NEAREST_STEPS = 6
 # A symmetric product is made by blocks of rows, see `curvscope.extract.symmetric`.
 SYMMETRIC = 5 / 8
 SIZE = 384
+# Products that the damping grid, and the conditions at its marked values, take as a rule; what those may take, and the
+# largest block that has either.
+GRID_STEPS = 60
+CONDITION_STEPS = 640
+CONDITION_FREE = 2e10
+DAMPED_SIZE = 4096
 # kron_best may always take this many operations; beyond it only as many as the other measures of the layer.
 NEAREST_FREE = 2e10
 
@@ -151,12 +157,12 @@ def measure_seconds(load: Load, rates: Rates) -> float:
     if load.draws:
         return factors + spec.groups * (_gram(load, rates) + flavours * _contraction(load, rates))
     if spec.exact_only:
-        return block
+        return block + _damped(load, small, rates)
     # G and K-FAC times a vector, and that vector against all before, twice
     step = 1.3 * _product(load, rates) + 2.0 * P * (d_out + d_in) / rates.product64
     step += 2 * SPECTRAL_STEPS * 8.0 * P / rates.bytes
     every = flavours * (_rotation(load, rates) + P / rates.sorted + SPECTRAL_STEPS * step)
-    return factors + spec.groups * (block + every + _nearest(load, rates))
+    return factors + spec.groups * (block + every + _nearest(load, rates) + _damped(load, small, rates))
 
 
 def _sizes(load: Load) -> tuple[int, int, int]:
@@ -213,6 +219,16 @@ def _contraction(load: Load, rates: Rates) -> float:
         return 2.0 * NK * P * (d_in + d_out) / rates.skinny
     weighted = 2.0 * NK * R * R * d_out / rates.skinny if R > 1 else 0.0
     return 2.0 * (N * R * d_in**2 + N * R * R * d_in + NK * R * d_out**2) / rates.product64 + weighted
+
+
+def _damped(load: Load, small: int, rates: Rates) -> float:
+    """Damped steps over the grid, and the conditions at the marked values, which have a bound of their own."""
+    if small > DAMPED_SIZE:
+        return 0.0
+    d_out, d_in, P = _sizes(load)
+    step = 1.3 * _product(load, rates) + 8.0 * P * (d_out + d_in) / rates.product64
+    vectors = small**3 * max(0.0, 1 / rates.eigenvectors - 1 / rates.eigenvalues)
+    return vectors + GRID_STEPS * step + min(CONDITION_STEPS * step, CONDITION_FREE / rates.product64)
 
 
 def _nearest(load: Load, rates: Rates) -> float:
