@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import math
 import sys
 import time as clock
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,12 +32,19 @@ from curvscope.graph.shadow import moved, shadow
 from curvscope.graph.trial import refused, try_forward
 from curvscope.graph.verify import Layouts, verify
 from curvscope.load import check_targets, load_problem
+from curvscope.load.optimizer_settings import optimizer_settings
 from curvscope.load.problem import Problem
+from curvscope.measure.halves import Batch
 from curvscope.measure.layer import Wishes, measure_layer
+from curvscope.measure.network import Network
+from curvscope.measure.stability_stage import Wanted, assess, optimizer_notes
 from curvscope.records import CoverageRow, Layer, ModelInfo, RunInfo
 from curvscope.run import Run
 from curvscope.settings import DUMPS, FISHERS, MEASURES, Settings
 from curvscope.units import parse_bytes
+
+# What the stability measures may take of --time.
+STABILITY_SHARE = 0.25
 
 
 def analyze(
@@ -73,7 +81,9 @@ def analyze(
         loss: "cross_entropy", "mse", "bce_with_logits" or "causal_lm" (settings after a colon, such as
             "cross_entropy:class_axis=last"), a torch loss module, or a callable `(outputs, targets) -> scalar`; None
             for a bundle's own.
-        optimizer: the torch.optim optimizer that trains the model, kept for later diagnostics.
+        optimizer: the torch.optim optimizer that trains the model, for the stability verdict; or words such as
+            "sgd:lr=0.1,momentum=0.9" or a mapping with the same keys, which come before the checkpoint's own state
+            (kinds: sgd, adam, adamw, nadam, rmsprop, adagrad, kfac, shampoo).
         factory: builds the nn.Module that a state_dict or safetensors file belongs to.
         trust: allow checkpoint formats that can run code when loaded.
         fisher: exact; probe or mc (`samples` draws, with standard errors); empirical; auto is exact for every layer for
@@ -160,6 +170,19 @@ def analyze(
     measured, squared_gradient = _measure(graph, tensors, layouts, root, plan, draws, wishes, report, seconds)
     with _timed(seconds, "gradient"):
         squared_gradient += sum(float(g.double().square().sum()) for g in graph.rest(tensors, root.gradient).values())
+    with _timed(seconds, "stability"):
+        whole = Network(graph, tensors, problem.loss, targets)
+        optimizer_used = optimizer_settings(
+            problem.optimizer, {name: p.shape for name, p in whole.parameters.items()}, problem.optimizer_options
+        )
+        stability = assess(
+            Batch(whole, graph, problem.loss, axes, layouts.output, examples),
+            optimizer_used,
+            graph.layers,
+            {name: layer.factors for name, layer in measured.items()},
+            Wanted(seed=settings.seed, seconds=STABILITY_SHARE * settings.time_seconds),
+        )
+        notes += optimizer_notes(optimizer_used, squared_gradient**0.5)
     with _timed(seconds, "findings"):
         coverage = [
             CoverageRow(use.parameter, use.layer, use.count, use.treatment, reason=use.reason) for use in graph.uses
@@ -179,8 +202,10 @@ def analyze(
             graph=graph.origin,
             mode_note=_mode_note(problem),
             step=-1 if problem.step is None else problem.step,
+            optimizer="" if optimizer_used is None else optimizer_used.label,
+            learning_rate=optimizer_used.learning_rate if optimizer_used is not None else math.nan,
         )
-        findings = rules.find(info, measured, coverage)
+        findings = rules.find(info, measured, coverage, stability)
         notes += _padding_note(measured)
     return Run(
         info=RunInfo(
@@ -202,6 +227,7 @@ def analyze(
             "coverage": coverage,
             "errors": [row for layer in measured.values() for row in layer.errors.values()],
             "spectra": [row for layer in measured.values() for row in layer.spectra.values()],
+            "stability": stability,
             "findings": findings,
         },
         notes=[*problem.notes, *notes],

@@ -115,26 +115,58 @@ class SpectrumRow:
 
 
 @dataclass(frozen=True)
-class FindingRow:
-    """One thing worth knowing: code, severity (info, warning, error), layer ("" = network), evidence, remedy."""
+class StabilityRow:
+    """One number that stability is judged by, of the network or of one layer.
 
-    code: str
-    severity: str
+    `low` and `high` are the spread over the batch and its halves, `threshold` what the number is compared with,
+    `verdict` above, below, undecided or not_assessed: above only where `low` is above the threshold, below only where
+    `high` is below it. A layer that is below says nothing of the network. `residual` is ||Mx - lambda x|| of an
+    eigenvalue.
+    """
+
+    scope: str
     layer: str
-    evidence: str
-    remedy: str
-    confidence: float = 1.0
+    quantity: str
+    value: float = NAN
+    low: float = NAN
+    high: float = NAN
+    threshold: float = NAN
+    verdict: str = "not_assessed"
+    residual: float = NAN
+    source: str = ""
     status: str = "ok"
     reason: str = ""
 
 
-Row = LayerRow | CoverageRow | ErrorRow | SpectrumRow | FindingRow
+@dataclass(frozen=True, kw_only=True)
+class FindingRow:
+    """One thing worth knowing: code, severity (info, warning, error), layer ("" = network), evidence, remedy.
+
+    `title` says in a few words what the code stands for; `rank` counts from 1, the most important; `caused_by` is the
+    code of the finding whose consequence this is, with its layer behind a blank, empty where it stands on its own.
+    """
+
+    code: str
+    severity: str
+    layer: str
+    title: str = ""
+    evidence: str
+    remedy: str
+    confidence: float = 1.0
+    rank: int = 0
+    caused_by: str = ""
+    status: str = "ok"
+    reason: str = ""
+
+
+Row = LayerRow | CoverageRow | ErrorRow | SpectrumRow | StabilityRow | FindingRow
 
 TABLES: dict[str, type[Row]] = {
     "layers": LayerRow,
     "coverage": CoverageRow,
     "errors": ErrorRow,
     "spectra": SpectrumRow,
+    "stability": StabilityRow,
     "findings": FindingRow,
 }
 
@@ -224,7 +256,8 @@ class ModelInfo:
 
     `loss` is L as trained, in eval mode; `gradient_norm` the 2-norm of its gradient over all trainable
     parameters; `coverage` the share of trainable parameters in layers with Kronecker factors; `mode_note` says
-    what eval mode hides; `graph` is "exported" or "eager modules" (and why).
+    what eval mode hides; `graph` is "exported" or "eager modules" (and why); `optimizer` is the optimizer with its
+    numbers in one line, empty where none is known, and `learning_rate` the largest of its groups.
     """
 
     name: str
@@ -239,6 +272,8 @@ class ModelInfo:
     graph: str = "exported"
     mode_note: str = ""
     step: int = -1
+    optimizer: str = ""
+    learning_rate: float = NAN
 
 
 def row_values(row: Row) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from curvscope.records import (
     ModelInfo,
     RunInfo,
     SpectrumRow,
+    StabilityRow,
 )
 from curvscope.run import Run
 from curvscope.settings import APPROXIMATIONS, Settings
@@ -112,6 +113,23 @@ def _layer(rng: np.random.Generator, spec: tuple[Any, ...], fisher: str, dumped:
     return layer
 
 
+def _stability(made: list[Layer]) -> list[StabilityRow]:
+    rule = "(2 + 2 beta1)/((1 - beta1) lr), arXiv:2207.14484"
+    rows = [
+        StabilityRow("network", "", "hessian_top", 52.1, 50.0, 60.2, residual=1e-3),
+        StabilityRow("network", "", "ggn_top", 48.3, residual=1e-3),
+        StabilityRow("network", "", "preconditioned_sharpness", 21000.0, 18100.0, 26000.0, 12667.0, "above", 2.0, rule),
+        StabilityRow("network", "", "growth_factor", 2.9, 2.4, 3.8, 1.0, "above"),
+        StabilityRow("network", "", "largest_stable_lr", 0.0018, 0.0015, 0.0021, 0.003, "above"),
+    ]
+    for number, layer in enumerate(made):
+        rows.append(StabilityRow("layer", layer.name, "direction_share", 0.5 ** (number + 1)))
+        values = (9000.0, 8000.0, 9500.0) if number else (16000.0, 14000.0, 17000.0)
+        verdict = "below" if number else "above"
+        rows.append(StabilityRow("layer", layer.name, "preconditioned_sharpness", *values, 12667.0, verdict, 0.1, rule))
+    return rows
+
+
 def make_run(fisher: str = "exact", *, dumped: bool = False, findings: bool = True, layers: int | None = None) -> Run:
     """A run of nine layers: better and worse flavours, padding, a layer not assessed, odd names, NaNs."""
     rng = np.random.default_rng(0)
@@ -141,23 +159,33 @@ def make_run(fisher: str = "exact", *, dumped: bool = False, findings: bool = Tr
     covered = sum(row.count for row in coverage if row.treatment == "kronecker")
     found = [
         FindingRow(
-            "CS201", "error", "transformer.blocks.0.attention.key_projection",
-            "K-FAC-reduce is blind here: its B is 0 while tr G = 0.61 (softmax ignores a shift of the keys), "
+            code="CS201", severity="error", layer="transformer.blocks.0.attention.key_projection",
+            title="K-FAC-reduce is blind", rank=1,
+            evidence="K-FAC-reduce is blind here: its B is 0 while tr G = 0.61 (softmax ignores a shift of the keys), "
             "relative error 1.00.",
-            "Use expand for this layer, or leave it to the diagonal.",
+            remedy="Use expand for this layer, or leave it to the diagonal.",
         ),
         FindingRow(
-            "CS101", "warning", "transformer.blocks.0.attention.query_projection",
-            "K-FAC-expand is 0.97 off and K-FAC-reduce 0.35.", "Choose kfac_approx='reduce' here.", 0.9,
+            code="CS101", severity="warning", layer="transformer.blocks.0.attention.query_projection",
+            rank=2, caused_by="CS201 transformer.blocks.0.attention.key_projection",
+            evidence="K-FAC-expand is 0.97 off and K-FAC-reduce 0.35.", remedy="Choose kfac_approx='reduce' here.",
+            confidence=0.9,
         ),
-        FindingRow("CS001", "info", "", "Dropout (p = 0.1) is off in eval mode.", "Nothing to do.", 1.0),
-        FindingRow("CS102", "info", "100%weird/.name", "One position: K-FAC is exact.", "Nothing to do."),
+        FindingRow(
+            code="CS001", severity="info", layer="", evidence="Dropout (p = 0.1) is off in eval mode.",
+            remedy="Nothing to do.", rank=3,
+        ),
+        FindingRow(
+            code="CS102", severity="info", layer="100%weird/.name", evidence="One position: K-FAC is exact.",
+            remedy="Nothing to do.", rank=4,
+        ),
     ]  # fmt: skip
     tables: dict[str, list[Any]] = {
         "layers": [layer.row for layer in made],
         "coverage": coverage,
         "errors": [row for layer in made for row in layer.errors.values()],
         "spectra": [row for layer in made for row in layer.spectra.values()],
+        "stability": _stability(made),
         "findings": [f for f in found if f.layer in ("", *(layer.name for layer in made))] if findings else [],
     }
     return Run(
@@ -170,6 +198,7 @@ def make_run(fisher: str = "exact", *, dumped: bool = False, findings: bool = Tr
             loss_name="cross_entropy(label_smoothing=0.1)", loss=0.6182736455, gradient_norm=0.0421,
             parameters=total, coverage=covered / total, examples=EXAMPLES, outputs="[6, 10]",
             mode_note="Dropout (p = 0.1) is off and BatchNorm uses its running statistics.", step=1200,
+            optimizer="Adam, lr 0.003, beta1 0.9, beta2 0.999, eps 1e-08, step 1,200", learning_rate=0.003,
         ),
         config=dataclasses.asdict(Settings()),
         layers={layer.name: layer for layer in made},

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from curvscope.cli import options
+from curvscope.cli import optimizers, options
 from curvscope.cli.guard import Output, guarded
 from curvscope.cli.quantities import example_axis, memory_bytes, one_of, seconds
 from curvscope.errors import EXIT_FINDINGS
@@ -165,6 +165,15 @@ def analyze(
         ),
     ] = None,
     force: options.Force = False,
+    optimizer: optimizers.Optimizer = None,
+    lr: optimizers.LearningRate = None,
+    momentum: optimizers.Momentum = None,
+    nesterov: optimizers.Nesterov = None,
+    beta1: optimizers.Beta1 = None,
+    beta2: optimizers.Beta2 = None,
+    eps: optimizers.Eps = None,
+    weight_decay: optimizers.WeightDecay = None,
+    damping: optimizers.Damping = None,
     format: options.Format = "table",
     fail_on: Annotated[
         str | None,
@@ -207,6 +216,17 @@ def analyze(
                 loss=loss,
                 factory=model,
                 trust=trust,
+                optimizer=optimizers.given(
+                    optimizer,
+                    lr=lr,
+                    momentum=momentum,
+                    nesterov=nesterov,
+                    beta1=beta1,
+                    beta2=beta2,
+                    eps=eps,
+                    weight_decay=weight_decay,
+                    damping=damping,
+                ),
                 fisher=fisher,
                 samples=samples,
                 layers=layers or None,

@@ -1,17 +1,20 @@
 """Which layers deserve a look, and why: from the records alone.
 
 Codes: CS1xx speak of how well a Kronecker product can describe a layer, CS2xx of the block itself, CS3xx of what the
-report does not cover.
+report does not cover, CS5xx of stability.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from curvscope.records import CoverageRow, ErrorRow, FindingRow, Layer, ModelInfo
+from curvscope.diagnose.stability import stability_findings
+from curvscope.diagnose.titles import finding
+from curvscope.records import CoverageRow, ErrorRow, FindingRow, Layer, ModelInfo, StabilityRow
 
 LARGE_ERROR = 0.5
 TRACE_OFF = 2.0
@@ -21,14 +24,20 @@ BLIND_TRACE = 1e-6
 KEY_SHARE = 1e-3
 
 
-def find(model: ModelInfo, layers: Mapping[str, Layer], coverage: Sequence[CoverageRow]) -> list[FindingRow]:
-    """The findings, the most serious first; within a severity the largest effect first."""
+def find(
+    model: ModelInfo,
+    layers: Mapping[str, Layer],
+    coverage: Sequence[CoverageRow],
+    stability: Sequence[StabilityRow] = (),
+) -> list[FindingRow]:
+    """The findings, the most serious first; within a severity the largest effect first. Ranks count from 1."""
     ranked: list[tuple[int, float, FindingRow]] = []
     for layer in layers.values():
         ranked += _of_layer(layer)
     ranked += _of_network(model, coverage)
+    ranked += stability_findings(model, stability)
     ranked.sort(key=lambda item: (item[0], -item[1]))
-    return [row for _, _, row in ranked]
+    return [dataclasses.replace(row, rank=number) for number, (_, _, row) in enumerate(ranked, 1)]
 
 
 def _of_layer(layer: Layer) -> list[tuple[int, float, FindingRow]]:
@@ -39,7 +48,7 @@ def _of_layer(layer: Layer) -> list[tuple[int, float, FindingRow]]:
     if expand is None or reduce is None:
         return found
     if expand.status == "not_assessed" and "zero" in expand.reason:
-        row = FindingRow(
+        row = finding(
             "CS201",
             "warning",
             name,
@@ -51,7 +60,7 @@ def _of_layer(layer: Layer) -> list[tuple[int, float, FindingRow]]:
         return found
     blind = layer.row.positions > 1 and reduce.trace_ratio < BLIND_TRACE
     if blind:
-        row = FindingRow(
+        row = finding(
             "CS101",
             "warning",
             name,
@@ -86,7 +95,7 @@ def _of_layer(layer: Layer) -> list[tuple[int, float, FindingRow]]:
         better = _clearly_better(expand, reduce)
         if better and not blind:
             remedy = f"Use K-FAC-{better}, the closer one. " + remedy
-        row = FindingRow(
+        row = finding(
             "CS102",
             "warning",
             name,
@@ -99,7 +108,7 @@ def _of_layer(layer: Layer) -> list[tuple[int, float, FindingRow]]:
         low, high = sorted((expand.rel_frobenius, reduce.rel_frobenius))
         better = _clearly_better(expand, reduce)
         if better and high > 0.1:
-            row = FindingRow(
+            row = finding(
                 "CS103",
                 "info",
                 name,
@@ -113,7 +122,7 @@ def _of_layer(layer: Layer) -> list[tuple[int, float, FindingRow]]:
     if not blind and ratio > 0 and (ratio > TRACE_OFF or ratio < 1 / TRACE_OFF):
         direction = "over" if ratio > 1 else "under"
         times = _times(max(ratio, 1 / ratio))
-        row = FindingRow(
+        row = finding(
             "CS104",
             "info",
             name,
@@ -157,7 +166,7 @@ def _packed_keys(layer: Layer) -> FindingRow | None:
         return None
     if min(reduce[0], reduce[2]) < BLIND_TRACE * expand[1]:
         return None
-    return FindingRow(
+    return finding(
         "CS101",
         "warning",
         layer.name,
@@ -180,7 +189,7 @@ def _of_network(model: ModelInfo, coverage: Sequence[CoverageRow]) -> list[tuple
     share = sum(row.count for row in uncovered) / max(1, sum(r.count for r in coverage if r.treatment != "frozen"))
     if share > UNCOVERED_SHARE:
         largest = max(uncovered, key=lambda row: row.count)
-        row = FindingRow(
+        row = finding(
             "CS301",
             "info",
             "",
@@ -190,7 +199,7 @@ def _of_network(model: ModelInfo, coverage: Sequence[CoverageRow]) -> list[tuple
         )
         found.append((2, share, row))
     if model.mode_note:
-        row = FindingRow(
+        row = finding(
             "CS302",
             "info",
             "",

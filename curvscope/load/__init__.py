@@ -18,6 +18,7 @@ from curvscope.load.checkpoint import Checkpoint, load_checkpoint
 from curvscope.load.eval_mode import eval_mode, hidden_by_eval
 from curvscope.load.loss import load_loss
 from curvscope.load.optimizer import as_optimizer_state
+from curvscope.load.optimizer_options import optimizer_options
 from curvscope.load.problem import Problem
 from curvscope.load.state_dict import Factory, build_model, check_weights
 from curvscope.load.targets import check_targets
@@ -43,7 +44,8 @@ def load_problem(
         batch: `(inputs, targets)`, a batch file, "package.module:callable", or None for a bundle's own.
         loss: a name with settings, a torch loss module, a callable, "package.module:callable", or None for a
             bundle's own.
-        optimizer: a torch.optim optimizer; None takes the checkpoint's.
+        optimizer: a torch.optim optimizer; None takes the checkpoint's, which words such as "sgd:lr=0.1,momentum=0.9"
+            or a mapping with the same keys correct or replace.
         factory: what builds the model of a state_dict, "package.module:name" or a callable.
         trust: allow files that can run code when read.
         example_axes: the example axis of an input by name or position, where it is not axis 0.
@@ -54,7 +56,7 @@ def load_problem(
         BatchError: the batch can't be read, is missing, empty, or not finite.
         LossError: the loss is missing or unknown.
         ModelError: weights that are NaN or Inf.
-        UsageError: an optimizer that does not train this model.
+        UsageError: an optimizer that does not train this model, or words that name none.
     """
     found, source = _checkpoint(model, factory, trust)
     check_weights(found.model)
@@ -62,6 +64,7 @@ def load_problem(
     own_loss = found.bundle.loss() if loss is None and found.bundle is not None else None
     chosen = load_loss(own_loss if loss is None else loss)
     module = found.model if isinstance(found.model, nn.Module) else None
+    said = isinstance(optimizer, (str, Mapping))
     inputs, axes = loaded.inputs, named_axes(example_axes)
     if found.bundle is not None:
         names = list(found.bundle.axes)
@@ -76,7 +79,8 @@ def load_problem(
         inputs=inputs,
         targets=loaded.targets,
         loss=chosen,
-        optimizer=found.optimizer if optimizer is None else as_optimizer_state(optimizer, module),
+        optimizer=found.optimizer if optimizer is None or said else as_optimizer_state(optimizer, module),
+        optimizer_options=optimizer_options(optimizer) if said else {},
         source=source,
         name=found.name,
         example_axes=axes,

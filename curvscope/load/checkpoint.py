@@ -13,9 +13,9 @@ from torch import nn
 
 from curvscope.errors import CheckpointError
 from curvscope.load.bundle import Bundle, is_bundle, parse_bundle
-from curvscope.load.huggingface import load_folder, trainer_state
+from curvscope.load.huggingface import load_folder, trainer_state, trainer_surroundings
 from curvscope.load.importing import describe
-from curvscope.load.optimizer import find_optimizer_state, find_step, match_optimizer
+from curvscope.load.optimizer import find_optimizer_state, find_step, match_optimizer, with_surroundings
 from curvscope.load.pickled import damaged, load_pickled
 from curvscope.load.problem import OptimizerState
 from curvscope.load.sniff import Kind, sniff
@@ -186,6 +186,7 @@ def _from_folder(path: Path, factory: Factory | None, trust: bool) -> Checkpoint
         model = built
     state, step, trainer_notes = trainer_state(path, trust=trust)
     optimizer, optimizer_notes = match_optimizer(state, list(model.named_parameters()))
+    optimizer = with_surroundings(optimizer, trainer_surroundings(path, trust=trust))
     return Checkpoint(model, type(model).__name__, optimizer, step, (*notes, *trainer_notes, *optimizer_notes))
 
 
@@ -221,6 +222,7 @@ def _from_content(content: Any, factory: Factory | None, path: Path) -> Checkpoi
     if factory is not None:
         return _from_weights(model.state_dict(), factory, path, rest)
     optimizer, optimizer_notes = match_optimizer(find_optimizer_state(rest), list(model.named_parameters()))
+    optimizer = with_surroundings(optimizer, rest)
     return Checkpoint(model, type(model).__name__, optimizer, find_step(rest), (*notes, *optimizer_notes))
 
 
@@ -240,4 +242,5 @@ def _from_weights(
     notes = load_weights(model, weights, str(path))
     rest = rest or {}
     optimizer, optimizer_notes = match_optimizer(find_optimizer_state(rest), list(model.named_parameters()))
+    optimizer = with_surroundings(optimizer, rest)
     return Checkpoint(model, type(model).__name__, optimizer, find_step(rest), (*notes, *optimizer_notes))

@@ -95,6 +95,17 @@ def trainer_state(folder: Path, *, trust: bool) -> tuple[Mapping[str, Any] | Non
     return content, step, ()
 
 
+def trainer_surroundings(folder: Path, *, trust: bool) -> dict[str, Any]:
+    """The Trainer's scheduler state and, where the folder is trusted, its arguments (they are pickled objects)."""
+    found: dict[str, Any] = {}
+    for key, name in (("scheduler", "scheduler.pt"), ("args", "training_args.bin")):
+        # what can't be read here is only mentioned in a report, never needed
+        if (folder / name).is_file() and (trust or key == "scheduler"):
+            with contextlib.suppress(CheckpointError):
+                found[key] = load_pickled(folder / name, trust=trust)
+    return found
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / "config.json").read_text())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +20,9 @@ UNKNOWN = "unknown"
 OUTSIDE = ""
 """Name of an optimizer's parameter that is not a parameter of the model."""
 NO_DECAY_WORDS = ("bias", "norm", "ln_")
+SCHEDULER_KEYS = ("lr_scheduler", "scheduler", "lr_schedulers", "scheduler_state_dict", "lr_scheduler_state_dict")
+CLIP_KEYS = ("gradient_clip_val", "max_grad_norm", "grad_clip", "clip_grad_norm", "clip_grad", "grad_clip_norm")
+SETTINGS_KEYS = ("hyper_parameters", "hparams", "args", "config", "cfg")
 
 
 def as_optimizer_state(optimizer: Any, model: nn.Module | None) -> OptimizerState | None:
@@ -61,6 +66,46 @@ def find_optimizer_state(content: Mapping[Any, Any]) -> Mapping[str, Any] | None
 def is_optimizer_state(value: Any) -> bool:
     """Whether it has the two keys of a torch.optim state_dict."""
     return isinstance(value, Mapping) and "state" in value and isinstance(value.get("param_groups"), (list, tuple))
+
+
+def find_clip(content: Mapping[Any, Any]) -> float | None:
+    """The bound on the gradient's norm that a checkpoint stores, at its top or among its hyperparameters."""
+    places = [content, *(content[key] for key in SETTINGS_KEYS if key in content)]
+    for place in places:
+        values = place if isinstance(place, Mapping) else getattr(place, "__dict__", {})
+        for key in CLIP_KEYS:
+            value = values.get(key)
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0:
+                return float(value)
+    return None
+
+
+def scheduler_notes(content: Mapping[Any, Any], state: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the scheduler's state says: it is there, and whether its last learning rates are the optimizer's.
+
+    A scheduler writes the rate of the next step into the optimizer's groups, so that theirs are the ones to use.
+    """
+    found = next((content[key] for key in SCHEDULER_KEYS if content.get(key)), None)
+    found = found[0] if isinstance(found, (list, tuple)) and found else found
+    last = found.get("_last_lr") if isinstance(found, Mapping) else None
+    if not isinstance(last, (list, tuple)) or not all(isinstance(rate, (int, float, Tensor)) for rate in last):
+        return ()
+    rates, groups = [float(rate) for rate in last], [group.get("lr") for group in state["param_groups"]]
+    if len(rates) == len(groups) and all(
+        rate is not None and math.isclose(own, float(rate), rel_tol=1e-6, abs_tol=1e-300)
+        for own, rate in zip(rates, groups, strict=True)
+    ):
+        return ("A scheduler sets the learning rate; what is judged is the rate of the next step.",)
+    shown = ", ".join(f"{rate:g}" for rate in rates[:3])
+    return (f"The scheduler's last learning rate ({shown}) is not the optimizer's, which is the one judged.",)
+
+
+def with_surroundings(state: OptimizerState | None, content: Mapping[Any, Any]) -> OptimizerState | None:
+    """The optimizer's state with the scheduler's and the clipping's traces in the same checkpoint."""
+    if state is None:
+        return None
+    notes = scheduler_notes(content, state.state_dict)
+    return dataclasses.replace(state, clip=find_clip(content), notes=notes)
 
 
 def find_step(content: Mapping[Any, Any]) -> int | None:
@@ -119,6 +164,7 @@ def class_name_of(state: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
             return "Adam", ()
         return UNKNOWN, ("The optimizer is Adam or AdamW; its state_dict does not say which.",)
     for name, needed in (
+        ("NAdam", {"betas", "eps", "momentum_decay"}),
         ("SGD", {"momentum", "dampening", "nesterov"}),
         ("RMSprop", {"alpha", "centered"}),
         ("Adagrad", {"lr_decay", "initial_accumulator_value"}),
@@ -164,7 +210,9 @@ def _fits(state: Mapping[str, Any], indices: list[Any], order: list[str], parame
             return False
         entry = state["state"].get(index, {})
         for value in entry.values() if isinstance(entry, Mapping) else ():
-            # "step" is a scalar; a moment has the parameter's own shape
+            # "step" is a scalar; a moment has the parameter's own shape, a Shampoo factor that of an axis squared
             if isinstance(value, Tensor) and value.numel() > 1 and value.shape != parameter.shape:
+                if value.ndim == 2 and value.shape[0] == value.shape[1] and value.shape[0] in parameter.shape:
+                    continue
                 return False
     return True

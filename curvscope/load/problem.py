@@ -46,11 +46,17 @@ class Loss:
 
 @dataclass(frozen=True)
 class OptimizerState:
-    """A torch.optim optimizer as saved: class name, parameter names in its own order, its state_dict."""
+    """A torch.optim optimizer as saved: class name, parameter names in its own order, its state_dict.
+
+    `clip` is the bound on the gradient's norm where the checkpoint stores one, `notes` what else it tells of the
+    optimizer (a scheduler), a sentence each.
+    """
 
     class_name: str
     param_names: tuple[str, ...]
     state_dict: Mapping[str, Any]
+    clip: float | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,7 @@ class Problem:
         targets: what the loss compares the outputs with.
         loss: the loss as trained.
         optimizer: the optimizer's state where the checkpoint has it.
+        optimizer_options: what the user said of the optimizer; it comes before the state.
         source: file name or class name, for the report's header.
         name: the model's class name.
         example_axes: example axis by input name, where it is not 0.
@@ -76,6 +83,7 @@ class Problem:
     targets: Any
     loss: Loss
     optimizer: OptimizerState | None = None
+    optimizer_options: Mapping[str, Any] = field(default_factory=dict)
     source: str = ""
     name: str = "model"
     example_axes: Mapping[str, int] = field(default_factory=dict)

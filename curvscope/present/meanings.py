@@ -48,10 +48,28 @@ MEANINGS: dict[str, dict[str, str]] = {
         "stable_rank": "||.||_F^2 / lambda_max^2, dimensionless",
         "effective_rank": "exp of the entropy of the eigenvalues' shares of the trace, dimensionless",
     },
+    "stability": {
+        "scope": "network or layer (its block of the matrix)",
+        "layer": "the layer's exact name, empty for the network",
+        "quantity": "hessian_top, hessian_bottom, ggn_top (eigenvalues, loss / parameter^2); preconditioned_sharpness "
+        "(top eigenvalue of P^-1 (H + wd), 1 / learning rate); growth_factor (a step, along the top direction); "
+        "largest_stable_lr; direction_share (of the top direction's energy, 0 to 1)",
+        "value": "the number on the whole batch",
+        "low": "the smallest on the batch and its random halves; NaN where none were run",
+        "high": "the largest on the batch and its random halves; NaN where none were run",
+        "threshold": "what the value is compared with; for largest_stable_lr the learning rate in use",
+        "verdict": "above (low is above the threshold), below (high is below it; a layer's says nothing of the "
+        "network), undecided or not_assessed",
+        "residual": "||M x - lambda x|| of the eigenvalue on the whole batch, same unit",
+        "source": "the rule behind the threshold",
+    },
     "findings": {
         "code": "the rule's code",
         "severity": "info, warning or error",
         "layer": "the layer's exact name, empty for the network",
+        "title": "what the code stands for",
+        "rank": "order of importance, from 1",
+        "caused_by": "code and layer of the finding that this one follows from, empty if none",
         "evidence": "the numbers that led to it, in words",
         "remedy": "what to do about it",
         "confidence": "0 to 1",

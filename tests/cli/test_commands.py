@@ -69,7 +69,7 @@ def test_analyze_hands_on_every_option(pipeline: Pipeline) -> None:
         --model net:build --batch b.npz --loss mse:reduction=sum --example-axis x=1 --example-axis 1=-2
         --trust --layers a.* --layers b --skip head --fisher probe --samples 4 --measure spectral --measure kron_best
         --device cpu --dtype float64 --memory 1.5GiB --time 2min --seed 7 --dump columns --dump blocks
-        -o out.h5 --quiet
+        --optimizer sgd --lr 0.1 --momentum 0.9 --nesterov --weight-decay 1e-4 --damping 0.5 -o out.h5 --quiet
     """
     result = call("analyze", "w.pt", *options.split())
     assert result.exit_code == 0, result.output
@@ -81,6 +81,14 @@ def test_analyze_hands_on_every_option(pipeline: Pipeline) -> None:
         "loss": "mse:reduction=sum",
         "factory": "net:build",
         "trust": True,
+        "optimizer": {
+            "kind": "sgd",
+            "lr": 0.1,
+            "momentum": 0.9,
+            "nesterov": True,
+            "weight_decay": 1e-4,
+            "damping": 0.5,
+        },
         "fisher": "probe",
         "samples": 4,
         "layers": ["a.*", "b"],
@@ -102,7 +110,7 @@ def test_analyze_defaults(pipeline: Pipeline) -> None:
     call("analyze", "w.pt")
     kept = {key: value for key, value in pipeline.called_with.items() if key not in ("progress", "model")}
     assert {key for key, value in kept.items() if value is None} == {
-        "batch", "loss", "factory", "samples", "layers", "skip", "measure", "memory", "example_axes"
+        "batch", "loss", "factory", "optimizer", "samples", "layers", "skip", "measure", "memory", "example_axes"
     }  # fmt: skip
     assert kept["time"] == 60.0
     assert kept["fisher"] == kept["device"] == "auto"

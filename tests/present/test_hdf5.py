@@ -291,7 +291,7 @@ def test_a_later_minor_version_is_read(tmp_path: Path) -> None:
         file["tables/findings"] = np.array(rows, dtype=[*kept, ("novel", "<f8")])
         file["tables/findings"].attrs["values_crc32"] = schema.checksum(file["tables/findings"][()])
     run = curvscope.open(path)
-    assert run.findings == [FindingRow("CS1", "info", "", "a", "b", confidence=1.0)]
+    assert run.findings == [FindingRow(code="CS1", severity="info", layer="", evidence="a", remedy="b", confidence=1.0)]
 
 
 def test_what_was_opened_outlives_its_replacement(saved: tuple[Run, Path]) -> None:

@@ -326,7 +326,10 @@ def test_little_is_known_where_most_was_not_assessed(findings: bool) -> None:
 
 def test_every_finding_of_the_network_is_printed() -> None:
     run = make_run()
-    network = [FindingRow(f"CS30{i}", "info", "", f"Of the network, {i}.", "") for i in range(4)]
+    network = [
+        FindingRow(code=f"CS30{i}", severity="info", layer="", evidence=f"Of the network, {i}.", remedy="")
+        for i in range(4)
+    ]
     run.tables["findings"] = [*run.findings, *network]
     text = page(run, width=200)
     assert all(row.evidence in text for row in network)

@@ -9,6 +9,7 @@ from curvscope.present.names import shorten
 from curvscope.present.numbers import count, number, percent
 from curvscope.present.sparkline import picture
 from curvscope.present.terminal.page import STATUS_WORDS, Column, Page
+from curvscope.present.terminal.stability import stability_of_layer
 from curvscope.records import ErrorRow, Layer, Run, SpectrumRow
 
 ERROR_COLUMNS = (
@@ -42,6 +43,7 @@ def layer_page(page: Page, run: Run, layer: Layer) -> None:
         page.findings(rows, name_layer=False)
     _errors(page, layer)
     _spectra(page, layer)
+    stability_of_layer(page, run, layer.name)
     _picture(page, layer)
     _factors(page, layer)
     _next(page, run, layer)

@@ -15,6 +15,7 @@ from curvscope.present.names import shorten
 from curvscope.present.numbers import count, number, percent
 from curvscope.present.sparkline import sparkline
 from curvscope.present.terminal.page import GAP, STATUS_WORDS, Column, Page
+from curvscope.present.terminal.stability import stability_section
 from curvscope.records import CoverageRow, ErrorRow, Layer, Run
 
 FLAVOURS = ("expand", "reduce")
@@ -42,6 +43,7 @@ def overview(page: Page, run: Run) -> None:
     _layer_table(page, list(layers.values()))
     _legend(page, run, layers)
     _not_assessed(page, run, layers)
+    stability_section(page, run)
     _coverage(page, run)
     _worth_a_look(page, run, layers)
     _notes(page, run)

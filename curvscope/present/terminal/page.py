@@ -148,6 +148,8 @@ class Page:
                 title.append(self.safe(row.layer or "the whole network"), style="bold")
                 title.append("  ")
             title.append(self.safe(row.code), style="dim")
+            if row.title:
+                title.append(self.safe(f" {row.title}"), style="dim")
             if row.confidence < 1:
                 title.append(f"  confidence {row.confidence:.0%}", style="dim")
             self.lines([title])

@@ -1,0 +1,106 @@
+"""What the stability table says of the run: unstable, near the threshold, or not assessed.
+
+CS501 is an error from twice the threshold, otherwise a warning: full-batch training hovers just above its threshold
+for long stretches without diverging (arXiv:2103.00065).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from curvscope.diagnose.titles import finding
+from curvscope.records import FindingRow, ModelInfo, StabilityRow
+
+FAR_ABOVE = 2.0
+NEAR = 0.8
+# A layer is named where it holds at least this much of the top direction's energy, or is above on its own.
+BLAME_SHARE = 0.5
+
+
+def stability_findings(model: ModelInfo, rows: Sequence[StabilityRow]) -> list[tuple[int, float, FindingRow]]:
+    """At most one finding: severity rank (0 error, 1 warning, 2 info), size of the effect, the row."""
+    network = {row.quantity: row for row in rows if row.scope == "network"}
+    sharpness = network.get("preconditioned_sharpness")
+    if sharpness is None:
+        return []
+    if sharpness.verdict == "not_assessed":
+        row = finding(
+            "CS503",
+            "info",
+            "",
+            f"Whether training is stable was not assessed: {sharpness.reason}.",
+            "Name the optimizer (--optimizer, --lr, ...), or analyze a checkpoint with its state.",
+        )
+        return [(2, 0.5, row)]
+    if sharpness.verdict == "above":
+        return [_above(model, network, rows)]
+    close = max(value for value in (sharpness.high, sharpness.value) if not math.isnan(value))
+    if sharpness.verdict == "undecided" or close > NEAR * sharpness.threshold:
+        return [(2, 0.8, _near(model, sharpness, network))]
+    return []
+
+
+def _above(
+    model: ModelInfo, network: dict[str, StabilityRow], rows: Sequence[StabilityRow]
+) -> tuple[int, float, FindingRow]:
+    sharpness = network["preconditioned_sharpness"]
+    ratio = sharpness.value / sharpness.threshold
+    layer, blame = _blamed(rows)
+    growth = network.get("growth_factor")
+    grows = (
+        f" A step along the top direction multiplies the deviation by {growth.value:.3g}."
+        if growth is not None and growth.status == "ok"
+        else ""
+    )
+    row = finding(
+        "CS501",
+        "error" if sharpness.low > FAR_ABOVE * sharpness.threshold else "warning",
+        layer,
+        f"{model.optimizer}: sharpness {_spread(model, sharpness)} is above the threshold "
+        f"{sharpness.threshold:.3g}.{grows}{blame}",
+        _rate(network) + " On mini-batches the limit is lower still.",
+        confidence=0.9,
+    )
+    return (0 if row.severity == "error" else 1), 10 + ratio, row
+
+
+def _near(model: ModelInfo, sharpness: StabilityRow, network: dict[str, StabilityRow]) -> FindingRow:
+    side = "cannot be told from" if sharpness.verdict == "undecided" else "is close below"
+    return finding(
+        "CS502",
+        "info",
+        "",
+        f"{model.optimizer}: sharpness {_spread(model, sharpness)} {side} the threshold {sharpness.threshold:.3g}.",
+        "Repeat with a larger batch to decide. " + _rate(network),
+        confidence=0.6,
+    )
+
+
+def _spread(model: ModelInfo, row: StabilityRow) -> str:
+    """The value on the batch with its spread, in words."""
+    halves = f", {row.low:.3g} to {row.high:.3g} with its halves" if not math.isnan(row.low) else ""
+    return f"{row.value:.3g} (on {model.examples} examples{halves})"
+
+
+def _rate(network: dict[str, StabilityRow]) -> str:
+    rates = network.get("largest_stable_lr")
+    if rates is None or not math.isfinite(rates.value):
+        return ""
+    safe = rates.low if math.isfinite(rates.low) else rates.value
+    return f"A learning rate under {safe:.2g} would be stable on this batch (now {rates.threshold:.2g})."
+
+
+def _blamed(rows: Sequence[StabilityRow]) -> tuple[str, str]:
+    """The layer to name, empty where the direction is spread over many, and a sentence on who carries it."""
+    shares = {row.layer: row.value for row in rows if row.quantity == "direction_share"}
+    blocks = {row.layer: row for row in rows if row.scope == "layer" and row.quantity == "preconditioned_sharpness"}
+    if not shares:
+        return "", ""
+    alone = [name for name, row in blocks.items() if row.verdict == "above"]
+    first = max(alone or shares, key=lambda name: shares[name])
+    said = f" {first} carries {shares[first]:.0%} of the top direction"
+    if first in alone:
+        block = blocks[first]
+        return first, f"{said}, and its own block is above the threshold ({block.value:.3g})."
+    return (first if shares[first] >= BLAME_SHARE else ""), f"{said}."

@@ -1,0 +1,314 @@
+"""The stability table: sharpness of the network and its layers against the threshold of the optimizer in use."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from curvscope.curvature.extremes import Extremes
+from curvscope.graph.sites import LayerSpec
+from curvscope.load.optimizer_settings import OptimizerSettings
+from curvscope.measure import stability
+from curvscope.measure.halves import Batch, Half, halves
+from curvscope.measure.network import Network
+from curvscope.measure.preconditioner import Preconditioner, Unassessable, preconditioner
+from curvscope.measure.sharpness import Product, Space, energy_shares, preconditioned, restricted, sharpness
+from curvscope.measure.stability import Spread, verdict
+from curvscope.measure.thresholds import rule
+from curvscope.records import KroneckerFactors, StabilityRow
+
+# Layers with at least this share of the top direction's energy get spreads and verdicts of their own.
+LARGE_SHARE = 0.1
+MOST_PRODUCTS = 60
+TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-6}
+NO_OPTIMIZER = "no optimizer is known: the checkpoint holds none, and none was given (--optimizer)"
+QUADRATIC = "full-batch threshold of the quadratic model; training on mini-batches can diverge below it"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """How much to spend, and on what precision; the defaults are those of the run's dtype."""
+
+    seed: int = 0
+    seconds: float = 15.0
+    tolerance: float | None = None
+    most_products: int = MOST_PRODUCTS
+
+
+@dataclass
+class _Stage:
+    """What the parts of the stage share."""
+
+    batch: Batch
+    wanted: Wanted
+    parts: list[Half]
+    no_parts: str
+    P: Preconditioner | None
+    products: list[Product] = field(default_factory=list)
+    deadline: float = 0.0
+
+    @property
+    def networks(self) -> list[Network]:
+        return [self.batch.network, *(half.network for half in self.parts)]
+
+    def product(self, index: int) -> Product:
+        """The Hessian product of the batch (0) or a half, on the batch's scale, its graph built when first wanted."""
+        while len(self.products) <= index:
+            number = len(self.products)
+            scale = self.parts[number - 1].scale if number else 1.0
+            self.products.append(_scaled(self.networks[number].hessian_product(), scale))
+        return self.products[index]
+
+    def extremes(self, matvec: Callable[[Tensor], Tensor], space: Space, **options: int) -> Extremes:
+        network = self.batch.network
+        kind = next(iter(network.parameters.values())).dtype
+        return sharpness(
+            matvec,
+            space,
+            seed=self.wanted.seed,
+            tolerance=self.wanted.tolerance or TOLERANCES.get(kind, 1e-3),
+            max_products=self.wanted.most_products,
+            deadline=self.deadline,
+            **options,
+        )
+
+    def on(self, index: int, space: Space, P: Preconditioner | None, **options: int) -> Extremes:
+        """The ends of the (preconditioned) Hessian's spectrum on the batch or a half."""
+        network = self.networks[index]
+        if P is None or P.identity:
+            return self.extremes(restricted(self.product(index), network, space), space, **options)
+        return self.extremes(preconditioned(self.product(index), network, space, P), space, **options)
+
+    def spread(self, space: Space, P: Preconditioner | None, whole: Extremes | None = None) -> tuple[Spread, Extremes]:
+        """On the batch and all halves."""
+        whole = whole or self.on(0, space, P)
+        parts = [self.on(index + 1, space, P) for index in range(len(self.parts))]
+        return Spread.of(whole, parts), whole
+
+    @property
+    def late(self) -> bool:
+        return time.monotonic() > self.deadline
+
+
+def assess(
+    batch: Batch,
+    settings: OptimizerSettings | None,
+    specs: Mapping[str, LayerSpec],
+    factors: Mapping[str, Mapping[str, KroneckerFactors]],
+    wanted: Wanted,
+) -> list[StabilityRow]:
+    """All rows of the stability table: the network's first, then the layers', the largest share first.
+
+    Network: `hessian_top`, `hessian_bottom`, `ggn_top`; with an optimizer `preconditioned_sharpness` (top eigenvalue of
+    P^{-1} (H + wd)) with its threshold and verdict, `growth_factor` and `largest_stable_lr`. Layers: `direction_share`
+    of the top direction's energy, and the block's `preconditioned_sharpness` (without an optimizer `hessian_top`) where
+    the share is large or time is left. `wanted.seconds` bounds all of it; what it cut off says so.
+    """
+    started = time.monotonic()
+    found = halves(batch, seed=wanted.seed)
+    P: Preconditioner | None = None
+    refusal = NO_OPTIMIZER
+    if settings is not None:
+        made = preconditioner(settings, list(batch.network.parameters), specs, factors)
+        P, refusal = (None, made.reason) if isinstance(made, Unassessable) else (made, "")
+    parts, no_parts = ([], found) if isinstance(found, str) else (found, "")
+    stage = _Stage(batch, wanted, parts, no_parts, P, deadline=started + wanted.seconds)
+    rows, direction, space = _network_rows(stage, settings, refusal)
+    decided = next((row.verdict for row in rows if row.quantity == "preconditioned_sharpness"), "")
+    return rows + _layer_rows(stage, settings, specs, direction, space, every=decided in ("above", "undecided"))
+
+
+def _scaled(product: Product, scale: float) -> Product:
+    """Scale times the operator."""
+    if scale == 1.0:
+        return product
+    return lambda vector: {name: scale * tensor for name, tensor in product(vector).items()}
+
+
+def _network_rows(
+    stage: _Stage, settings: OptimizerSettings | None, refusal: str
+) -> tuple[list[StabilityRow], Tensor, Space]:
+    """The network's rows, the top direction (in coordinates where P is 1), and the space it lies in."""
+    P, network = stage.P, stage.batch.network
+    everything = Space.of(network)
+    plain = stage.on(0, everything, None, bottom=1)
+    governs = P is None or P.identity
+    spread = stage.spread(everything, None, plain)[0] if governs else Spread.of(plain, [])
+    rows = [
+        stability.eigenvalue_row("network", "", "hessian_top", spread, timed_out=stage.late),
+        _bottom(plain, stage),
+        stability.eigenvalue_row(
+            "network",
+            "",
+            "ggn_top",
+            Spread.of(stage.extremes(restricted(network.ggn_product(), network, everything), everything), []),
+            timed_out=stage.late,
+        ),
+    ]
+    if P is None or settings is None:
+        rows.append(StabilityRow("network", "", "preconditioned_sharpness", status="not_assessed", reason=refusal))
+        return rows, plain.top[0].vector, everything
+    space = Space.of(network, P.names)
+    whole = plain
+    if not (P.identity and space.size == everything.size):
+        spread, whole = stage.spread(space, P)
+    joint = not P.fixed
+    said = verdict(spread, P.step.threshold, halved=bool(stage.parts), joint=joint)
+    limits = [QUADRATIC, stage.no_parts]
+    if P.fixed:
+        limits.append(f"{len(P.fixed)} parameters are held fixed ({P.fixed[0]}, ...): {P.fixed_reason}")
+    main = max((settings.parameters[name] for name in P.names), key=lambda one: one.lr)
+    source = rule(settings.kind, main)
+    rows.append(
+        stability.eigenvalue_row(
+            "network",
+            "",
+            "preconditioned_sharpness",
+            spread,
+            threshold=P.step.threshold,
+            said=said,
+            source=source,
+            reason="; ".join(filter(None, limits)),
+            timed_out=stage.late,
+        )
+    )
+    rows += _consequences(stage, P, spread, said, main.lr)
+    return rows, whole.top[0].vector, space
+
+
+def _bottom(plain: Extremes, stage: _Stage) -> StabilityRow:
+    """The Hessian's most negative eigenvalue, which the same iteration gives; an upper bound where not converged."""
+    pair = plain.bottom[0]
+    return StabilityRow(
+        "network",
+        "",
+        "hessian_bottom",
+        pair.value,
+        residual=pair.residual,
+        status="ok" if pair.converged else "not_converged",
+        reason="" if pair.converged else "the iteration ended with the other end of the spectrum; an upper bound",
+    )
+
+
+def _consequences(stage: _Stage, P: Preconditioner, spread: Spread, said: str, lr: float) -> list[StabilityRow]:
+    """The growth factor along the top direction, and the largest rate that would be stable."""
+    known = spread.converged and not P.momentum_differs
+    why = "groups differ in momentum" if P.momentum_differs else "the sharpness is a lower bound only"
+    low, high = (spread.low, spread.high) if spread.parts else (float("nan"),) * 2
+    growth = [P.step.growth(value) if value == value else value for value in (spread.value, low, high)]
+    rates = [P.step.stable_lr(value) if value == value else value for value in (spread.value, high, low)]
+    grown = StabilityRow(
+        "network",
+        "",
+        "growth_factor",
+        threshold=1.0,
+        source="spectral radius of the linearised step",
+        status="ok" if known else "not_assessed",
+        reason="" if known else why,
+    )
+    if known:
+        grown = dataclasses.replace(grown, value=growth[0], low=growth[1], high=growth[2], verdict=said)
+    rate = StabilityRow(
+        "network",
+        "",
+        "largest_stable_lr",
+        value=rates[0],
+        low=rates[1],
+        high=rates[2],
+        threshold=lr,
+        verdict=said,
+        source="the rate at which the threshold is the sharpness",
+        status="ok" if spread.converged else "not_converged",
+        reason="" if spread.converged else "an upper bound: the sharpness is a lower bound",
+    )
+    return [grown, rate]
+
+
+def _layer_rows(
+    stage: _Stage,
+    settings: OptimizerSettings | None,
+    specs: Mapping[str, LayerSpec],
+    direction: Tensor,
+    space: Space,
+    *,
+    every: bool,
+) -> list[StabilityRow]:
+    """Shares of the top direction, then the blocks of the layers that carry it; of the others with `every`.
+
+    A block's top eigenvalue is at most the network's: where that is below the threshold, so are all blocks.
+    """
+    P = stage.P
+    members = {name: _members(spec) for name, spec in specs.items() if spec.selected}
+    shares = energy_shares(direction, space, members)
+    order = sorted(shares, key=lambda name: -shares[name])
+    rows: list[StabilityRow] = []
+    for name in order:
+        rows.append(StabilityRow("layer", name, "direction_share", shares[name], verdict="not_assessed"))
+    quantity = "hessian_top" if P is None else "preconditioned_sharpness"
+    for name in order:
+        own = [one for one in members[name] if one in space.shapes]
+        if not own:
+            continue
+        if not every and shares[name] < LARGE_SHARE:
+            reason = f"under {LARGE_SHARE:.0%} of the top direction; no block is above the whole network"
+            rows.append(StabilityRow("layer", name, quantity, status="skipped", reason=reason))
+            continue
+        if stage.late:
+            reason = f"the {stage.wanted.seconds:.3g} s for stability were spent on the network and on larger layers"
+            rows.append(StabilityRow("layer", name, quantity, status="skipped", reason=reason))
+            continue
+        rows.append(_block_row(stage, settings, name, quantity, Space.of(stage.batch.network, own), shares[name]))
+    return rows
+
+
+def _block_row(
+    stage: _Stage, settings: OptimizerSettings | None, name: str, quantity: str, space: Space, share: float
+) -> StabilityRow:
+    """One layer's block; its spread and verdict only where the layer carries much of the top direction."""
+    P = stage.P
+    large = share >= LARGE_SHARE
+    local = None if P is None else dataclasses.replace(P, names=space.names)
+    spread = stage.spread(space, local)[0] if large else Spread.of(stage.on(0, space, local), [])
+    if P is None or settings is None:
+        return stability.eigenvalue_row("layer", name, quantity, spread, timed_out=stage.late)
+    said, reason = "not_assessed", f"{share:.1%} of the top direction: no spread was measured"
+    if large:
+        said = verdict(spread, P.step.threshold, halved=bool(stage.parts))
+        reason = "the block alone: below says nothing of the whole network" if said == "below" else ""
+    return stability.eigenvalue_row(
+        "layer",
+        name,
+        quantity,
+        spread,
+        threshold=P.step.threshold,
+        said=said,
+        source=rule(settings.kind, settings.parameters[space.names[0]]),
+        reason=reason,
+        timed_out=stage.late,
+    )
+
+
+def _members(spec: LayerSpec) -> Sequence[str]:
+    """The parameters of a layer."""
+    if spec.exact_only:
+        return list(spec.members)
+    return [spec.weight, *([spec.bias] if spec.bias is not None else [])]
+
+
+def optimizer_notes(settings: OptimizerSettings | None, gradient_norm: float) -> list[str]:
+    """What was found beside the optimizer, and whether clipping shortens the step here."""
+    if settings is None:
+        return []
+    notes = list(settings.notes)
+    if settings.clip is not None:
+        if gradient_norm > settings.clip:
+            acts = f"acts here (norm {gradient_norm:.3g}): steps are {settings.clip / gradient_norm:.2g} times as long"
+        else:
+            acts = f"does not act here (norm {gradient_norm:.3g})"
+        notes.append(f"Gradient clipping at {settings.clip:g} {acts}; the stability verdict is that without it.")
+    return notes

@@ -1,0 +1,126 @@
+"""The report on stability: the optimizer, the network's sharpness against its threshold, the layers that carry it."""
+
+from __future__ import annotations
+
+import math
+
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from curvscope.present.names import shorten
+from curvscope.present.numbers import number, percent
+from curvscope.present.terminal.page import STATUS_WORDS, Column, Page
+from curvscope.records import Run, StabilityRow
+
+LAYERS_SHOWN = 5
+LEAST_SHARE = 0.05
+VERDICT_STYLES = {"above": "bold red", "below": "green", "undecided": "bold yellow", "not_assessed": "dim"}
+VERDICT_WORDS = {"not_assessed": "not assessed"}
+QUANTITY_WORDS = {
+    "hessian_top": "sharpness (largest eigenvalue of the Hessian)",
+    "hessian_bottom": "most negative eigenvalue of the Hessian",
+    "ggn_top": "largest eigenvalue of the GGN",
+    "preconditioned_sharpness": "sharpness as the optimizer sees it",
+    "growth_factor": "growth a step along the top direction",
+    "largest_stable_lr": "largest stable learning rate",
+    "direction_share": "share of the top direction",
+}
+
+
+def stability_section(page: Page, run: Run) -> None:
+    """Print optimizer, sharpness with its verdict, and the layers that carry the top direction."""
+    rows = run.tables.get("stability", [])
+    network = {row.quantity: row for row in rows if row.scope == "network"}
+    if not network:
+        return
+    page.heading("stability")
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    grid.add_row("optimizer", page.text(run.model.optimizer or "not known"))
+    governs = network.get("preconditioned_sharpness")
+    if "hessian_top" in network:
+        plain = f"{_value(network['hessian_top'])} Hessian"
+        if "ggn_top" in network:
+            plain += f", {_value(network['ggn_top'])} GGN"
+        grid.add_row("sharpness", page.text(plain))
+    if governs is not None:
+        grid.add_row("verdict", _verdict(page, run, governs))
+    growth, rate = network.get("growth_factor"), network.get("largest_stable_lr")
+    if growth is not None and not math.isnan(growth.value):
+        words = f"{number(growth.value)} times a step along the top direction"
+        if rate is not None and math.isfinite(rate.value):
+            words += f"; stable up to a learning rate of {_value(rate)}"
+        grid.add_row("growth", page.text(words))
+    page.console.print(Padding(grid, (0, 0, 0, 1)))
+    _layers(page, rows)
+    if governs is not None and governs.verdict != "not_assessed":
+        page.lines([page.text(governs.reason[:1].upper() + governs.reason[1:] + ".", "dim")] if governs.reason else [])
+
+
+def stability_of_layer(page: Page, run: Run, layer: str) -> None:
+    """Print all of one layer's rows."""
+    rows = [row for row in run.tables.get("stability", []) if row.layer == layer]
+    if not rows:
+        return
+    page.heading("stability")
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(style="dim", overflow="fold")
+    grid.add_column(overflow="fold")
+    for row in rows:
+        words = percent(row.value) if row.quantity == "direction_share" else _value(row)
+        line = page.text(words if not math.isnan(row.value) else page.dash)
+        if not math.isnan(row.threshold):
+            line.append(page.safe(f", threshold {number(row.threshold)}: "))
+            line.append(VERDICT_WORDS.get(row.verdict, row.verdict), style=VERDICT_STYLES.get(row.verdict, ""))
+        if row.reason:
+            said = STATUS_WORDS.get(row.status, row.status)
+            line.append(page.safe(f" ({said + ': ' if row.status != 'ok' else ''}{row.reason})"), style="dim")
+        grid.add_row(page.text(QUANTITY_WORDS.get(row.quantity, row.quantity)), line)
+    page.console.print(Padding(grid, (0, 0, 0, 1)))
+
+
+def _verdict(page: Page, run: Run, row: StabilityRow) -> Text:
+    """The verdict in a sentence with value, spread, threshold and batch size."""
+    if row.verdict == "not_assessed":
+        return page.text(f"not assessed: {row.reason}", "yellow")
+    line = page.text(row.verdict, VERDICT_STYLES.get(row.verdict, ""))
+    words = f": {_value(row)} against {number(row.threshold)} ({row.source.partition(',')[0]}), "
+    words += f"on {run.model.examples} examples"
+    line.append(page.safe(words + (" and halves of them" if not math.isnan(row.low) else "")), style="not bold default")
+    return line
+
+
+def _value(row: StabilityRow) -> str:
+    """The value with its spread over the halves."""
+    spread = "" if math.isnan(row.low) else f" ({number(row.low)} to {number(row.high)})"
+    return f"{number(row.value)}{spread}{' at least' if row.status == 'not_converged' else ''}"
+
+
+def _layers(page: Page, rows: list[StabilityRow]) -> None:
+    """The layers that hold most of the top direction, each with its own block where that was measured."""
+    shares = {row.layer: row.value for row in rows if row.quantity == "direction_share"}
+    blocks = {row.layer: row for row in rows if row.scope == "layer" and row.quantity != "direction_share"}
+    order = sorted(shares, key=lambda name: (blocks.get(name, rows[0]).verdict != "above", -shares[name]))
+    shown = [name for index, name in enumerate(order) if index == 0 or shares[name] >= LEAST_SHARE][:LAYERS_SHOWN]
+    if not shown:
+        return
+    longest = max(len(page.safe(name)) for name in shown)
+    short = shorten([page.safe(name) for name in shown], max(10, min(longest, page.width - 40)), page.ellipsis)
+    cells: list[tuple[str, str]] = []
+    verdicts: list[tuple[str, str]] = []
+    for name in shown:
+        block = blocks.get(name)
+        known = block is not None and not math.isnan(block.value)
+        cells.append((_value(block) if block is not None and known else page.dash, "" if known else "dim"))
+        said = block.verdict if block is not None and block.verdict != "not_assessed" else ""
+        verdicts.append((said or page.dash, VERDICT_STYLES.get(said, "dim")))
+    page.table(
+        [
+            Column("\nlayer", [(name, "") for name in short], worth=100, left=True),
+            Column("share of the\ntop direction", [(percent(shares[name]), "") for name in shown], worth=9),
+            Column("its own block\n(spread)", cells, worth=8),
+            Column("\nalone", verdicts, worth=7, left=True),
+        ]
+    )

@@ -1,0 +1,218 @@
+"""Settings read from real torch.optim objects: the step they predict is the optimizer's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from curvscope.errors import UsageError
+from curvscope.load.checkpoint import load_checkpoint
+from curvscope.load.optimizer import as_optimizer_state, match_optimizer
+from curvscope.load.optimizer_options import optimizer_options
+from curvscope.load.optimizer_settings import OptimizerSettings, optimizer_settings
+from curvscope.load.problem import OptimizerState
+from curvscope.measure.update import next_update
+
+optim = torch.optim
+OPTIMIZERS: dict[str, tuple[str, Callable[[Iterable[Any]], optim.Optimizer]]] = {
+    "sgd": ("sgd", lambda p: optim.SGD(p, lr=0.1)),
+    "sgd decay": ("sgd", lambda p: optim.SGD(p, lr=0.1, weight_decay=0.03)),
+    "heavy ball": ("sgd", lambda p: optim.SGD(p, lr=0.1, momentum=0.9)),
+    "dampening": ("sgd", lambda p: optim.SGD(p, lr=0.1, momentum=0.8, dampening=0.3, weight_decay=0.1)),
+    "nesterov": ("sgd", lambda p: optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True)),
+    "maximize": ("sgd", lambda p: optim.SGD(p, lr=0.1, momentum=0.9, maximize=True)),
+    "adam": ("adam", lambda p: optim.Adam(p, lr=0.01, betas=(0.8, 0.95), weight_decay=0.1)),
+    "amsgrad": ("adam", lambda p: optim.Adam(p, lr=0.01, amsgrad=True, eps=1e-3)),
+    "adam decoupled": ("adam", lambda p: optim.Adam(p, lr=0.01, weight_decay=0.1, decoupled_weight_decay=True)),
+    "adamw": ("adamw", lambda p: optim.AdamW(p, lr=torch.tensor(0.01, dtype=torch.float64), weight_decay=0.1)),
+    "nadam": ("nadam", lambda p: optim.NAdam(p, lr=0.01, weight_decay=0.1)),
+    "nadam decoupled": ("nadam", lambda p: optim.NAdam(p, lr=0.01, weight_decay=0.1, decoupled_weight_decay=True)),
+    "rmsprop": ("rmsprop", lambda p: optim.RMSprop(p, lr=0.01, weight_decay=0.1)),
+    "rmsprop momentum": ("rmsprop", lambda p: optim.RMSprop(p, lr=0.01, alpha=0.9, momentum=0.7)),
+    "centered": ("rmsprop", lambda p: optim.RMSprop(p, lr=0.01, centered=True, momentum=0.7)),
+    "adagrad": ("adagrad", lambda p: optim.Adagrad(p, lr=0.1, lr_decay=0.2, weight_decay=0.1)),
+}
+
+
+def double_net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+
+
+def shapes_of(net: nn.Module) -> dict[str, torch.Size]:
+    return {name: p.shape for name, p in net.named_parameters()}
+
+
+def random_step(net: nn.Module, optimizer: optim.Optimizer) -> dict[str, Tensor]:
+    for p in net.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    return {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+
+
+def settled(net: nn.Module, optimizer: Any, **options: Any) -> OptimizerSettings:
+    found = optimizer_settings(as_optimizer_state(optimizer, net), shapes_of(net), optimizer_options(options))
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_predicted_step_is_the_optimizers_own(name: str) -> None:
+    kind, make = OPTIMIZERS[name]
+    net = double_net()
+    weights, biases = [net[0].weight, net[2].weight], [net[2].bias, net[0].bias]
+    optimizer = make([{"params": weights}, {"params": biases, "lr": 0.02, "weight_decay": 0.0}])
+    for _ in range(3):
+        random_step(net, optimizer)
+    settings = settled(net, optimizer)
+    assert settings.kind == kind
+    assert bool(settings.problem) == (name == "maximize")
+    before = {key: p.detach().clone() for key, p in net.named_parameters()}
+    frozen = {key: {k: t.clone() for k, t in one.moments.items()} for key, one in settings.parameters.items()}
+    for key, one in settings.parameters.items():
+        one.moments.update(frozen[key])  # type: ignore[attr-defined]
+    gradient = random_step(net, optimizer)
+    predicted = next_update(settings, before, gradient)
+    for key, p in net.named_parameters():
+        real = p.detach() - before[key]
+        assert float((predicted[key] - real).abs().max()) <= 1e-10 * float(real.abs().max()), key
+
+
+def test_groups_by_name() -> None:
+    net = double_net()
+    optimizer = optim.SGD([{"params": [net[2].bias]}, {"params": [net[0].weight], "lr": 0.5}], lr=0.1, momentum=0.9)
+    found = settled(net, optimizer)
+    assert {name: one.lr for name, one in found.parameters.items()} == {"0.weight": 0.5, "2.bias": 0.1}
+    assert found.problem == ""
+    assert "2 trained parameters are not in the optimizer" in found.notes[0]
+    assert found.label == "SGD, lr 0.1 to 0.5 (2 values), momentum 0.9"
+
+
+def test_missing_state_is_told() -> None:
+    net = double_net()
+    found = settled(net, optim.AdamW(net.parameters()))
+    assert "no exp_avg_sq of 0.weight" in found.problem
+    assert settled(net, optim.SGD(net.parameters(), lr=0.1)).problem == ""
+    assert "no stability threshold is known for Adamax" in settled(net, optim.Adamax(net.parameters())).problem
+    assert "maximizes" in settled(net, optim.SGD(net.parameters(), lr=0.1, maximize=True)).problem
+
+
+def test_a_moment_of_another_shape_is_told() -> None:
+    net = double_net()
+    optimizer = optim.Adam(net.parameters())
+    random_step(net, optimizer)
+    state = as_optimizer_state(optimizer, net)
+    state.state_dict["state"][0]["exp_avg_sq"] = torch.zeros(2, 2)
+    found = optimizer_settings(state, shapes_of(net))
+    assert "exp_avg_sq is [2, 2], the parameter [5, 4]" in found.problem
+
+
+def test_an_older_adam_is_not_guessed_and_can_be_named() -> None:
+    net = double_net()
+    optimizer = optim.AdamW(net.parameters(), weight_decay=0.1)
+    random_step(net, optimizer)
+    bare = optimizer.state_dict()
+    for group in bare["param_groups"]:
+        group.pop("decoupled_weight_decay", None)
+    state, _ = match_optimizer(bare, list(net.named_parameters()))
+    assert "does not name its class" in optimizer_settings(state, shapes_of(net)).problem
+    named = optimizer_settings(state, shapes_of(net), optimizer_options("adamw"))
+    one = named.parameters["0.weight"]
+    assert (named.problem, named.kind, one.decoupled, one.weight_decay, one.step) == ("", "adamw", True, 0.1, 1)
+
+
+def test_options_come_before_the_state() -> None:
+    net = double_net()
+    optimizer = optim.Adam(net.parameters(), lr=0.1)
+    random_step(net, optimizer)
+    assert settled(net, optimizer, lr=0.5).parameters["0.bias"].lr == 0.5
+    other = settled(net, optimizer, kind="sgd", lr=0.5, momentum=0.9)
+    assert (other.kind, other.problem, other.parameters["0.bias"].momentum) == ("sgd", "", 0.9)
+    assert "no sum of" in settled(net, optimizer, kind="adagrad", lr=0.5).problem
+    assert "learning rate is not known" in settled(net, optimizer, kind="sgd").problem
+
+
+def test_options_alone() -> None:
+    shapes = shapes_of(double_net())
+    assert optimizer_settings(None, shapes) is None
+    found = optimizer_settings(None, shapes, optimizer_options("sgd:lr=0.1,momentum=0.9,nesterov"))
+    assert found.label == "SGD, lr 0.1, momentum 0.9 (Nesterov)"
+    assert "no exp_avg_sq" in optimizer_settings(None, shapes, optimizer_options({"kind": "adam", "lr": 1e-3})).problem
+    assert "--damping" in optimizer_settings(None, shapes, optimizer_options("kfac:lr=1")).problem
+    known = optimizer_settings(None, shapes, optimizer_options("k-fac:lr=1,damping=0.01,flavour=reduce"))
+    assert (known.problem, known.damping, known.label) == ("", 0.01, "K-FAC, lr 1, damping 0.01, reduce")
+    assert "name it with --optimizer" in optimizer_settings(None, shapes, optimizer_options("lr=0.1")).problem
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["lion:lr=1", "sgd:lr=-1", "sgd:lr=nan", "sgd:beta1=1", "sgd:rate=1", "kfac:flavour=both", "sgd:nesterov=x"],
+)
+def test_options_that_name_nothing(words: str) -> None:
+    with pytest.raises(UsageError):
+        optimizer_options(words)
+
+
+SHAMPOO = {
+    "L and R": {"L": torch.eye(5), "R": torch.eye(4)},
+    "numbered": {"precond_0": torch.eye(5), "precond_1": torch.eye(4)},
+    "inverse": {"inv_precond_0": torch.eye(5), "inv_precond_1": torch.eye(4)},
+    "list": {"factor_matrices": [torch.eye(5), torch.eye(4)]},
+    "preconditioners": {"preconditioners": [torch.eye(5), torch.eye(4)]},
+    "unknown": {"buckets": [torch.eye(5)]},
+    "other size": {"L": torch.eye(3), "R": torch.eye(4)},
+}
+
+
+@pytest.mark.parametrize("form", SHAMPOO)
+def test_shampoos_factors(form: str) -> None:
+    state = OptimizerState(
+        "Shampoo",
+        ("0.weight",),
+        {"state": {0: SHAMPOO[form]}, "param_groups": [{"lr": 0.1, "epsilon": 1e-3, "params": [0]}]},
+    )
+    found = optimizer_settings(state, {"0.weight": (5, 4)})
+    assert found.kind == "shampoo"
+    if form in ("unknown", "other size"):
+        assert "no factors" in found.problem
+    else:
+        assert found.problem == ""
+        name = "inverse" if form == "inverse" else "factor"
+        assert set(found.parameters["0.weight"].moments) == {f"{name}_0", f"{name}_1"}
+
+
+@pytest.mark.parametrize("agrees", [True, False])
+def test_scheduler_and_clipping_are_told(agrees: bool, tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    optimizer = optim.SGD(net.parameters(), lr=0.1)
+    scheduler = optim.lr_scheduler.StepLR(optimizer, 1)
+    random_step(net, optimizer)
+    scheduler.step()
+    if not agrees:
+        optimizer.param_groups[0]["lr"] = 0.3
+    torch.save(
+        {
+            "model": net.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "lr_scheduler": scheduler.state_dict(),
+            "hyper_parameters": {"gradient_clip_val": 2},
+        },
+        tmp_path / "c.pt",
+    )
+    state = load_checkpoint(
+        tmp_path / "c.pt", lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    ).optimizer
+    assert state.clip == 2.0
+    assert ("sets the learning rate" in state.notes[0]) == agrees
+    assert ("is not the optimizer's" in state.notes[0]) != agrees
+
+
+def test_a_class_told_from_nadams_options() -> None:
+    net = double_net()
+    state, _ = match_optimizer(optim.NAdam(net.parameters()).state_dict(), list(net.named_parameters()))
+    assert state.class_name == "NAdam"

@@ -1,0 +1,254 @@
+"""The verdict rule, the table of a whole network, halves of the batch, and what missing state leads to."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import curvscope
+from curvscope.curvature.extremes import Extremes, Pair
+from curvscope.graph.layout import Layout
+from curvscope.load.optimizer import as_optimizer_state
+from curvscope.load.optimizer_options import optimizer_options
+from curvscope.load.optimizer_settings import OptimizerSettings, optimizer_settings
+from curvscope.measure.halves import Batch, halves
+from curvscope.measure.stability import Spread, verdict
+from curvscope.measure.stability_stage import NO_OPTIMIZER, Wanted, assess, optimizer_notes
+from curvscope.records import StabilityRow
+from tests import models
+from tests.networks import graph_and_network
+
+
+def pair(value: float, residual: float = 0.0, converged: bool = True) -> Extremes:
+    return Extremes([Pair(value, torch.ones(1), residual, converged)], [], 1)
+
+
+RULE = {
+    "all above": ([11, 12, 10.5], 10, True, "above"),
+    "one half at the threshold": ([11, 12, 10], 10, True, "undecided"),
+    "one half below": ([11, 12, 9], 10, True, "undecided"),
+    "all below": ([9, 9.9, 3], 10, True, "below"),
+    "highest at the threshold": ([9, 10, 3], 10, True, "undecided"),
+    "only the batch below": ([9, 12, 11], 10, True, "undecided"),
+    "no halves": ([20], 10, False, "undecided"),
+    "no threshold": ([1, 1, 1], float("nan"), True, "undecided"),
+}
+
+
+@pytest.mark.parametrize("name", RULE)
+def test_the_verdict_rule(name: str) -> None:
+    values, threshold, halved, expected = RULE[name]
+    spread = Spread.of(pair(values[0]), [pair(value) for value in values[1:]])
+    assert verdict(spread, threshold, halved=halved) == expected
+
+
+def test_what_did_not_converge_can_be_above_and_never_below() -> None:
+    low = Spread.of(pair(9, 5, converged=False), [pair(8), pair(8)])
+    assert verdict(low, 100, halved=True) == "undecided"
+    assert verdict(low, 7, halved=True) == "above"
+    wide = Spread.of(pair(9, 0.9), [pair(8), pair(9.5, 0.6)])
+    assert verdict(wide, 10.0, halved=True) == "undecided"
+    assert verdict(wide, 10.2, halved=True) == "below"
+
+
+def test_a_part_of_what_moves_is_never_below() -> None:
+    spread = Spread.of(pair(9), [pair(8), pair(9)])
+    assert verdict(spread, 10, halved=True, joint=False) == "undecided"
+    assert verdict(spread, 7, halved=True, joint=False) == "above"
+
+
+def problem(loss: Any = "cross_entropy", examples: int = 12) -> tuple[nn.Module, Batch]:
+    torch.manual_seed(0)
+    model = models.mlp(4, 6, 5, 3).double()
+    x, y = torch.randn(examples, 4).double(), torch.randint(3, (examples,))
+    graph, network = graph_and_network(model, x, y, loss)
+    from curvscope.load import load_problem
+
+    settled = load_problem(model, (x, y), loss).loss
+    return model, Batch(network, graph, settled, (0,), Layout(0), examples)
+
+
+def rows_of(batch: Batch, settings: OptimizerSettings | None, **wanted: Any) -> list[StabilityRow]:
+    return assess(batch, settings, batch.graph.layers, {}, Wanted(**{"tolerance": 1e-9, **wanted}))
+
+
+def settings_of(batch: Batch, words: str) -> OptimizerSettings:
+    shapes = {name: p.shape for name, p in batch.network.parameters.items()}
+    found = optimizer_settings(None, shapes, optimizer_options(words))
+    assert found is not None
+    return found
+
+
+def dense_top(model: nn.Module, x: Tensor, y: Tensor, reduction: str = "mean") -> float:
+    names = list(dict(model.named_parameters()))
+    flat = torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    def loss(vector: Tensor) -> Tensor:
+        parts = vector.split([p.numel() for p in model.parameters()])
+        given = {n: q.view_as(p) for n, q, p in zip(names, parts, model.parameters(), strict=True)}
+        return nn.functional.cross_entropy(torch.func.functional_call(model, given, (x,)), y, reduction=reduction)
+
+    return float(torch.linalg.eigvalsh(torch.autograd.functional.hessian(loss, flat))[-1])
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "cross_entropy:reduction=sum"])
+@pytest.mark.parametrize("examples", [12, 9])
+def test_halves_are_the_network_on_those_examples(loss: str, examples: int) -> None:
+    model, batch = problem(loss, examples)
+    parts = halves(batch, seed=3)
+    assert not isinstance(parts, str)
+    order = torch.randperm(examples, generator=torch.Generator().manual_seed(3))
+    for half, index in zip(parts, (order[: examples // 2], order[examples // 2 :]), strict=True):
+        assert half.examples == len(index)
+        assert half.scale == (examples / len(index) if loss.endswith("sum") else 1.0)
+        x, y = batch.network.tensors[0][index], batch.network.targets[index]
+        assert torch.equal(half.network.tensors[0], x)
+        reduction = "sum" if loss.endswith("sum") else "mean"
+        want = float(nn.functional.cross_entropy(model(x), y, reduction=reduction).detach())
+        assert half.network.loss() == pytest.approx(want, rel=1e-12)
+
+
+class Fixed(nn.Module):
+    """A batch size that the graph has built in."""
+
+    def __init__(self, examples: int) -> None:
+        super().__init__()
+        self.net, self.examples = models.mlp(4, 5, 3), examples
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x.reshape(self.examples, 4))
+
+
+def test_a_fixed_batch_size_takes_every_example_twice() -> None:
+    torch.manual_seed(0)
+    model = Fixed(8).double()
+    x, y = torch.randn(8, 4).double(), torch.randint(3, (8,))
+    graph, network = graph_and_network(model, x, y, "cross_entropy")
+    parts = halves(Batch(network, graph, network._loss, (0,), Layout(0), 8), seed=0)
+    assert not isinstance(parts, str)
+    for half in parts:
+        assert (half.network.tensors[0].shape[0], half.examples) == (8, 4)
+        assert torch.equal(half.network.tensors[0][:4], half.network.tensors[0][4:])
+
+
+def test_what_can_not_be_halved_says_so() -> None:
+    _, batch = problem(examples=3)
+    assert halves(batch, seed=0) == "a batch of 3 can't be halved"
+    _, batch = problem()
+    other = dataclasses.replace(batch, loss=dataclasses.replace(batch.loss, function=lambda f, y: f.square().sum().sqrt()))
+    other.network._loss = other.loss
+    assert "neither a mean nor a sum" in halves(other, seed=0)
+
+
+def test_the_rows_are_the_dense_numbers() -> None:
+    model, batch = problem()
+    x, y = batch.network.tensors[0], batch.network.targets
+    top = dense_top(model, x, y)
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    tops = [dense_top(model, x[index], y[index]) for index in (order[:6], order[6:])]
+    found = rows_of(batch, settings_of(batch, "sgd:lr=0.1"))
+    network = {row.quantity: row for row in found if row.scope == "network"}
+    assert network["hessian_top"].value == pytest.approx(top, rel=1e-8)
+    sharpness = network["preconditioned_sharpness"]
+    assert (sharpness.value, sharpness.low, sharpness.high) == pytest.approx(
+        (top, min(top, *tops), max(top, *tops)), rel=1e-8
+    )
+    assert sharpness.threshold == pytest.approx(20.0, rel=1e-14)
+    assert network["growth_factor"].value == pytest.approx(abs(1 - 0.1 * top), rel=1e-8)
+    assert network["largest_stable_lr"].value == pytest.approx(2 / top, rel=1e-8)
+    shares = [row.value for row in found if row.quantity == "direction_share"]
+    assert sum(shares) == pytest.approx(1.0, rel=1e-9)
+
+
+@pytest.mark.parametrize(("times", "expected"), [(0.2, "below"), (5.0, "above"), (1.0, "undecided")])
+def test_verdicts_follow_the_rate(times: float, expected: str) -> None:
+    model, batch = problem()
+    top = dense_top(model, batch.network.tensors[0], batch.network.targets)
+    found = rows_of(batch, settings_of(batch, f"sgd:lr={times * 2 / top},momentum=0"))
+    said = {row.quantity: row.verdict for row in found if row.scope == "network"}
+    assert said["preconditioned_sharpness"] == said["growth_factor"] == said["largest_stable_lr"] == expected
+    blocks = [row for row in found if row.scope == "layer" and row.quantity == "preconditioned_sharpness"]
+    for row in blocks:
+        if row.verdict == "below":
+            assert "says nothing of the whole" in row.reason
+    if expected == "above":
+        assert all(row.status == "ok" for row in blocks)
+
+
+def test_l2_decay_is_added_once_also_to_a_sums_halves() -> None:
+    _, batch = problem("cross_entropy:reduction=sum")
+    plain = rows_of(batch, settings_of(batch, "sgd:lr=0.01"))
+    decayed = rows_of(batch, settings_of(batch, "sgd:lr=0.01,weight_decay=0.7"))
+    for before, after in zip(plain, decayed, strict=True):
+        if before.scope == "network" and before.quantity == "preconditioned_sharpness":
+            for column in ("value", "low", "high"):
+                assert getattr(after, column) == pytest.approx(getattr(before, column) + 0.7, rel=1e-9)
+
+
+def test_without_an_optimizer_sharpness_is_there_and_no_verdict() -> None:
+    _, batch = problem()
+    network = {row.quantity: row for row in rows_of(batch, None) if row.scope == "network"}
+    assert network["hessian_top"].low <= network["hessian_top"].value <= network["hessian_top"].high
+    governs = network["preconditioned_sharpness"]
+    assert (governs.verdict, governs.status, governs.reason) == ("not_assessed", "not_assessed", NO_OPTIMIZER)
+    assert "growth_factor" not in network
+
+
+def test_missing_moments_are_not_assessed() -> None:
+    model, batch = problem()
+    shapes = {name: p.shape for name, p in batch.network.parameters.items()}
+    fresh = torch.optim.AdamW(model.parameters())
+    settings = optimizer_settings(as_optimizer_state(fresh, model), shapes)
+    governs = next(row for row in rows_of(batch, settings) if row.quantity == "preconditioned_sharpness")
+    assert (governs.verdict, governs.status) == ("not_assessed", "not_assessed")
+    assert "no exp_avg_sq" in governs.reason
+
+
+def test_frozen_parameters_have_no_part() -> None:
+    model, batch = problem()
+    shapes = {name: p.shape for name, p in batch.network.parameters.items()}
+    part = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    found = rows_of(batch, optimizer_settings(as_optimizer_state(part, model), shapes))
+    shares = {row.layer: row.value for row in found if row.quantity == "direction_share"}
+    assert shares["0"] == pytest.approx(1.0)
+    assert sum(shares.values()) == pytest.approx(1.0)
+    governs = next(row for row in found if row.quantity == "preconditioned_sharpness" and row.scope == "network")
+    block = next(row for row in found if row.quantity == "preconditioned_sharpness" and row.layer == "0")
+    assert governs.value == pytest.approx(block.value, rel=1e-9)
+
+
+def test_spent_time_is_told() -> None:
+    _, batch = problem()
+    found = rows_of(batch, settings_of(batch, "sgd:lr=10"), seconds=0.0)
+    governs = next(row for row in found if row.quantity == "preconditioned_sharpness")
+    assert governs.status == "not_converged"
+    assert "time" in governs.reason
+    assert governs.verdict in ("above", "undecided")
+    assert all(row.status in ("ok", "skipped", "not_converged", "not_assessed") for row in found)
+
+
+@pytest.mark.parametrize(("norm", "words"), [(4.0, "steps are 0.5 times as long"), (1.0, "does not act here")])
+def test_clipping_is_told(norm: float, words: str) -> None:
+    settings = OptimizerSettings("sgd", "SGD", {}, clip=2.0)
+    assert words in optimizer_notes(settings, norm)[0]
+
+
+def test_through_the_pipeline_with_groups() -> None:
+    torch.manual_seed(0)
+    model = models.mlp(4, 6, 3)
+    optimizer = torch.optim.SGD(
+        [{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 30.0}], lr=0.3
+    )
+    run = curvscope.analyze(
+        model, (torch.randn(16, 4), torch.randint(3, (16,))), loss="cross_entropy", optimizer=optimizer
+    )
+    assert run.model.learning_rate == 30.0
+    assert run.model.optimizer == "SGD, lr 0.3 to 30 (2 values)"
+    first = run.findings[0]
+    assert (first.code, first.layer, first.rank, first.severity) == ("CS501", "2", 1, "error")
+    assert "2 carries" in first.evidence
+    assert [row.rank for row in run.findings] == list(range(1, len(run.findings) + 1))
