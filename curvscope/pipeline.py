@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import datetime
 import functools
-import math
 import sys
 import time as clock
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,12 +31,9 @@ from curvscope.graph.shadow import moved, shadow
 from curvscope.graph.trial import refused, try_forward
 from curvscope.graph.verify import Layouts, verify
 from curvscope.load import check_targets, load_problem
-from curvscope.load.optimizer_settings import optimizer_settings
 from curvscope.load.problem import Problem
-from curvscope.measure.halves import Batch
 from curvscope.measure.layer import Wishes, measure_layer
-from curvscope.measure.network import Network
-from curvscope.measure.stability_stage import Wanted, assess, optimizer_notes
+from curvscope.measure.stability_stage import Wanted, stability_stage
 from curvscope.records import CoverageRow, Layer, ModelInfo, RunInfo
 from curvscope.run import Run
 from curvscope.settings import DUMPS, FISHERS, MEASURES, Settings
@@ -90,7 +86,8 @@ def analyze(
             which the estimated time stays under `time` seconds, the bytes under `memory`, and min(P, N K) <= 8192.
         samples: draws of probe and mc (default 8; error bars take 4, EKFAC's 6).
         layers, skip: globs of layer names to keep, to leave out.
-        measure: "spectral" for the relative spectral error of all approximations, "kron_best" to compute it always.
+        measure: "spectral" for the relative spectral error of all approximations, "kron_best" to compute it always,
+            "stability" for sharpness by layer and on halves of the batch also where no optimizer is known.
         device: auto, cpu or cuda.
         dtype: float32 or float64, the arithmetic of the network's passes; reductions run in float64 either way.
         memory: bound on the tool's own peak, bytes or "8GiB"; default half of what is free.
@@ -171,18 +168,23 @@ def analyze(
     with _timed(seconds, "gradient"):
         squared_gradient += sum(float(g.double().square().sum()) for g in graph.rest(tensors, root.gradient).values())
     with _timed(seconds, "stability"):
-        whole = Network(graph, tensors, problem.loss, targets)
-        optimizer_used = optimizer_settings(
-            problem.optimizer, {name: p.shape for name, p in whole.parameters.items()}, problem.optimizer_options
-        )
-        stability = assess(
-            Batch(whole, graph, problem.loss, axes, layouts.output, examples),
-            optimizer_used,
-            graph.layers,
+        stability = stability_stage(
+            problem,
+            graph,
+            tensors,
+            targets,
+            axes,
+            layouts.output,
+            examples,
             {name: layer.factors for name, layer in measured.items()},
-            Wanted(seed=settings.seed, seconds=STABILITY_SHARE * settings.time_seconds),
+            squared_gradient**0.5,
+            Wanted(
+                seed=settings.seed,
+                full="stability" in settings.measure,
+                seconds=STABILITY_SHARE * settings.time_seconds,
+            ),
         )
-        notes += optimizer_notes(optimizer_used, squared_gradient**0.5)
+        notes += stability.notes
     with _timed(seconds, "findings"):
         coverage = [
             CoverageRow(use.parameter, use.layer, use.count, use.treatment, reason=use.reason) for use in graph.uses
@@ -202,10 +204,10 @@ def analyze(
             graph=graph.origin,
             mode_note=_mode_note(problem),
             step=-1 if problem.step is None else problem.step,
-            optimizer="" if optimizer_used is None else optimizer_used.label,
-            learning_rate=optimizer_used.learning_rate if optimizer_used is not None else math.nan,
+            optimizer=stability.optimizer,
+            learning_rate=stability.learning_rate,
         )
-        findings = rules.find(info, measured, coverage, stability)
+        findings = rules.find(info, measured, coverage, stability.rows)
         notes += _padding_note(measured)
     return Run(
         info=RunInfo(
@@ -227,7 +229,7 @@ def analyze(
             "coverage": coverage,
             "errors": [row for layer in measured.values() for row in layer.errors.values()],
             "spectra": [row for layer in measured.values() for row in layer.spectra.values()],
-            "stability": stability,
+            "stability": stability.rows,
             "findings": findings,
         },
         notes=[*problem.notes, *notes],

@@ -7,7 +7,7 @@ from typing import Any
 
 APPROXIMATIONS = ("kfac_expand", "kfac_reduce", "ekfac_expand", "ekfac_reduce", "kron_best", "diag")
 FISHERS = ("auto", "exact", "probe", "mc", "empirical")
-MEASURES = ("errors", "spectra", "spectral", "kron_best")
+MEASURES = ("errors", "spectra", "spectral", "kron_best", "stability")
 DUMPS = ("factors", "spectra", "columns", "blocks")
 
 
@@ -21,7 +21,8 @@ class Settings:
         layers: glob patterns of layer names to keep; empty keeps all.
         skip: glob patterns of layer names to leave out.
         measure: extra measures beside the default ones: "spectral" (relative spectral error of every
-            approximation, not only of the two K-FACs), "kron_best" (compute it even where it dominates).
+            approximation, not only of the two K-FACs), "kron_best" (compute it even where it dominates), "stability"
+            (sharpness by layer and on halves even without an optimizer).
         device: auto, cpu or cuda.
         dtype: float32 or float64, the arithmetic of the network's own passes.
         memory_bytes: bound on the tool's own peak (None: half of what is free).

@@ -6,13 +6,17 @@ import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from curvscope.curvature.extremes import Extremes
+from curvscope.graph.functional import Graph
+from curvscope.graph.layout import Layout
 from curvscope.graph.sites import LayerSpec
-from curvscope.load.optimizer_settings import OptimizerSettings
+from curvscope.load.optimizer_settings import OptimizerSettings, optimizer_settings
+from curvscope.load.problem import Problem
 from curvscope.measure import stability
 from curvscope.measure.halves import Batch, Half, halves
 from curvscope.measure.network import Network
@@ -20,7 +24,7 @@ from curvscope.measure.preconditioner import Preconditioner, Unassessable, preco
 from curvscope.measure.sharpness import Product, Space, energy_shares, preconditioned, restricted, sharpness
 from curvscope.measure.stability import Spread, verdict
 from curvscope.measure.thresholds import rule
-from curvscope.records import KroneckerFactors, StabilityRow
+from curvscope.records import NAN, KroneckerFactors, StabilityRow
 
 # Layers with at least this share of the top direction's energy get spreads and verdicts of their own.
 LARGE_SHARE = 0.1
@@ -32,12 +36,56 @@ QUADRATIC = "full-batch threshold of the quadratic model; training on mini-batch
 
 @dataclass(frozen=True)
 class Wanted:
-    """How much to spend, and on what precision; the defaults are those of the run's dtype."""
+    """How much to spend, and on what precision; the defaults are those of the run's dtype.
+
+    Without an optimizer there is nothing to judge: then only `full` measures halves and layers.
+    """
 
     seed: int = 0
+    full: bool = False
     seconds: float = 15.0
     tolerance: float | None = None
     most_products: int = MOST_PRODUCTS
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """The stability table with what a report says of the optimizer."""
+
+    rows: list[StabilityRow]
+    optimizer: str = ""
+    learning_rate: float = NAN
+    notes: tuple[str, ...] = ()
+
+
+def stability_stage(
+    problem: Problem,
+    graph: Graph,
+    tensors: Sequence[Tensor],
+    targets: Any,
+    axes: Sequence[int | None],
+    output: Layout,
+    examples: int,
+    factors: Mapping[str, Mapping[str, KroneckerFactors]],
+    gradient_norm: float,
+    wanted: Wanted,
+) -> Assessment:
+    """The stability table of a problem whose loss is settled; a model without second derivatives gets the reason."""
+    settings = None
+    try:
+        network = Network(graph, tensors, problem.loss, targets)
+        shapes = {name: p.shape for name, p in network.parameters.items()}
+        settings = optimizer_settings(problem.optimizer, shapes, problem.optimizer_options)
+        rows = assess(
+            Batch(network, graph, problem.loss, axes, output, examples), settings, graph.layers, factors, wanted
+        )
+    except (RuntimeError, NotImplementedError) as error:  # an operation without a second derivative, or memory
+        reason = f"the Hessian can't be multiplied with: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        rows = [StabilityRow("network", "", "preconditioned_sharpness", status="not_assessed", reason=reason)]
+    if settings is None:
+        return Assessment(rows)
+    notes = optimizer_notes(settings, gradient_norm)
+    return Assessment(rows, settings.label, settings.learning_rate, tuple(notes))
 
 
 @dataclass
@@ -110,7 +158,8 @@ def assess(
     the share is large or time is left. `wanted.seconds` bounds all of it; what it cut off says so.
     """
     started = time.monotonic()
-    found = halves(batch, seed=wanted.seed)
+    spare = settings is None and not wanted.full
+    found = NO_OPTIMIZER if spare else halves(batch, seed=wanted.seed)
     P: Preconditioner | None = None
     refusal = NO_OPTIMIZER
     if settings is not None:
@@ -119,6 +168,8 @@ def assess(
     parts, no_parts = ([], found) if isinstance(found, str) else (found, "")
     stage = _Stage(batch, wanted, parts, no_parts, P, deadline=started + wanted.seconds)
     rows, direction, space = _network_rows(stage, settings, refusal)
+    if spare:
+        return rows
     decided = next((row.verdict for row in rows if row.quantity == "preconditioned_sharpness"), "")
     return rows + _layer_rows(stage, settings, specs, direction, space, every=decided in ("above", "undecided"))
 

@@ -139,7 +139,9 @@ def test_what_can_not_be_halved_says_so() -> None:
     _, batch = problem(examples=3)
     assert halves(batch, seed=0) == "a batch of 3 can't be halved"
     _, batch = problem()
-    other = dataclasses.replace(batch, loss=dataclasses.replace(batch.loss, function=lambda f, y: f.square().sum().sqrt()))
+    other = dataclasses.replace(
+        batch, loss=dataclasses.replace(batch.loss, function=lambda f, y: f.square().sum().sqrt())
+    )
     other.network._loss = other.loss
     assert "neither a mean nor a sum" in halves(other, seed=0)
 
@@ -191,11 +193,12 @@ def test_l2_decay_is_added_once_also_to_a_sums_halves() -> None:
 
 def test_without_an_optimizer_sharpness_is_there_and_no_verdict() -> None:
     _, batch = problem()
-    network = {row.quantity: row for row in rows_of(batch, None) if row.scope == "network"}
+    network = {row.quantity: row for row in rows_of(batch, None, full=True) if row.scope == "network"}
     assert network["hessian_top"].low <= network["hessian_top"].value <= network["hessian_top"].high
     governs = network["preconditioned_sharpness"]
     assert (governs.verdict, governs.status, governs.reason) == ("not_assessed", "not_assessed", NO_OPTIMIZER)
     assert "growth_factor" not in network
+    assert {row.scope for row in rows_of(batch, None)} == {"network"}
 
 
 def test_missing_moments_are_not_assessed() -> None:
