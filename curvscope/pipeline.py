@@ -175,8 +175,8 @@ def analyze(
             targets,
             axes,
             layouts.output,
-            examples,
-            {name: layer.factors for name, layer in measured.items()},
+            layouts.outputs,
+            measured,
             squared_gradient**0.5,
             Wanted(
                 seed=settings.seed,
@@ -185,6 +185,7 @@ def analyze(
             ),
         )
         notes += stability.notes
+    table = [*stability.rows, *(row for layer in measured.values() for row in layer.signs)]
     with _timed(seconds, "findings"):
         coverage = [
             CoverageRow(use.parameter, use.layer, use.count, use.treatment, reason=use.reason) for use in graph.uses
@@ -207,7 +208,7 @@ def analyze(
             optimizer=stability.optimizer,
             learning_rate=stability.learning_rate,
         )
-        findings = rules.find(info, measured, coverage, stability.rows)
+        findings = rules.find(info, measured, coverage, table)
         notes += _padding_note(measured)
     return Run(
         info=RunInfo(
@@ -229,7 +230,9 @@ def analyze(
             "coverage": coverage,
             "errors": [row for layer in measured.values() for row in layer.errors.values()],
             "spectra": [row for layer in measured.values() for row in layer.spectra.values()],
-            "stability": stability.rows,
+            "stability": table,
+            "sources": [row for layer in measured.values() for row in layer.sources.values()],
+            "examples": [*stability.examples, *(row for layer in measured.values() for row in layer.examples)],
             "findings": findings,
         },
         notes=[*problem.notes, *notes],

@@ -7,7 +7,7 @@ from typing import Any
 
 APPROXIMATIONS = ("kfac_expand", "kfac_reduce", "ekfac_expand", "ekfac_reduce", "kron_best", "diag")
 FISHERS = ("auto", "exact", "probe", "mc", "empirical")
-MEASURES = ("errors", "spectra", "spectral", "kron_best", "stability")
+MEASURES = ("errors", "spectra", "spectral", "kron_best", "stability", "split")
 DUMPS = ("factors", "spectra", "columns", "blocks")
 
 

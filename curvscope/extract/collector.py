@@ -16,6 +16,8 @@ from curvscope.graph.verify import Layouts
 
 Form = Literal["outer", "factored", "dense", "formed"]
 BUFFERED_ROWS = 1024
+# Numbers of single examples' gradients that are formed at once.
+SQUARED_NUMBERS = 2**22
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ class Columns:
     """A layer's GGN columns v[n, k] in whichever form is cheapest to keep.
 
     outer and factored keep `inputs` [N, R, d_in(+1)] and `gradients` [K, N, R, d_out] (outer is R = 1); dense keeps
-    `values` [K, N, d_out, d_in(+1)]; formed keeps `block` = G itself, [P, P] in float64, where P < N K.
+    `values` [K, N, d_out, d_in(+1)]; formed keeps `block` = G itself, [P, P] in float64, where P < N K. Beside those
+    two, `row_inputs` and `row_gradients` are what factored would keep, where they are small.
     """
 
     form: Form
@@ -33,6 +36,8 @@ class Columns:
     gradients: Tensor | None = None
     values: Tensor | None = None
     block: Tensor | None = None
+    row_inputs: Tensor | None = None
+    row_gradients: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -43,8 +48,9 @@ class Extract:
     [K, d_out, d_out] (only for probe and mc). With groups, factors have a leading axis of groups and there are columns
     for each. `gradient` is dL/dW as [d_out, d_in(+1)]; `positions` the mean
     number of real positions an example; `padded` the share of rows found to be padding. Columns, B and `probe_B` are in
-    multiples of `unit` (`Root.unit`); the gradient is not. With groups, factors have a leading axis of groups and there
-    are columns for each.
+    multiples of `unit` (`Root.unit`); the gradient is not. `example_squares` [N] are the squared norms of the examples'
+    parts of the gradient, `mean_input` [d_in] (with groups [groups, d_in]) the mean of the real rows without the bias's
+    1, `real` [N, R] tells real rows from padding, None where all are real.
     """
 
     spec: LayerSpec
@@ -56,6 +62,9 @@ class Extract:
     columns: Columns | list[Columns] | None
     probe_B: dict[str, Tensor] = field(default_factory=dict)
     unit: float = 1.0
+    example_squares: Tensor | None = None
+    mean_input: Tensor | None = None
+    real: Tensor | None = None
 
 
 class _Buffered:
@@ -106,6 +115,9 @@ class Collector:
         self.draws: dict[str, list[Tensor]] = {"expand": [], "reduce": []}
         self.gradient: Tensor | None = None
         self.kept: list[Tensor] = []
+        self.whole_examples = layouts.examples
+        self.squares: Tensor | None = None
+        self.keeps_rows = False
         self.values: Tensor | None = None
         self.block: GramSum | None = None
         self._joined: Tensor | None = None
@@ -160,6 +172,18 @@ class Collector:
         else:
             weight = torch.bmm(g.transpose(1, 2), a).sum(0)
         self.gradient = torch.cat([weight, g.sum((0, 1)).unsqueeze(1)], dim=1) if self.spec.bias else weight
+        self.squares = example_squares(
+            a.unflatten(0, (self.whole_examples, -1)).flatten(1, 2),
+            g.unflatten(0, (self.whole_examples, -1)).flatten(1, 2),
+            bias=self.spec.bias is not None,
+        )
+
+    def rows_bytes(self) -> int:
+        """What the rows of a dense or formed layer take; 0 where there is nothing to keep beside the columns."""
+        if self.form not in ("dense", "formed"):
+            return 0
+        a = self._a()
+        return a.element_size() * a.shape[0] * a.shape[1] * (a.shape[2] + self.count * self.spec.d_out)
 
     def _a(self) -> Tensor:
         """The layer's rows of all calls, [N, R, d_in]."""
@@ -175,6 +199,8 @@ class Collector:
         if self.form in ("outer", "factored"):
             self.kept.append(g)
             return
+        if self.keeps_rows:
+            self.kept.append(g)
         a = self._a()
         d_in = a.shape[-1] + (self.spec.bias is not None)
         if self.form == "dense":
@@ -214,8 +240,22 @@ class Collector:
             factors = {"expand": (A_expand, B_expand), "reduce": (A_reduce, B_reduce)}
         padded = 0.0 if real is None else 1.0 - float(counts.sum()) / (examples * positions)
         draws = {name: torch.stack(each) for name, each in self.draws.items() if each}
+        mean = None
+        if self.factors:
+            rows = a if real is None else a * real.unsqueeze(-1)
+            mean = rows.sum((0, 1), dtype=torch.float64) / float(counts.sum())
         return Extract(
-            self.spec, examples, float(counts.mean()), padded, factors, self.gradient, self._columns(a), draws
+            self.spec,
+            examples,
+            float(counts.mean()),
+            padded,
+            factors,
+            self.gradient,
+            self._columns(a),
+            draws,
+            example_squares=self.squares,
+            mean_input=mean,
+            real=real,
         )
 
     def _real(self, masks: Mapping[str, Tensor]) -> Tensor | None:
@@ -232,11 +272,32 @@ class Collector:
     def _columns(self, a: Tensor) -> Columns | None:
         if self.form is None:
             return None
-        if self.form == "dense":
-            return Columns("dense", self.examples, self.count, values=self.values)
-        if self.form == "formed":
-            assert self.block is not None
-            return Columns("formed", self.examples, self.count, block=self.block.result())
-        if self.spec.bias is not None:
+        if self.spec.bias is not None and self.kept:
             a = torch.cat([a, a.new_ones(*a.shape[:2], 1)], dim=-1)
-        return Columns(self.form, self.examples, self.count, inputs=a, gradients=torch.stack(self.kept))
+        if self.form in ("outer", "factored"):
+            return Columns(self.form, self.examples, self.count, inputs=a, gradients=torch.stack(self.kept))
+        rows = {"row_inputs": a, "row_gradients": torch.stack(self.kept)} if self.kept else {}
+        if self.form == "dense":
+            return Columns("dense", self.examples, self.count, values=self.values, **rows)
+        assert self.block is not None
+        return Columns("formed", self.examples, self.count, block=self.block.result(), **rows)
+
+
+def example_squares(a: Tensor, g: Tensor, *, bias: bool) -> Tensor:
+    """||sum_r g[n, r] a[n, r]^T||^2 of every example [N], float64, from a [N, R, d_in] and g [N, R, d_out].
+
+    With R^2 (d_in + d_out) < R d_in d_out from inner products of rows, else from the products themselves, a few
+    examples at a time.
+    """
+    examples, positions, d_in = a.shape
+    d_out = g.shape[-1]
+    if positions * (d_in + d_out) < d_in * d_out or positions == 1:
+        inner = torch.bmm(a, a.transpose(1, 2)) + float(bias)
+        return (inner * torch.bmm(g, g.transpose(1, 2))).sum((1, 2), dtype=torch.float64)
+    step = max(1, SQUARED_NUMBERS // (d_in * d_out))
+    parts = []
+    for low in range(0, examples, step):
+        product = torch.bmm(g[low : low + step].transpose(1, 2), a[low : low + step])
+        parts.append(product.flatten(1).square().sum(1, dtype=torch.float64))
+    total = torch.cat(parts)
+    return total + g.sum(1).square().sum(1, dtype=torch.float64) if bias else total

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from curvscope.extract.collector import Collector, Columns, Extract
+from curvscope.extract.collector import Collector, Columns, Extract, example_squares
 
 
 class GroupedCollector(Collector):
@@ -19,6 +19,10 @@ class GroupedCollector(Collector):
 
     _sums: dict[str, Tensor]
     _blocks: Tensor | None = None
+
+    def rows_bytes(self) -> int:
+        """Rows are not kept: a split of the error or of the energy is not made of groups."""
+        return 0
 
     def _split(self, rows: Tensor) -> Tensor:
         """[N, R, groups * d] -> [groups, N, R, d]."""
@@ -34,6 +38,9 @@ class GroupedCollector(Collector):
             if self.spec.bias is not None:
                 weight = torch.cat([weight, total.sum(1).unsqueeze(-1)], dim=-1)
             self.gradient = weight.flatten(0, 1)
+            self.squares = sum(
+                example_squares(a[i], g[i], bias=self.spec.bias is not None) for i in range(self.spec.groups)
+            )  # type: ignore[assignment]
             return
         if self.factors:
             rows = g.flatten(1, 2)
@@ -83,4 +90,16 @@ class GroupedCollector(Collector):
         elif self.kept:
             values = torch.stack(self.kept)  # [K, groups, N, d_out, d_in]
             columns = [Columns("dense", examples, self.count, values=values[:, i]) for i in range(groups)]
-        return Extract(self.spec, examples, float(positions), 0.0, factors, self.gradient, columns, draws)
+        mean = self._split(self._a()).double().mean((1, 2))
+        return Extract(
+            self.spec,
+            examples,
+            float(positions),
+            0.0,
+            factors,
+            self.gradient,
+            columns,
+            draws,
+            example_squares=self.squares,
+            mean_input=mean,
+        )

@@ -24,6 +24,9 @@ from curvscope.graph.functional import Graph
 from curvscope.graph.sites import LayerSpec
 from curvscope.graph.verify import Layouts
 
+# Rows kept beside columns of another form, in all; part of what plan.WORKING_BYTES sets aside.
+ROWS_BYTES = 64 * 2**20
+
 Progress = Callable[[str, str, int, int], None]
 
 
@@ -82,6 +85,7 @@ def sweep(
             collectors[name] = kind(spec, layouts, form, factors and listed, per_draw and listed)
         for collector in collectors.values():
             collector.begin(modules, taken.columns)
+        _keep_rows(collectors)
         with active(extension):
             passes = ([taken.gradient] if factors else []) + [None] * taken.columns
             for index, given in enumerate(passes):
@@ -110,6 +114,14 @@ def sweep(
             name: dataclasses.replace(collector.result(masks), unit=taken.unit)
             for name, collector in collectors.items()
         }
+
+
+def _keep_rows(collectors: Mapping[str, Collector | TapCollector]) -> None:
+    """Lets the layers with the smallest rows keep them, as long as all together stay under ROWS_BYTES."""
+    kept = 0
+    for collector in sorted(collectors.values(), key=lambda one: one.rows_bytes()):
+        kept += collector.rows_bytes()
+        collector.keeps_rows = collector.rows_bytes() > 0 and kept <= ROWS_BYTES
 
 
 def _collector(spec: LayerSpec, root: Root) -> type[Collector] | type[TapCollector]:

@@ -32,6 +32,9 @@ class TapCollector:
         self.column: int | None = None
         self.gradient: Tensor | None = None
         self.kept: list[Tensor] = []
+        self.squares: Tensor | None = None
+        self.keeps_rows = False
+        self.whole_examples = layouts.examples
         self.block: GramSum | None = None
 
     def begin(self, stored: Mapping[str, Any], columns: int) -> None:
@@ -64,12 +67,18 @@ class TapCollector:
             self.sum = torch.zeros(self.examples, self.spec.parameters, dtype=self.like.dtype, device=self.like.device)
         if self.column is None:
             self.gradient = self.sum.sum(0, keepdim=True)
+            each = self.sum.unflatten(0, (self.whole_examples, -1)).sum(1)
+            self.squares = each.square().sum(1, dtype=torch.float64)
         elif self.form == "formed":
             if self.block is None:
                 self.block = GramSum(self.sum.shape[1], dtype=torch.float64, device=self.sum.device)
             self.block.add(self.sum.double())
         elif self.form is not None:
             self.kept.append(self.sum)
+
+    def rows_bytes(self) -> int:
+        """There are no rows of inputs and gradients."""
+        return 0
 
     def result(self, masks: Mapping[str, Tensor]) -> Extract:
         """The exact columns; there are no factors."""
@@ -78,7 +87,7 @@ class TapCollector:
             columns = Columns("formed", self.examples, self.count, block=self.block.result())
         elif self.kept:
             columns = Columns("dense", self.examples, self.count, values=torch.stack(self.kept).unsqueeze(2))
-        return Extract(self.spec, self.examples, 1.0, 0.0, {}, self.gradient, columns)
+        return Extract(self.spec, self.examples, 1.0, 0.0, {}, self.gradient, columns, example_squares=self.squares)
 
 
 def tap_gradients(tap: Tap, gradient: Tensor, extra: list[Tensor], layout: Layout) -> dict[str, Tensor]:

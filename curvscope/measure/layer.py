@@ -19,8 +19,11 @@ from curvscope.extract.collector import Extract
 from curvscope.measure.accuracy import error_row
 from curvscope.measure.approximate import FLAVOURS, approximate, side_by_side
 from curvscope.measure.estimate import estimated_rows, estimated_spectra
+from curvscope.measure.layer_signs import layer_signs
+from curvscope.measure.sources import not_assessed as no_sources
+from curvscope.measure.sources import source_rows
 from curvscope.measure.spectrum import STORED, Spectrum, approximation_spectrum, block_spectrum, spectrum_row
-from curvscope.records import ErrorRow, KroneckerFactors, Layer, LayerRow, SpectrumRow
+from curvscope.records import ErrorRow, KroneckerFactors, Layer, LayerRow, SourceRow, SpectrumRow
 from curvscope.settings import APPROXIMATIONS
 
 BIASED = "no error bar but the trace's: eigenvalues of a factor made of few draws are biased, and so are their ratios"
@@ -47,6 +50,7 @@ class _Findings:
     values: dict[str, Any] = dataclasses.field(default_factory=dict)
     attributes: dict[str, Any] = dataclasses.field(default_factory=dict)
     scale: float = 1.0
+    sources: dict[str, SourceRow] = dataclasses.field(default_factory=dict)
 
     def add_spectrum(self, layer: str, name: str, spectrum: Spectrum, trace: float) -> None:
         """One matrix's spectrum, brought from the columns' unit to the loss's."""
@@ -101,6 +105,12 @@ def measure_layer(extract: Extract, wishes: Wishes, *, why_no_columns: str = "")
         for name, (A, B) in extract.factors.items():
             for which, factor in (("A", A), ("B", B)):
                 eigenvectors[f"{name}/{which}"] = eigh(factor.double())[1].cpu().numpy()
+    if not extract.spec.exact_only and not found.sources:
+        found.sources = no_sources(
+            spec.name, "the exact columns were not taken" if not why_no_columns else why_no_columns
+        )
+    signs, examples = layer_signs(extract, blocks, found.errors, wishes.seed)
+    squares = extract.example_squares
     row = LayerRow(
         name=spec.name,
         kind=spec.kind,
@@ -125,6 +135,10 @@ def measure_layer(extract: Extract, wishes: Wishes, *, why_no_columns: str = "")
         spectra=found.spectra,
         eigenvectors=eigenvectors,
         attributes=found.attributes,
+        sources=found.sources,
+        signs=signs,
+        examples=examples,
+        example_gradients=None if squares is None else squares.cpu().numpy(),
         **kept,
     )
 
@@ -211,6 +225,8 @@ def _exact(
     ]
     refusal = next((reason for _, reason in parts if reason), "")
     built = parts[0][0]
+    if len(parts) == 1 and isinstance(block, Block):
+        found.sources = source_rows(extract, block, built, every="split" in wishes.measure)
     if len(parts) > 1:
         built = side_by_side([part for part, _ in parts], [one.d_out for one in blocks])
     if refusal:

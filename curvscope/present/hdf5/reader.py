@@ -21,12 +21,14 @@ from curvscope.records import (
     TABLES,
     Array,
     ErrorRow,
+    ExampleRow,
     KroneckerFactors,
     Layer,
     LayerRow,
     ModelInfo,
     Run,
     RunInfo,
+    SourceRow,
     SpectrumRow,
 )
 
@@ -139,7 +141,9 @@ def _from_attributes(record: type[T], attributes: h5py.AttributeManager) -> T:
 
 
 def _read_table(file: h5py.File, name: str) -> list[Any]:
-    """A table's rows; a column that a later minor version added is left alone."""
+    """A table's rows; a column that a later minor version added is left alone, a table it added is empty."""
+    if name not in file["tables"]:
+        return []
     dataset = file["tables"][name]
     columns = [column for column in schema.field_types(TABLES[name]) if column in dataset.dtype.names]
     values = _values(dataset)
@@ -162,6 +166,8 @@ def _layer(file: h5py.File, row: LayerRow, tables: dict[str, list[Any]]) -> Laye
         row,
         errors={line.approximation: line for line in tables["errors"] if line.layer == row.name},
         spectra={line.approximation: line for line in tables["spectra"] if line.layer == row.name},
+        sources={line.approximation: line for line in tables["sources"] if line.layer == row.name},
+        examples=[line for line in tables["examples"] if line.layer == row.name],
     )
 
 
@@ -174,6 +180,8 @@ class StoredLayer(Layer):
         row: LayerRow,
         errors: Mapping[str, ErrorRow],
         spectra: Mapping[str, SpectrumRow],
+        sources: Mapping[str, SourceRow],
+        examples: list[ExampleRow],
     ) -> None:
         self._group = group
         super().__init__(
@@ -190,6 +198,8 @@ class StoredLayer(Layer):
             ),
             errors=errors,
             spectra=spectra,
+            sources=sources,
+            examples=examples,
         )
 
     # Columns and blocks can be larger than everything else together: they are read anew rather than kept.
