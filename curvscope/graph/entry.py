@@ -28,7 +28,6 @@ UNCHANGED_NAMES = (
     "unbind",
     "pad",
     "expand",
-    "cat",
 )
 
 
@@ -76,9 +75,8 @@ def shape_of(graph: Graph) -> Shape | None:
             last[layer] = None
         elif _passes(node) or node.target is aten.add.Tensor:
             pending += node.all_input_nodes
-    norms = sum(
-        node.op == "call_function" and "norm" in str(node.target) and "linalg" not in str(node.target) for node in nodes
-    )
+    targets = [str(node.target) for node in nodes if node.op == "call_function"]
+    norms = sum("norm" in target and "linalg" not in target for target in targets)
     return Shape(
         tuple(first),
         tuple(last),

@@ -106,9 +106,7 @@ def measure_layer(extract: Extract, wishes: Wishes, *, why_no_columns: str = "")
             for which, factor in (("A", A), ("B", B)):
                 eigenvectors[f"{name}/{which}"] = eigh(factor.double())[1].cpu().numpy()
     if not extract.spec.exact_only and not found.sources:
-        found.sources = no_sources(
-            spec.name, "the exact columns were not taken" if not why_no_columns else why_no_columns
-        )
+        found.sources = no_sources(spec.name, why_no_columns or "the exact columns were not taken")
     signs, examples = layer_signs(extract, blocks, found.errors, wishes.seed)
     squares = extract.example_squares
     row = LayerRow(

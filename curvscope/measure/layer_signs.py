@@ -1,4 +1,4 @@
-"""Signs that one layer's factors, rows and columns show: dead and mean-dominated inputs, noise, outliers, conditions."""
+"""Signs that one layer's factors, rows and columns show: dead or mean-dominated inputs, noise, outliers, condition."""
 
 from __future__ import annotations
 

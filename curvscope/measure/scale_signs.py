@@ -30,8 +30,8 @@ def input_signs(
     factors: Mapping[str, Mapping[str, KroneckerFactors]],
     specs: Mapping[str, LayerSpec],
 ) -> list[StabilityRow]:
-    """`odd_example`: the largest RMS of one example's inputs over the median example's. `input_scale`, of the layers that
-    read the model's inputs: the RMS of what they read.
+    """`odd_example`: the largest RMS of one example's inputs over the median example's. `input_scale`, of the layers
+    that read the model's inputs: the RMS of what they read.
     """
     rows = [_odd(tensors, axes)]
     if shape is None:
@@ -129,8 +129,8 @@ def _worst(
 
 
 def output_signs(loss: Loss, outputs: Tensor, targets: object) -> list[StabilityRow]:
-    """Of softmax losses with class targets, over the terms that count: `logit_gap`, the median of the largest logit less
-    the second; `wrong_and_certain`, the share of terms with p > 0.999 on another class than the target.
+    """Of softmax losses with class targets, over the terms that count: `logit_gap`, the median of the largest logit
+    less the second; `wrong_and_certain`, the share of terms with p > 0.999 on another class than the target.
     """
     names = ("logit_gap", "wrong_and_certain")
     if loss.name not in ("cross_entropy", "causal_lm"):

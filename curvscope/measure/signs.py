@@ -1,7 +1,7 @@
 """Signs of trouble beside sharpness: what each is compared with, and how a verdict is made of it.
 
-Every sign is turned so that large is bad: "above" says that it is there. Formulas, thresholds and their sources, sign by
-sign, are in docs/signs.md; what a threshold means for training is for `curvscope.diagnose` to say.
+Every sign is turned so that large is bad: "above" says that it is there. Formulas, thresholds and their sources are in
+docs/signs.md, sign by sign; what a threshold means for training is for `curvscope.diagnose` to say.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ SIGNS: dict[str, Sign] = {
     "odd_example": Sign(10.0, CHOICE),
     "weight_scale": Sign(3.5, "a choice; sqrt(2) is that of arXiv:1502.01852"),
     "recurrent_radius": Sign(2.0, "a choice; 1 is necessary for explosion, arXiv:1211.5063"),
-    "signal_drift": Sign(10.0, "a choice; 1 is kept by arXiv:1502.01852"),
+    "signal_drift": Sign(30.0, "a choice; 1 is kept by arXiv:1502.01852"),
     "attention_logit": Sign(50.0, "a choice; compare arXiv:2309.14322"),
     "attention_collapse": Sign(0.9, "a choice; compare arXiv:2303.06296"),
-    "saturated_units": Sign(0.5, CHOICE),
+    "saturated_units": Sign(0.9, CHOICE),
     "dead_units": Sign(0.5, CHOICE),
     "logit_gap": Sign(24 * math.log(2), "1 - p is below the resolution of float32"),
     "wrong_and_certain": Sign(0.05, CHOICE),
