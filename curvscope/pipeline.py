@@ -208,7 +208,7 @@ def analyze(
             optimizer=stability.optimizer,
             learning_rate=stability.learning_rate,
         )
-        findings = rules.find(info, measured, coverage, table)
+        findings = rules.find(info, measured, coverage, table, stability.examples)
         notes += _padding_note(measured)
     return Run(
         info=RunInfo(

@@ -21,6 +21,8 @@ from curvscope.records import KroneckerFactors, StabilityRow
 NOT_SEEN = "the model runs as eager modules, whose order is not seen"
 # float32's 1 - p at the logit gap of `logit_gap`: an output this sure is certain.
 CERTAIN = 0.999
+# Networks of fewer convolutions do without a norm.
+FEW_CONVOLUTIONS = 3
 
 
 def input_signs(
@@ -105,6 +107,17 @@ def weight_signs(
     return [*rows, sign_row("signal_drift", drift, reason=words)]
 
 
+def norm_signs(shape: Shape | None, seen: Activations | None) -> list[StabilityRow]:
+    """`normalisations`: how many there are, of a network that should have some: with attention, or convolutions."""
+    if shape is None:
+        return [missing("normalisations", NOT_SEEN)]
+    attentions = 0 if seen is None else len(seen.attention)
+    if not attentions and shape.convolutions < FEW_CONVOLUTIONS:
+        return []
+    words = f"{attentions} attentions" if attentions else f"{shape.convolutions} convolutions"
+    return [sign_row("normalisations", float(shape.norms), reason=words)]
+
+
 def activation_signs(seen: Activations | None) -> list[StabilityRow]:
     """Rows of what one pass shows of attention and of units; the worst where a layer has several."""
     if seen is None:
@@ -128,9 +141,10 @@ def _worst(
         found[name, layer] = (value, reason)
 
 
-def output_signs(loss: Loss, outputs: Tensor, targets: object) -> list[StabilityRow]:
+def output_signs(loss: Loss, outputs: Tensor, targets: object, layer: str = "") -> list[StabilityRow]:
     """Of softmax losses with class targets, over the terms that count: `logit_gap`, the median of the largest logit
-    less the second; `wrong_and_certain`, the share of terms with p > 0.999 on another class than the target.
+    less the second; `wrong_and_certain`, the share of terms with p > 0.999 on another class than the target. `layer` is
+    the one that makes the outputs, where there is one.
     """
     names = ("logit_gap", "wrong_and_certain")
     if loss.name not in ("cross_entropy", "causal_lm"):
@@ -153,6 +167,6 @@ def output_signs(loss: Loss, outputs: Tensor, targets: object) -> list[Stability
     share = float(sure.double().mean())
     largest = float(-torch.log_softmax(logits, -1).gather(-1, wanted[:, None]).min())
     return [
-        sign_row("logit_gap", gap, reason=f"largest |logit| {float(logits.abs().max()):.3g}"),
-        sign_row("wrong_and_certain", share, reason=f"largest term of the loss {largest:.3g}"),
+        sign_row("logit_gap", gap, layer=layer, reason=f"largest |logit| {float(logits.abs().max()):.3g}"),
+        sign_row("wrong_and_certain", share, layer=layer, reason=f"largest term of the loss {largest:.3g}"),
     ]

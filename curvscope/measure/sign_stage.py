@@ -18,7 +18,7 @@ from curvscope.load.problem import Loss
 from curvscope.measure.layer_signs import noise_rows
 from curvscope.measure.network import Network
 from curvscope.measure.preconditioner import Preconditioner
-from curvscope.measure.scale_signs import activation_signs, input_signs, output_signs, weight_signs
+from curvscope.measure.scale_signs import activation_signs, input_signs, norm_signs, output_signs, weight_signs
 from curvscope.measure.update_signs import update_signs
 from curvscope.records import Layer, StabilityRow
 
@@ -48,10 +48,13 @@ def signs(
     specs = {name: spec for name, spec in seen.graph.layers.items() if spec.selected}
     shape = shape_of(seen.graph)
     rows = _noise(seen)
-    rows += output_signs(seen.loss, seen.outputs, seen.targets)
+    last = shape.last[0] if shape is not None and len(shape.last) == 1 and shape.last[0] in specs else ""
+    rows += output_signs(seen.loss, seen.outputs, seen.targets, last)
     rows += input_signs(seen.tensors, seen.axes, shape, factors, specs)
     rows += weight_signs(seen.graph.parameters, specs, shape, factors)
-    rows += activation_signs(observe(seen.graph, seen.tensors))
+    activations = observe(seen.graph, seen.tensors)
+    rows += activation_signs(activations)
+    rows += norm_signs(shape, activations)
     if settings is not None and network is not None:
         rows += update_signs(settings, network.parameters, gradients, {n: members(s) for n, s in specs.items()}, P)
     return rows

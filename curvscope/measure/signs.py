@@ -41,6 +41,7 @@ SIGNS: dict[str, Sign] = {
     "odd_example": Sign(10.0, CHOICE),
     "weight_scale": Sign(3.5, "a choice; sqrt(2) is that of arXiv:1502.01852"),
     "recurrent_radius": Sign(2.0, "a choice; 1 is necessary for explosion, arXiv:1211.5063"),
+    "normalisations": Sign(NAN, "arXiv:1502.03167"),
     "signal_drift": Sign(30.0, "a choice; 1 is kept by arXiv:1502.01852"),
     "attention_logit": Sign(50.0, "a choice; compare arXiv:2309.14322"),
     "attention_collapse": Sign(0.9, "a choice; compare arXiv:2303.06296"),

@@ -16,7 +16,7 @@ from curvscope.measure.split import split_error, split_flops
 from curvscope.records import SourceRow
 
 # What the split of one layer may always take; beyond that only where it is asked for.
-SPLIT_FREE = 5e9
+SPLIT_FREE = 2e10
 STACKED_BYTES = 256 * 2**20
 # Below this relative error float32 rows leave the shares no digits: squared errors are good to about 1e-6.
 LEAST_ERROR = {torch.float32: 1e-2, torch.float64: 1e-6}
