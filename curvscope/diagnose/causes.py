@@ -96,6 +96,7 @@ CAUSES: dict[str, tuple[tuple[str, Relation], ...]] = {
     "CS206": (("CS202", _anywhere), ("CS203", _anywhere), ("CS213", _same), ("CS211", _anywhere), ("CS212", _anywhere),
               ("CS209", _same), ("CS205", _same), ("CS204", _same)),
     "CS207": (("CS214", _anywhere),),
+    "CS213": (("CS214", _anywhere),),
     "CS209": (("CS213", _anywhere), ("CS211", _elsewhere), ("CS504", _same)),
     "CS210": (("CS214", _anywhere), ("CS213", _anywhere), ("CS212", _anywhere), ("CS211", _elsewhere),
               ("CS505", _not_by_weights), ("CS504", _anywhere), ("CS507", _anywhere)),

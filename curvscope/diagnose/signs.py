@@ -21,6 +21,7 @@ DEAD = 0.9
 FAR = 4.0
 LARGE_STEP = 0.5
 CARRIES = 0.5
+EXPLODES = 3.0
 
 Rows = dict[str, list[StabilityRow]]
 
@@ -54,12 +55,17 @@ def _value(rows: Rows, quantity: str, layer: str = "") -> float:
 
 
 def _simple(
-    rows: Rows, quantity: str, code: str, words: Callable[[StabilityRow], tuple[str, str]], severity: str = "info"
+    rows: Rows,
+    quantity: str,
+    code: str,
+    words: Callable[[StabilityRow], tuple[str, str]],
+    severity: Callable[[StabilityRow], str] = lambda row: "info",
 ) -> list[Found]:
-    return [
-        found(code, severity, row.layer, *words(row), size=row.value, confidence=confidence(row.value, row.threshold))
-        for row in _above(rows, quantity)
-    ]
+    result = []
+    for row in _above(rows, quantity):
+        sure = confidence(row.value, row.threshold)
+        result.append(found(code, severity(row), row.layer, *words(row), size=row.value, confidence=sure))
+    return result
 
 
 def _dead_units(rows: Rows) -> list[Found]:
@@ -69,8 +75,8 @@ def _dead_units(rows: Rows) -> list[Found]:
             f"{row.value:.0%} of its units are zero at every example and position (threshold {row.threshold:.0%})."
         )
         remedy = (
-            "Raise the layer's biases or start it anew: no gradient brings a dead ReLU back. Then look at the learning "
-            "rate that may have killed them."
+            "Raise the layer's biases or start it anew: no gradient brings a dead ReLU back. Then look at the "
+            "learning rate that may have killed them."
         )
         severity = "warning" if row.value >= DEAD else "info"
         sure = 0.95 if row.value >= DEAD else confidence(row.value, row.threshold)
@@ -85,11 +91,10 @@ def _saturated_units(rows: Rows) -> list[Found]:
         "CS203",
         lambda row: (
             f"{row.value:.0%} of the values of its {row.reason} units lie in the flat parts, where the slope is "
-            f"under a "
-            f"twentieth of the steepest (threshold {row.threshold:.0%}).",
+            f"under a twentieth of the steepest (threshold {row.threshold:.0%}).",
             "Make its weights or its inputs smaller, or normalise what goes in.",
         ),
-        "warning",
+        lambda row: "warning",
     )
 
 
@@ -111,8 +116,8 @@ def _mean(rows: Rows) -> list[Found]:
         "mean_share",
         "CS205",
         lambda row: (
-            f"The mean holds {row.value:.1%} of the energy of its inputs (threshold {row.threshold:.0%}): they hardly "
-            "differ between examples.",
+            f"The mean holds {row.value:.1%} of the energy of its inputs (threshold {row.threshold:.0%}): they "
+            f"hardly differ between examples.",
             "Subtract the mean (normalise the inputs, or put a norm in front); it gives the layer one large "
             "eigenvalue.",
         ),
@@ -171,9 +176,8 @@ def _outputs(rows: Rows) -> list[Found]:
         return []
     harmful = wrong.value > 0 or gap.value > FAR * gap.threshold
     evidence = (
-        f"The outputs are certain: the median gap between the two largest logits is {gap.value:.3g} "
-        f"({gap.reason}; above "
-        f"{gap.threshold:.3g} float32 rounds p to 1)"
+        f"The outputs are certain: the median gap between the two largest logits is {gap.value:.3g} ({gap.reason}; "
+        f"above {gap.threshold:.3g} float32 rounds p to 1)"
     )
     if wrong.value > 0:
         evidence += f", and {wrong.value:.0%} of the terms are certain of a wrong class ({wrong.reason})"
@@ -196,8 +200,8 @@ def _weights(rows: Rows) -> list[Found]:
             continue
         against = f", {row.value / middle:.1f} times the median of the other layers" if others else ""
         evidence = (
-            f"The rows of its weight have norm {row.value:.3g} (RMS){against}; the threshold is {row.threshold:g}, and "
-            "He's initialisation has 1.41."
+            f"The rows of its weight have norm {row.value:.3g} (RMS){against}; the threshold is {row.threshold:g}, "
+            f"and He's initialisation has 1.41."
         )
         goal = middle if others else 1.41
         remedy = f"Scale the weight by {goal / row.value:.2g}, or initialise it anew; lower its learning rate."
@@ -213,11 +217,10 @@ def _recurrent(rows: Rows) -> list[Found]:
         "CS212",
         lambda row: (
             f"Its largest eigenvalue is {row.value:.3g} in modulus (threshold {row.threshold:g}): over T steps a "
-            f"signal "
-            f"grows up to {row.value:.2g}^T times, until units saturate.",
+            f"signal grows up to {row.value:.2g}^T times, until units saturate.",
             f"Scale the weight by {1 / row.value:.2g} (or initialise it orthogonally), and clip gradients.",
         ),
-        "warning",
+        lambda row: "warning" if row.value > EXPLODES else "info",
     )
 
 
@@ -228,8 +231,8 @@ def _inputs(rows: Rows) -> list[Found]:
         "CS213",
         lambda row: (
             f"It reads inputs of RMS {row.value:.3g} (threshold {row.threshold:g}), {_mean_words(rows, row.layer)}.",
-            "Subtract the mean of the training data and divide by its standard deviation: curvature here goes with the "
-            f"square of the inputs, about {row.value**2:,.3g} times that of inputs of RMS 1.",
+            "Subtract the mean of the training data and divide by its standard deviation: curvature here goes with "
+            f"the square of the inputs, about {row.value**2:,.3g} times that of inputs of RMS 1.",
         ),
     )
 
@@ -273,13 +276,11 @@ def _moments(rows: Rows) -> list[Found]:
     spread = f" ({row.low:.3g} to {row.high:.3g} with halves of the batch)" if not math.isnan(row.low) else ""
     evidence = (
         f"The gradient is far larger than what the second moments expect: RMS of g / sqrt(v) is "
-        f"{row.value:.3g}{spread}, "
-        f"threshold {row.threshold:g}{where}."
+        f"{row.value:.3g}{spread}, threshold {row.threshold:g}{where}."
     )
     remedy = (
         f"Divide the learning rate by {row.value:.2g} until v has caught up (update clipping, StableAdamW), or "
-        f"lower beta2; "
-        "if the data changed, start the moments anew with a warm-up."
+        f"lower beta2; if the data changed, start the moments anew with a warm-up."
     )
     sure = confidence(row.value, row.threshold)
     return [found("CS505", "warning", "", evidence, remedy, size=row.value, confidence=sure)]
@@ -291,8 +292,7 @@ def _eps(rows: Rows) -> list[Found]:
         return []
     evidence = (
         f"In {row.value:.0%} of the entries eps is larger than sqrt(v) (threshold {row.threshold:.0%}): the "
-        f"optimizer takes "
-        "plain gradient steps of length lr / eps there."
+        f"optimizer takes plain gradient steps of length lr / eps there."
     )
     remedy = "Lower eps (1e-8 is the default), or raise the learning rate to match lr / eps."
     sure = confidence(row.value, row.threshold) if row.value < DEAD else 0.95
@@ -304,8 +304,8 @@ def _betas(rows: Rows) -> list[Found]:
     if row is None:
         return []
     evidence = (
-        f"beta1 is {row.value:.3g} times sqrt(beta2): the step remembers gradients for longer than it remembers their "
-        "size, and Adam's convergence needs beta1 < sqrt(beta2)."
+        f"beta1 is {row.value:.3g} times sqrt(beta2): the step remembers gradients for longer than it remembers "
+        f"their size, and Adam's convergence needs beta1 < sqrt(beta2)."
     )
     remedy = "Raise beta2 (0.999, or 0.95 for large batches), or lower beta1."
     return [found("CS507", "warning", "", evidence, remedy, size=row.value, confidence=0.9)]

@@ -119,6 +119,8 @@ def _positions(extract: Extract, rows: Rows | str) -> StabilityRow:
         return missing("position_share", rows, layer=name)
     if extract.spec.kind != "linear" or extract.padded > 0:
         return missing("position_share", "positions do not stand for the same thing in every example", layer=name)
+    if len(extract.spec.sites) > 1:
+        return missing("position_share", "its positions are calls of one weight, one after the other", layer=name)
     energy = rows.gradients.square().sum((0, 3), dtype=torch.float64)
     energy = energy.view(extract.examples, -1).sum(0)
     if energy.numel() < LEAST_POSITIONS or not float(energy.sum()) > 0:

@@ -13,18 +13,17 @@ ENTRIES = (
         "CS101",
         "K-FAC-reduce is blind",
         SEVERITY,
-        "The B of K-FAC-reduce vanishes for the layer, or for the middle third of its rows, though the exact "
-        "block does "
-        "not.",
+        "The B of K-FAC-reduce vanishes for the layer, or for the middle third of its rows, though the exact block "
+        "does not.",
         "Under reduce the layer's step is the gradient divided by the damping: as if it had no curvature at all. "
-        "Softmax "
-        "ignores a shift of the keys, so the output gradients of a key projection sum to zero over the positions.",
-        "The trace of reduce's approximation is under 1e-6 of the exact one; for packed queries, keys and values the "
-        "middle third of B's diagonal is, and holds more than 1e-3 of expand's. Rounding leaves about 1e-13: any value "
-        "between serves.",
+        "Softmax ignores a shift of the keys, so the output gradients of a key projection sum to zero over the "
+        "positions.",
+        "The trace of reduce's approximation is under 1e-6 of the exact one; for packed queries, keys and values "
+        "the middle third of B's diagonal is, and holds more than 1e-3 of expand's. Rounding leaves about 1e-13: "
+        "any value between serves.",
         "arXiv:2311.00636 (expand and reduce); the vanishing itself follows from the shift invariance of softmax.",
-        "Use K-FAC-expand for this layer. Where queries, keys and values share one weight, treat the keys' rows as a "
-        "layer of their own.",
+        "Use K-FAC-expand for this layer. Where queries, keys and values share one weight, treat the keys' rows as "
+        "a layer of their own.",
         "blocks.0.self_attn: B vanishes on rows 32 to 63 of 96 (trace 1.3e-14; expand's is 3.9e-01).",
     ),
     Entry(
@@ -32,13 +31,13 @@ ENTRIES = (
         "no K-FAC is close",
         SEVERITY,
         "Both K-FACs are more than 0.5 off in relative Frobenius error.",
-        "Steps along directions that the product gets wrong are too long or too short by as much. Where the nearest "
-        "single Kronecker product is hardly better, no choice of factors helps.",
-        "Relative error above 0.5 (a choice). The nearest product is named as the limit where its error is over 0.8 of "
-        "the better K-FAC's. Shares of the error are those of tables/sources.",
+        "Steps along directions that the product gets wrong are too long or too short by as much. Where the "
+        "nearest single Kronecker product is hardly better, no choice of factors helps.",
+        "Relative error above 0.5 (a choice). The nearest product is named as the limit where its error is over "
+        "0.8 of the better K-FAC's. Shares of the error are those of tables/sources.",
         "arXiv:1503.05671, section 3.1; nearest product: Van Loan and Pitsianis, 1993; EKFAC arXiv:1806.03884.",
-        "EKFAC where it halves the error; more damping for this layer otherwise. Where the inputs' mean is the cause, "
-        "centre them; where positions add up, use the other flavour.",
+        "EKFAC where it halves the error; more damping for this layer otherwise. Where the inputs' mean is the "
+        "cause, centre them; where positions add up, use the other flavour.",
         "stem: relative errors 0.96 (expand) and 0.98 (reduce); of expand's error 99 % comes from positions adding up.",
     ),
     Entry(

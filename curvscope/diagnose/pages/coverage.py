@@ -22,8 +22,7 @@ ENTRIES = (
         "info",
         "The model has BatchNorm or dropout, which act otherwise in training.",
         "Everything is computed in eval mode. With batch statistics examples depend on each other, and the "
-        "curvature is "
-        "another one.",
+        "curvature is another one.",
         "The model has such a module: no threshold.",
         "MATH of the GGN: its blocks are sums over examples only where examples are independent.",
         "Read the numbers as those of evaluation. For BatchNorm repeat on batches of the training's size.",

@@ -23,9 +23,8 @@ ENTRIES = (
         "dead units",
         "warning from 90 % on; below " + RISES,
         "ReLU units behind the layer are zero at every example and position of the batch.",
-        "A dead unit passes no gradient: neither its own weights nor those before it learn through it, and no "
-        "step brings "
-        "it back.",
+        "A dead unit passes no gradient: neither its own weights nor those before it learn through it, and no step "
+        "brings it back.",
         "More than 50 % of the units (a choice; healthy networks have a few percent).",
         "Maas, Hannun and Ng, Rectifier nonlinearities improve neural network acoustic models, 2013.",
         "Raise the biases or start the layer anew; use a smaller learning rate, normalised inputs, or a leaky unit.",
@@ -59,8 +58,7 @@ ENTRIES = (
         RISES,
         "The inputs' mean m holds most of their energy: |m|^2 / E|a|^2.",
         "All examples look alike to the layer. A has one large eigenvalue, along m, and so has the layer's "
-        "curvature: it "
-        "bounds the learning rate, and everything else learns slowly.",
+        "curvature: it bounds the learning rate, and everything else learns slowly.",
         "More than 90 % (a choice; non-negative activations have about half).",
         "LeCun, Bottou, Orr and Mueller, Efficient BackProp, 1998, section 4.3; K-FAC's split in tables/sources.",
         "Subtract the mean: normalise the data, or put a norm in front of the layer.",
@@ -83,8 +81,7 @@ ENTRIES = (
         "info",
         "One example has most of u^T G u, u the direction that the stability verdict speaks of.",
         "The step's stability hangs on one example. It may be mislabelled, or out of scale; or it is one of the "
-        "few hard "
-        "ones that are left late in training, as in any network.",
+        "few hard ones that are left late in training, as in any network.",
         "More than 50 % (a choice). tables/examples lists the first five of the network and of every layer.",
         "The GGN is a sum over examples: arXiv:1912.10985.",
         "Look at the example. Harmless where it is merely hard: a larger batch averages it out.",
@@ -108,8 +105,7 @@ ENTRIES = (
         "Attention puts nearly all weight on one key, with large logits.",
         "The softmax is flat there: queries and keys get no gradient, or, at the few ties, a huge one. Runs diverge.",
         "Mean entropy under 0.1 of log(number of keys), and a largest |logit| over 50 (choices; arXiv:2309.14322 "
-        "saw all "
-        "runs with logits over 1e4 diverge).",
+        "saw all runs with logits over 1e4 diverge).",
         "Entropy collapse arXiv:2303.06296; logit growth arXiv:2302.05442, arXiv:2309.14322.",
         "Normalise queries and keys (QK-norm); smaller query and key weights, a lower learning rate for them.",
         "blocks.0.self_attn: its entropy is 0.012 of that of even weights, with logits up to 1,870.",
@@ -119,12 +115,10 @@ ENTRIES = (
         "outputs are saturated",
         "warning where some certain outputs are wrong, or far over the threshold; info otherwise",
         "For half of the terms of the loss the softmax is certain to float32.",
-        "Right terms have no gradient and no curvature left, wrong ones the full gradient: losses jump. p (1 - "
-        "p) is under "
-        "the resolution of float32.",
+        "Right terms have no gradient and no curvature left, wrong ones the full gradient: losses jump. p (1 - p) "
+        "is under the resolution of float32.",
         "Median gap between the two largest logits over 24 log 2 = 16.6, where float32 rounds p to 1; a warning "
-        "with any "
-        "term certain (p > 0.999) of a wrong class, or over 4 times the threshold.",
+        "with any term certain (p > 0.999) of a wrong class, or over 4 times the threshold.",
         "Rounding; label smoothing arXiv:1512.00567.",
         "Scale the last layer down; label smoothing, weight decay, z-loss.",
         "head: the median gap between the two largest logits is 137, and 5% of the terms are certain of a wrong class.",
@@ -134,11 +128,10 @@ ENTRIES = (
         "weights out of scale",
         RISES,
         "The rows of one layer's weight are far longer than those of the others.",
-        "Signals and gradients that pass the layer grow by as much, and the curvature of the layers around it by the "
-        "square.",
+        "Signals and gradients that pass the layer grow by as much, and the curvature of the layers around it by "
+        "the square.",
         "RMS norm of the rows, sqrt(||W||^2 / d_out), over 3.5 and over 3 times the median of the other layers "
-        "(choices; "
-        "He's initialisation has sqrt(2), torch's default 0.58).",
+        "(choices; He's initialisation has sqrt(2), torch's default 0.58).",
         "arXiv:1502.01852.",
         "Scale the weight, or initialise it anew; a lower learning rate for it.",
         "3: the rows of its weight have norm 4.62 (RMS), 8.0 times the median of the other layers.",
@@ -146,12 +139,10 @@ ENTRIES = (
     Entry(
         "CS212",
         "recurrent weight explodes",
-        "warning",
+        "warning over 3; below " + RISES,
         "A square weight that is called again and again has a large spectral radius.",
         "Signals grow with the T-th power of it until units saturate, gradients likewise where they do not.",
-        "Largest |eigenvalue| over 2 (a choice; above 1 is necessary for gradients to explode, trained networks "
-        "are often "
-        "between 1 and 1.5).",
+        "Largest |eigenvalue| over 2 (a choice; above 1 is necessary for gradients to explode; trained ones reach 2).",
         "Pascanu, Mikolov and Bengio, arXiv:1211.5063.",
         "Scale it, initialise it orthogonally, clip gradients.",
         "rnn.weight_hh_l0: its largest eigenvalue is 3.46 in modulus.",
@@ -162,8 +153,7 @@ ENTRIES = (
         RISES,
         "A layer that reads the model's inputs reads them far from unit size.",
         "The curvature of the layer goes with the square of its inputs: it bounds the learning rate for all. A "
-        "mean beside "
-        "it makes all examples alike (CS205).",
+        "mean beside it makes all examples alike (CS205).",
         "RMS over 5 (a choice; normalised data have 1). Inputs that a norm takes in first are not told.",
         "LeCun, Bottou, Orr and Mueller, Efficient BackProp, 1998, section 4.3.",
         "Subtract the mean of the training data and divide by its standard deviation.",
@@ -185,13 +175,12 @@ ENTRIES = (
         "no normalisation",
         "warning where signals grow or shrink 30 times; otherwise told only as a cause",
         "A network with attention, or with three convolutions or more, normalises nothing.",
-        "Signals grow or shrink from layer to layer, and with them gradients and curvature: the learning rate "
-        "that suits "
-        "one layer is wrong for the next.",
+        "Signals grow or shrink from layer to layer, and with them gradients and curvature: the learning rate that "
+        "suits one layer is wrong for the next.",
         "No norm in the graph; the RMS of the last layer's inputs over 30 or under 1/30 of the first's (choices).",
         "BatchNorm arXiv:1502.03167; LayerNorm arXiv:1607.06450.",
         "Normalise every block; or scale the initialisation to the depth (arXiv:1901.09321).",
-        "The network has no normalisation (3 convolutions); signals change 0.021 times from the first layer to "
-        "the last.",
+        "The network has no normalisation (3 convolutions); signals change 0.021 times from the first layer to the "
+        "last.",
     ),
 )

@@ -11,15 +11,13 @@ ENTRIES = (
         "CS501",
         "unstable at this learning rate",
         "error where even the lowest value is over twice the threshold; warning otherwise",
-        "The largest eigenvalue of the preconditioned Hessian is above what the optimizer's step can bear: on "
-        "the batch and "
-        "on both halves of it.",
-        "Along its eigenvector every step multiplies the distance to the optimum by the growth factor: the loss rises "
-        "until something else stops it.",
+        "The largest eigenvalue of the preconditioned Hessian is above what the optimizer's step can bear: on the "
+        "batch and on both halves of it.",
+        "Along its eigenvector every step multiplies the distance to the optimum by the growth factor: the loss "
+        "rises until something else stops it.",
         "That of the optimizer: 2/lr for SGD, 2 (1 + beta)/lr with momentum, (2 + 2 beta1)/((1 - beta1) lr) for "
-        "Adam; all "
-        "in docs/stability.md. Full-batch training hovers just above it for long without diverging, hence the "
-        "factor 2.",
+        "Adam; all in docs/stability.md. Full-batch training hovers just above it for long without diverging, "
+        "hence the factor 2.",
         EDGE,
         "Lower the learning rate under the value that the finding names, or warm it up; remove the cause it names.",
         "Adam: sharpness 21000 (on 64 examples, 18100 to 26000 with its halves) is above the threshold 12700.",
@@ -63,17 +61,13 @@ ENTRIES = (
         "warning",
         "The gradient is far larger than the optimizer's running second moment says.",
         "Adam divides by a size that was right earlier: the step is as many times too long. Loss spikes follow "
-        "within a "
-        "few steps.",
-        "RMS of g / sqrt(v) over the whole network at least 2.3, on the batch and its halves, v bias-corrected "
-        "and with "
-        "this gradient taken in, not under eps^2. The paper counts such steps as RMS spikes and divides the "
-        "learning rate "
-        "by max(1, RMS).",
+        "within a few steps.",
+        "RMS of g / sqrt(v) over the whole network at least 2.3, on the batch and its halves, v bias-corrected and "
+        "with this gradient taken in, not under eps^2. The paper counts such steps as RMS spikes and divides the "
+        "learning rate by max(1, RMS).",
         "arXiv:2304.13013.",
         "Divide the learning rate by the value (update clipping); lower beta2; after a change of data start the "
-        "moments "
-        "anew.",
+        "moments anew.",
         "RMS of g / sqrt(v) is 8.31 (7.9 to 9.2 with halves of the batch), threshold 2.3.",
     ),
     Entry(
@@ -92,8 +86,8 @@ ENTRIES = (
         "beta2 is too small for beta1",
         "warning",
         "Adam's beta1 is not below sqrt(beta2).",
-        "The momentum outlives the second moment it is divided by: gradients from before are scaled by a size that has "
-        "been forgotten. Convergence proofs fail, and examples diverge.",
+        "The momentum outlives the second moment it is divided by: gradients from before are scaled by a size that "
+        "has been forgotten. Convergence proofs fail, and examples diverge.",
         "beta1 / sqrt(beta2) over 1: the condition of the proof.",
         "arXiv:2208.09632; arXiv:1904.09237.",
         "beta2 = 0.999, or 0.95 for large batches.",
