@@ -42,6 +42,11 @@ def _same(cause: FindingRow, effect: FindingRow, context: Context) -> bool:
     return cause.layer == effect.layer
 
 
+def _warned(cause: FindingRow, effect: FindingRow, context: Context) -> bool:
+    """The cause is a warning by itself."""
+    return cause.severity != "info"
+
+
 def _elsewhere(cause: FindingRow, effect: FindingRow, context: Context) -> bool:
     return cause.layer != effect.layer
 
@@ -63,7 +68,7 @@ def _not_by_weights(cause: FindingRow, effect: FindingRow, context: Context) -> 
 UNSTABLE: tuple[tuple[str, Relation], ...] = (
     ("CS214", _anywhere),
     ("CS213", _anywhere),
-    ("CS212", _anywhere),
+    ("CS212", _warned),
     ("CS209", _anywhere),
     ("CS210", _by_weights),
     ("CS504", _part),
@@ -79,7 +84,7 @@ CAUSES: dict[str, tuple[tuple[str, Relation], ...]] = {
     "CS505": (
         ("CS214", _anywhere),
         ("CS213", _anywhere),
-        ("CS212", _anywhere),
+        ("CS212", _warned),
         ("CS209", _anywhere),
         ("CS210", _by_weights),
         ("CS211", _anywhere),
@@ -90,15 +95,16 @@ CAUSES: dict[str, tuple[tuple[str, Relation], ...]] = {
               ("CS501", _anywhere)),
     "CS201": (("CS202", _anywhere), ("CS203", _anywhere), ("CS209", _same), ("CS210", _anywhere)),
     "CS202": (("CS213", _anywhere), ("CS211", _elsewhere), ("CS504", _same)),
-    "CS203": (("CS213", _anywhere), ("CS212", _anywhere), ("CS211", _anywhere)),
+    "CS203": (("CS213", _anywhere), ("CS212", _warned), ("CS211", _anywhere)),
     "CS204": (("CS202", _elsewhere),),
-    "CS205": (("CS213", _same), ("CS203", _elsewhere), ("CS202", _elsewhere), ("CS211", _elsewhere)),
-    "CS206": (("CS202", _anywhere), ("CS203", _anywhere), ("CS213", _same), ("CS211", _anywhere), ("CS212", _anywhere),
+    "CS205": (("CS213", _same), ("CS215", _anywhere), ("CS203", _elsewhere), ("CS202", _elsewhere),
+              ("CS211", _elsewhere)),
+    "CS206": (("CS202", _anywhere), ("CS203", _anywhere), ("CS213", _same), ("CS211", _anywhere), ("CS212", _warned),
               ("CS209", _same), ("CS205", _same), ("CS204", _same)),
     "CS207": (("CS214", _anywhere),),
     "CS213": (("CS214", _anywhere),),
     "CS209": (("CS213", _anywhere), ("CS211", _elsewhere), ("CS504", _same)),
-    "CS210": (("CS214", _anywhere), ("CS213", _anywhere), ("CS212", _anywhere), ("CS211", _elsewhere),
+    "CS210": (("CS214", _anywhere), ("CS213", _anywhere), ("CS212", _warned), ("CS211", _elsewhere),
               ("CS505", _not_by_weights), ("CS504", _anywhere), ("CS507", _anywhere)),
     "CS211": (("CS210", _same), ("CS209", _same), ("CS212", _same), ("CS504", _same)),
     "CS104": (("CS102", _same),),

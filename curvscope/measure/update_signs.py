@@ -31,7 +31,8 @@ def update_signs(
     `update_ratio` is ||next step|| / ||weights||; `update_rms` = sqrt(mean(g^2 / max(v, eps^2))), v with g taken in and
     the bias corrected, as in arXiv:2304.13013; `eps_share` the share of entries whose gradients were ever nonzero in
     which eps is larger than sqrt(v); `learning_rate_ratio` a layer's learning rate over the median of all layers';
-    `beta1_over_root_beta2` the largest of the groups'.
+    `beta1_over_root_beta2` the largest of the groups'; `early_moments` = 1 / (1 - beta1^t), the factor by which P still
+    grows as the momentum's bias correction fades.
     """
     if settings.problem:
         return [missing(name, settings.problem) for name in QUANTITIES]
@@ -43,6 +44,9 @@ def update_signs(
                 (one.beta1 / one.beta2**0.5 for one in settings.parameters.values() if one.beta2 > 0), default=0.0
             )
             rows.append(sign_row("beta1_over_root_beta2", most))
+        if settings.kind in ("adam", "adamw"):
+            main = max(settings.parameters.values(), key=lambda one: one.lr)
+            rows.append(sign_row("early_moments", 1 / (1 - main.beta1**main.step), reason=f"step {main.step}"))
     return rows + _rates(settings, members)
 
 

@@ -173,11 +173,11 @@ ENTRIES = (
     Entry(
         "CS215",
         "no normalisation",
-        "warning where signals grow or shrink 30 times; otherwise told only as a cause",
+        "warning where signals grow or shrink 10 times; otherwise told only as a cause",
         "A network with attention, or with three convolutions or more, normalises nothing.",
         "Signals grow or shrink from layer to layer, and with them gradients and curvature: the learning rate that "
         "suits one layer is wrong for the next.",
-        "No norm in the graph; the RMS of the last layer's inputs over 30 or under 1/30 of the first's (choices).",
+        "No norm in the graph; the RMS of the last layer's inputs over 10 or under 1/10 of the first's (choices).",
         "BatchNorm arXiv:1502.03167; LayerNorm arXiv:1607.06450.",
         "Normalise every block; or scale the initialisation to the depth (arXiv:1901.09321).",
         "The network has no normalisation (3 convolutions); signals change 0.021 times from the first layer to the "

@@ -10,7 +10,8 @@ ENTRIES = (
     Entry(
         "CS501",
         "unstable at this learning rate",
-        "error where even the lowest value is over twice the threshold; warning otherwise",
+        "error where even the lowest value is over twice the threshold, warning otherwise; info where Adam's bias "
+        "correction is about to bring it below",
         "The largest eigenvalue of the preconditioned Hessian is above what the optimizer's step can bear: on the "
         "batch and on both halves of it.",
         "Along its eigenvector every step multiplies the distance to the optimum by the growth factor: the loss "

@@ -141,9 +141,7 @@ def _from_attributes(record: type[T], attributes: h5py.AttributeManager) -> T:
 
 
 def _read_table(file: h5py.File, name: str) -> list[Any]:
-    """A table's rows; a column that a later minor version added is left alone, a table it added is empty."""
-    if name not in file["tables"]:
-        return []
+    """A table's rows; a column that a later minor version added is left alone."""
     dataset = file["tables"][name]
     columns = [column for column in schema.field_types(TABLES[name]) if column in dataset.dtype.names]
     values = _values(dataset)
