@@ -223,7 +223,7 @@ def _exact(
     ]
     refusal = next((reason for _, reason in parts if reason), "")
     built = parts[0][0]
-    if len(parts) == 1 and isinstance(block, Block):
+    if not isinstance(block, GroupedBlock):
         found.sources = source_rows(extract, block, built, every="split" in wishes.measure)
     if len(parts) > 1:
         built = side_by_side([part for part, _ in parts], [one.d_out for one in blocks])

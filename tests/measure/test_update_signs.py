@@ -83,7 +83,7 @@ def test_the_step_of_kfac_divides_by_its_damped_factors() -> None:
             factors.B.shape[0] * factors.A.shape[0], dtype=torch.float64
         )
         g = torch.cat([module.weight.grad, module.bias.grad[:, None]], dim=1).flatten()
-        weights = torch.cat([module.weight, module.bias[:, None]], dim=1)
+        weights = torch.cat([module.weight, module.bias[:, None]], dim=1).detach()
         expected = float(0.3 * torch.linalg.solve(P, g).norm() / weights.norm())
         found = rows(run, "update_ratio")[layer]
         assert found.value == pytest.approx(expected, rel=1e-7)
