@@ -86,8 +86,9 @@ def analyze(
             which the estimated time stays under `time` seconds, the bytes under `memory`, and min(P, N K) <= 8192.
         samples: draws of probe and mc (default 8; error bars take 4, EKFAC's 6).
         layers, skip: globs of layer names to keep, to leave out.
-        measure: "spectral" for the relative spectral error of all approximations, "kron_best" to compute it always,
-            "stability" for sharpness by layer and on halves of the batch also where no optimizer is known.
+        measure: "spectral" for the relative spectral error of all approximations, "kron_best" and "split" (what K-FAC's
+            error comes from) to compute them always, "stability" for sharpness by layer and on halves of the batch also
+            where no optimizer is known.
         device: auto, cpu or cuda.
         dtype: float32 or float64, the arithmetic of the network's passes; reductions run in float64 either way.
         memory: bound on the tool's own peak, bytes or "8GiB"; default half of what is free.

@@ -21,8 +21,8 @@ class Settings:
         layers: glob patterns of layer names to keep; empty keeps all.
         skip: glob patterns of layer names to leave out.
         measure: extra measures beside the default ones: "spectral" (relative spectral error of every
-            approximation, not only of the two K-FACs), "kron_best" (compute it even where it dominates), "stability"
-            (sharpness by layer and on halves even without an optimizer).
+            approximation, not only of the two K-FACs), "kron_best" (compute it even where it dominates), "split" (what
+            K-FAC's error comes from, likewise), "stability" (sharpness by layer and on halves even without an optimizer).
         device: auto, cpu or cuda.
         dtype: float32 or float64, the arithmetic of the network's own passes.
         memory_bytes: bound on the tool's own peak (None: half of what is free).

@@ -101,7 +101,7 @@ def analyze(
             parser=one_of(MEASURES),
             metavar="NAME",
             help="What to measure although it is left out by default: spectral (relative spectral error of "
-            "all approximations), kron_best (also where it takes longest), stability (by layer and on halves also "
+            "all approximations), kron_best and split (also where they take longest), stability (by layer and on halves also "
             "without an optimizer); may be repeated.",
             rich_help_panel=CURVATURE,
         ),

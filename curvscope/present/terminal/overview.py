@@ -20,6 +20,7 @@ from curvscope.records import CoverageRow, ErrorRow, FindingRow, Layer, Run
 
 FLAVOURS = ("expand", "reduce")
 SHOWN = 3
+SEVERITIES = ("error", "warning", "info")
 SPARKLINE_WIDTHS = (32, 28, 24, 20, 16, 12, 8)
 TREATMENT_WORDS = {
     "exact_only": "exact block only",
@@ -343,7 +344,7 @@ def _worth_a_look(page: Page, run: Run, layers: dict[str, Layer]) -> None:
 def _consequences(page: Page, findings: list[FindingRow], root: FindingRow) -> None:
     """What follows from a root cause, folded: a line a code, with the layers."""
     behind: dict[tuple[str, str], list[FindingRow]] = {}
-    for row in followers(findings, root):
+    for row in sorted(followers(findings, root), key=lambda row: SEVERITIES.index(row.severity)):
         behind.setdefault((row.code, row.title), []).append(row)
     lines = []
     for (code, title), rows in behind.items():
