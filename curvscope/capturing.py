@@ -19,13 +19,13 @@ from curvscope.errors import BatchError, ModelError, OutputError, UsageError
 from curvscope.graph.export import Exported, ExportFailure, export_model, flatten_inputs
 from curvscope.graph.shadow import shadow
 from curvscope.graph.trial import try_forward
-from curvscope.load.batch import Batch, load_batch, named_axes
+from curvscope.load.batch import load_batch, named_axes
 from curvscope.load.bundle import FORMAT, VERSION
 from curvscope.load.eval_mode import eval_mode
 from curvscope.load.importing import describe, random_state_kept
 from curvscope.load.loss import load_loss
 from curvscope.load.optimizer import as_optimizer_state
-from curvscope.load.problem import Inputs, Loss, OptimizerState
+from curvscope.load.problem import Batch, Inputs, Loss, OptimizerState
 from curvscope.load.targets import check_targets
 from curvscope.load.vet import RefusedArchiveError, UnreadableArchiveError, vetted_archive
 
@@ -39,6 +39,7 @@ def capture(
     optimizer: torch.optim.Optimizer | None = None,
     step: int | None = None,
     example_axes: Mapping[str, int] | Mapping[int, int] | None = None,
+    example_index: str | int | None = None,
 ) -> None:
     """Write a bundle that `curvscope analyze path` reads anywhere, without the model's code.
 
@@ -54,6 +55,8 @@ def capture(
         optimizer: the optimizer that trains it, for the stability measures.
         step: the training step.
         example_axes: the example axis of an input by name or position, where it is not axis 0.
+        example_index: for a batch of graphs, the input (by name or position) that holds the number of its graph for
+            every node; without it a graph is one example.
 
     Raises:
         ModelError: torch.export can't express the model.
@@ -65,7 +68,8 @@ def capture(
     loaded = load_batch(batch)
     with random_state_kept():
         _try(model, loaded.inputs)
-        exported = _export(model, loaded.inputs, named_axes(example_axes))
+        index = None if example_index is None else str(example_index)
+        exported = _export(model, loaded.inputs, named_axes(example_axes), index)
         outputs = _outputs(exported, loaded.inputs)
         check_targets(chosen, outputs, loaded.targets)
         loss_graph = _loss_graph(chosen, outputs, loaded.targets) if chosen.name == "callable" else None
@@ -89,6 +93,8 @@ def capture(
         "model": type(model).__name__,
         "torch": str(torch.__version__),
     }
+    if index is not None:
+        content["example_index"] = index
     _write(Path(path), content)
 
 
@@ -98,9 +104,9 @@ def _try(model: nn.Module, inputs: Inputs) -> None:
     try_forward(shadow(model), flat, flat.tensors)
 
 
-def _export(model: nn.Module, inputs: Inputs, example_axes: Mapping[str, int]) -> Exported:
+def _export(model: nn.Module, inputs: Inputs, example_axes: Mapping[str, int], index: str | None) -> Exported:
     try:
-        return export_model(model, inputs, example_axes)
+        return export_model(model, inputs, example_axes, example_index=index)
     except ExportFailure as cause:
         raise ModelError(
             f"torch.export can't express this model as a graph: {cause}.",

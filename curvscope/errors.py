@@ -72,3 +72,12 @@ class LayoutError(BadInputError):
 
 class AnalysisError(CurvscopeError):
     """The analysis itself failed on input that looked sound."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that an allocation failed, on the device or on the CPU; needs no torch."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    words = str(error)
+    told = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUSOLVER_STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(each in words for each in told)

@@ -6,7 +6,7 @@ Conventions (vec order, where 1/N sits) are those of `CONVENTIONS`; nothing else
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -115,6 +115,151 @@ class SpectrumRow:
 
 
 @dataclass(frozen=True)
+class DampingRow:
+    """One damped step of one layer: what the optimizer would do with this approximation and this damping.
+
+    With g the layer's gradient (plus weight decay times the weights, where the optimizer adds it), mu = damping +
+    weight decay, delta = -(M + mu I)^{-1} g (form eigenbasis; factored: -((B + sqrt(mu)/pi I) (x) (A + pi sqrt(mu)
+    I))^{-1} g) and exact = -(G + mu I)^{-1} g: angle and length ratio of delta and exact; predicted_decrease =
+    -(g.delta + delta^T (G + decay) delta / 2), damping left out of the model; decrease_share = that over exact's; rho =
+    that over what M in place of G predicts; effective_dimension = tr M (M + mu)^{-1}; gradient_distance = ||mu delta +
+    g|| / ||g||; alpha_star = -g.delta / (delta^T (G + mu) delta); condition = that of (M + mu)^{-1/2} (G + mu) (M +
+    mu)^{-1/2}, at the marked values only. `relative` is damping / (tr G / P); `mark` says current (the optimizer's
+    own), recommended, or nothing.
+    """
+
+    layer: str
+    approximation: str
+    form: str
+    damping: float = NAN
+    relative: float = NAN
+    mark: str = ""
+    angle_degrees: float = NAN
+    length_ratio: float = NAN
+    predicted_decrease: float = NAN
+    decrease_share: float = NAN
+    rho: float = NAN
+    effective_dimension: float = NAN
+    angle_to_gradient_degrees: float = NAN
+    gradient_distance: float = NAN
+    alpha_star: float = NAN
+    condition: float = NAN
+    status: str = "ok"
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class RangeRow:
+    """Which damping one layer's approximation can take.
+
+    From `low` on the Levenberg-Marquardt ratio rho stays at 1/4 or more; up to `high` gradient_distance is 1/10 or
+    more: the step still differs from plain gradient descent. NaN: as far as the grid goes. `recommended` has the
+    largest decrease of the exact quadratic model, `decrease`; `gain` = 1 - (decrease at `current`) / `decrease`.
+    Below `noise_below` noise is amplified: effective_dimension >= 0.9 min(P, N K) and alpha_star < 1/4. `standing` is
+    where the current value is: too_small, safe, too_large, or empty. `form_gap` = 1 - smaller / larger decrease of the
+    forms eigenbasis and factored, at the current value (unknown: at the one recommended for the eigenbasis).
+    """
+
+    layer: str
+    approximation: str
+    form: str
+    current: float = NAN
+    low: float = NAN
+    high: float = NAN
+    recommended: float = NAN
+    decrease: float = NAN
+    gain: float = NAN
+    noise_below: float = NAN
+    standing: str = ""
+    form_gap: float = NAN
+    status: str = "ok"
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class StepRow:
+    """One damped step of the whole network, delta = -(M + damping I)^{-1} (grad L + w theta), w the L2 decay.
+
+    predicted_change = R . delta + delta^T (G + w) delta / 2 with the exact GGN of the whole network; actual_change by a
+    forward pass; rho = actual_change / predicted_change; length factors are multiples of the step. `role` is grid,
+    current (the optimizer's own damping), recommended, or boundary (tried to find where the safe range begins);
+    relative_damping is damping over the mean eigenvalue of G.
+    """
+
+    approximation: str
+    form: str
+    damping: float
+    role: str
+    relative_damping: float = NAN
+    predicted_change: float = NAN
+    actual_change: float = NAN
+    rho: float = NAN
+    step_norm: float = NAN
+    angle_to_gradient_degrees: float = NAN
+    best_step_length: float = NAN
+    best_length_change: float = NAN
+    model_length: float = NAN
+    passes: int = 0
+    status: str = "ok"
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class GlobalDampingRow:
+    """What the steps of one approximation and form say of damping: one value for all layers, the safe range, the gain.
+
+    Changes are those of the objective by one step: `change` and `rho` at `damping`, the recommended one. Every damping
+    judged from `safe_from` on has rho >= 1/4 and a predicted decrease; of them `safe_damping` has the lowest objective,
+    `safe_change` below the present one. From `lowerable_from` on rho > 3/4; from `gradient_from` on the step points
+    within 18 degrees of the negative gradient. per_layer_*: every layer at the damping that its own block recommends,
+    all times `per_layer_factor`.
+    """
+
+    approximation: str
+    form: str
+    damping: float = NAN
+    relative_damping: float = NAN
+    change: float = NAN
+    predicted_change: float = NAN
+    rho: float = NAN
+    safe_from: float = NAN
+    safe_damping: float = NAN
+    safe_change: float = NAN
+    lowerable_from: float = NAN
+    gradient_from: float = NAN
+    per_layer_predicted: float = NAN
+    per_layer_change: float = NAN
+    per_layer_factor: float = NAN
+    current: float = NAN
+    current_change: float = NAN
+    passes: int = 0
+    status: str = "ok"
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class EvidenceRow:
+    """The Laplace log evidence of the training set at one precision of a Gaussian prior on the Kronecker layers.
+
+    log_evidence = -nll - precision ||theta||^2 / 2 + sum log(precision / (scale lambda + precision)) / 2 over the P
+    eigenvalues lambda of M; effective_parameters = sum scale lambda / (scale lambda + precision); weight_decay =
+    precision / scale, the L2 decay (not AdamW's) with the same optimum. `role` is grid or maximum.
+    """
+
+    approximation: str
+    role: str
+    precision: float = NAN
+    log_evidence: float = NAN
+    effective_parameters: float = NAN
+    weight_decay: float = NAN
+    nll: float = NAN
+    scale: float = NAN
+    parameters: int = 0
+    status: str = "ok"
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class StabilityRow:
     """One number that stability is judged by, of the network or of one layer.
 
@@ -194,13 +339,32 @@ class FindingRow:
     reason: str = ""
 
 
-Row = LayerRow | CoverageRow | ErrorRow | SpectrumRow | StabilityRow | SourceRow | ExampleRow | FindingRow
+Row = (
+    LayerRow
+    | CoverageRow
+    | ErrorRow
+    | SpectrumRow
+    | DampingRow
+    | RangeRow
+    | StepRow
+    | GlobalDampingRow
+    | EvidenceRow
+    | StabilityRow
+    | SourceRow
+    | ExampleRow
+    | FindingRow
+)
 
 TABLES: dict[str, type[Row]] = {
     "layers": LayerRow,
     "coverage": CoverageRow,
     "errors": ErrorRow,
     "spectra": SpectrumRow,
+    "damping": DampingRow,
+    "ranges": RangeRow,
+    "steps": StepRow,
+    "global_damping": GlobalDampingRow,
+    "evidence": EvidenceRow,
     "stability": StabilityRow,
     "sources": SourceRow,
     "examples": ExampleRow,
@@ -239,6 +403,8 @@ class Layer:
         signs: its lines in tables/stability that need its columns or rows.
         examples: its lines in tables/examples.
         example_gradients: squared norms of the examples' parts of its gradient, [N], of a fresh analysis (not stored).
+        damping: its lines in tables/damping.
+        ranges: its lines in tables/ranges.
     """
 
     row: LayerRow
@@ -254,6 +420,8 @@ class Layer:
     signs: list[StabilityRow] = field(default_factory=list)
     examples: list[ExampleRow] = field(default_factory=list)
     example_gradients: Array | None = None
+    damping: Sequence[DampingRow] = ()
+    ranges: Sequence[RangeRow] = ()
 
     @property
     def name(self) -> str:

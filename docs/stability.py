@@ -59,7 +59,7 @@ Sources: the edge of stability arXiv:2103.00065; for Adam arXiv:2207.14484. NAda
 ## The verdict
 
 The top eigenvalue comes from Lanczos iterations with full reorthogonalization, until the residual is 1e-3 (float32) or
-1e-6 (float64) of it. It is taken on the whole batch and on two random halves:
+1e-4 (float64) of it. It is taken on the whole batch and on two random halves:
 
 - **above**: the lowest of the three is above the threshold;
 - **below**: the highest, with its residual, is below it;

@@ -249,6 +249,75 @@ def recurrent(make: Callable[..., nn.Module], batch_first: bool, **options: Any)
     )
 
 
+class CellLoop(nn.Module):
+    """One cell over time, as people write it who look at every step."""
+
+    def __init__(self, cell: nn.Module) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x: Tensor) -> Tensor:
+        state: Any = None
+        steps = []
+        for time in range(x.shape[1]):
+            state = self.cell(x[:, time], state)
+            steps.append(state[0] if isinstance(state, tuple) else state)
+        return torch.stack(steps, 1)
+
+
+def cells(make: Callable[[int, int], nn.Module]) -> Architecture:
+    return regression(
+        lambda: CellLoop(make(WIDTH, 6)), lambda examples: (sequences(examples, batch_first=True, length=3),)
+    )
+
+
+class BilinearHead(nn.Module):
+    """Two projections of one input in an nn.Bilinear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.head = nn.Linear(WIDTH, 4), nn.Linear(WIDTH, 5), nn.Bilinear(4, 5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.left(x)), torch.tanh(self.right(x)))
+
+
+class EinsumAttention(nn.Module):
+    """Self-attention with a weight a head, as JAX programs and their ports store it."""
+
+    def __init__(self, heads: int = 2, depth: int = 4) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Parameter(torch.randn(WIDTH, heads, depth) / 3) for _ in range(3))
+        self.out = nn.Parameter(torch.randn(heads, depth, WIDTH) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (torch.einsum("btd,dhk->bthk", x, w) for w in (self.query, self.key, self.value))
+        scores = torch.einsum("bthk,bshk->bhts", q, k).softmax(-1)
+        return torch.einsum("bthk,hkd->btd", torch.einsum("bhts,bshk->bthk", scores, v), self.out)
+
+
+class Experts(nn.Module):
+    """A soft mixture of experts: two batched layers, every token through every expert."""
+
+    def __init__(self, experts: int = 3, hidden: int = 6) -> None:
+        super().__init__()
+        self.gate = nn.Linear(WIDTH, experts)
+        self.up = nn.Parameter(torch.randn(experts, WIDTH, hidden) / 3)
+        self.up_bias = nn.Parameter(torch.randn(experts, 1, hidden))
+        self.down = nn.Parameter(torch.randn(experts, hidden, WIDTH) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, 1)
+        hidden = torch.tanh(tokens @ self.up + self.up_bias)  # [experts, tokens, hidden]
+        out = torch.bmm(hidden, self.down)
+        mixed = torch.einsum("ne,end->nd", self.gate(tokens).softmax(-1), out)
+        return mixed.unflatten(0, x.shape[:2])
+
+
+def plain(make: Callable[[], nn.Module]) -> Architecture:
+    return regression(make, lambda examples: (sequences(examples, batch_first=True),))
+
+
 # Hugging Face --------------------------------------------------------------------------------------------------------
 
 
@@ -338,6 +407,12 @@ ARCHITECTURES: dict[str, Architecture] = {
     "lstm": recurrent(nn.LSTM, batch_first=True, bidirectional=True),
     "lstm_batch_second": recurrent(nn.LSTM, batch_first=False),
     "lstm_projected": recurrent(nn.LSTM, batch_first=True, proj_size=3),
+    "rnn_cell": cells(nn.RNNCell),
+    "gru_cell": cells(nn.GRUCell),
+    "lstm_cell": cells(nn.LSTMCell),
+    "bilinear_head": plain(BilinearHead),
+    "einsum_attention": plain(EinsumAttention),
+    "experts": plain(Experts),
     "gpt2_lm": hugging_face("GPT2LMHeadModel", "GPT2Config", GPT2, text),
     "gpt2_classifier": hugging_face("GPT2ForSequenceClassification", "GPT2Config", GPT2, text),
     "bert_masked_lm": hugging_face("BertForMaskedLM", "BertConfig", BERT, text),

@@ -10,17 +10,22 @@ import numpy as np
 from curvscope.records import (
     NAN,
     CoverageRow,
+    DampingRow,
     ErrorRow,
+    EvidenceRow,
     ExampleRow,
     FindingRow,
+    GlobalDampingRow,
     KroneckerFactors,
     Layer,
     LayerRow,
     ModelInfo,
+    RangeRow,
     RunInfo,
     SourceRow,
     SpectrumRow,
     StabilityRow,
+    StepRow,
 )
 from curvscope.run import Run
 from curvscope.settings import APPROXIMATIONS, Settings
@@ -120,6 +125,53 @@ def _layer(rng: np.random.Generator, spec: tuple[Any, ...], fisher: str, dumped:
     return layer
 
 
+SERIES = [
+    (name, form)
+    for name in ("kfac_expand", "kfac_reduce", "ekfac_expand", "ggn")
+    for form in ("eigenbasis", "factored")
+    if form == "eigenbasis" or name.startswith("kfac")
+]
+
+
+def _steps() -> list[StepRow]:
+    rows = []
+    for index, (name, form) in enumerate(SERIES[:-1]):
+        for decade in range(7):
+            damping, actual = 10.0 ** (decade - 3), -0.03 / (1 + (decade - 4) ** 2) + 0.01 * (decade < 2)
+            rho = 1.0 if decade > 3 else -0.3 * decade
+            rows.append(
+                StepRow(
+                    name, form, damping, "current" if decade == 2 else "recommended" if decade == 4 else "grid",
+                    damping / 0.011, actual * 1.1 + 0.001 * index, actual, rho, 3.1 / (1 + damping), 80.0 - 11 * decade,
+                    *((0.5, actual * 1.2, 0.31) if decade in (3, 4, 5) else (NAN, NAN, NAN)), passes=12,
+                    reason="rho: the changes are within rounding of the loss" if decade == 6 else "",
+                )
+            )  # fmt: skip
+    return [*rows, StepRow("ggn", "eigenbasis", NAN, "grid", status="not_assessed", reason=FORBIDDEN)]
+
+
+def _summaries() -> list[GlobalDampingRow]:
+    rows = [
+        GlobalDampingRow(
+            name, form, 10.0, 909.0, -0.03 - 0.001 * index, -0.033, 0.91, 10.0, 10.0, -0.03, 10.0, 100.0, -0.02, -0.021,
+            10.0, 0.1, 0.004, passes=70,
+        )
+        for index, (name, form) in enumerate(SERIES[:-1])
+    ]  # fmt: skip
+    return [*rows, GlobalDampingRow("ggn", "eigenbasis", status="not_assessed", reason=FORBIDDEN)]
+
+
+def _evidence() -> list[EvidenceRow]:
+    return [
+        EvidenceRow(
+            name, "grid" if decade else "maximum", 4.0 * 10.0**decade, -1178.1 - 700 * decade**2, 635.0 * 0.5**decade,
+            0.0028 * 10.0**decade, 98.2, 1437.0, 7030, reason="3 terms an example, as in the batch",
+        )
+        for name in ("kfac_expand", "ekfac_reduce")
+        for decade in range(-2, 3)
+    ]  # fmt: skip
+
+
 def _stability(made: list[Layer]) -> list[StabilityRow]:
     rule = "(2 + 2 beta1)/((1 - beta1) lr), arXiv:2207.14484"
     rows = [
@@ -137,10 +189,48 @@ def _stability(made: list[Layer]) -> list[StabilityRow]:
     return rows
 
 
+def damping_rows(layer: str, mistrust: float, current: float | None) -> tuple[list[DampingRow], list[RangeRow]]:
+    """Steps of a made-up diagonal G with M = G / mistrust, in closed form, at the grid and the current value."""
+    g = 10.0 ** -np.linspace(0, 4, 40)
+    mean, rows, ranges = float(g.mean()), [], []
+    places = sorted({10.0**e * mean for e in range(-8, 3)} | ({current} if current else set()))
+    for name in ("kfac_expand", "kfac_reduce", "diag"):
+        for form in ("eigenbasis", "factored") if name.startswith("kfac") else ("eigenbasis",):
+            m, found = g / mistrust / (1.5 if form == "factored" else 1), []
+            for place in places:
+                p, x = g / (m + place), g / (g + place)
+                decrease, best = g @ p - (g * p) @ p / 2, g @ x - (g * x) @ x / 2
+                found.append(DampingRow(
+                    layer, name, form, place, place / mean, "current" if place == current else "",
+                    float(np.degrees(np.arccos(min(1.0, p @ x / np.linalg.norm(p) / np.linalg.norm(x))))),
+                    float(np.linalg.norm(p) / np.linalg.norm(x)), float(decrease), float(decrease / best),
+                    float(decrease / (g @ p - (m * p) @ p / 2)), float((m / (m + place)).sum()),
+                    float(np.degrees(np.arccos(min(1.0, p @ g / np.linalg.norm(p) / np.linalg.norm(g))))),
+                    float(np.linalg.norm(place * p - g) / np.linalg.norm(g)),
+                    float(g @ p / (((g + place) * p) @ p)), 3.4 if place == current else NAN,
+                ))  # fmt: skip
+            top = max(range(len(found)), key=lambda i: found[i].predicted_decrease)
+            marks = ", ".join(filter(None, (found[top].mark, "recommended")))
+            found[top] = dataclasses.replace(found[top], mark=marks)
+            rows += found
+            low, high = 0.02 * mistrust * mean, 9.0 * mean
+            standing = "" if not current else "too_small" if current < low else "safe"
+            ranges.append(RangeRow(
+                layer, name, form, current or NAN, low, high, found[top].damping, found[top].predicted_decrease,
+                0.2 if current else NAN, NAN, standing, 0.1 if name != "diag" else NAN,
+            ))  # fmt: skip
+    return rows, ranges
+
+
 def make_run(fisher: str = "exact", *, dumped: bool = False, findings: bool = True, layers: int | None = None) -> Run:
     """A run of nine layers: better and worse flavours, padding, a layer not assessed, odd names, NaNs."""
     rng = np.random.default_rng(0)
     made = [_layer(rng, spec, fisher, dumped) for spec in LAYERS[:layers]]
+    for layer in made:
+        if layer.row.status == "ok" and fisher == "exact":
+            layer.damping, layer.ranges = damping_rows(layer.name, 1 + 9 * layer.row.padded, 0.03)
+        else:
+            layer.damping = [DampingRow(layer.name, "ggn", "eigenbasis", status="not_assessed", reason=FORBIDDEN)]
     coverage = [
         CoverageRow(f"{layer.name}.{part}", layer.name, count, "kronecker")
         for layer in made
@@ -192,6 +282,11 @@ def make_run(fisher: str = "exact", *, dumped: bool = False, findings: bool = Tr
         "coverage": coverage,
         "errors": [row for layer in made for row in layer.errors.values()],
         "spectra": [row for layer in made for row in layer.spectra.values()],
+        "damping": [row for layer in made for row in layer.damping],
+        "ranges": [row for layer in made for row in layer.ranges],
+        "steps": _steps(),
+        "global_damping": _summaries(),
+        "evidence": _evidence(),
         "stability": _stability(made),
         "sources": [row for layer in made for row in layer.sources.values()],
         "examples": [ExampleRow("", 3, 0.62, 0.41), *(row for layer in made for row in layer.examples)],

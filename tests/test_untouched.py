@@ -92,9 +92,13 @@ def test_nothing_of_the_users_changes(name: str, dtype: str) -> None:
     state = torch.get_rng_state().clone()
     grad_mode, fast_path = torch.is_grad_enabled(), torch.backends.mha.get_fastpath_enabled()
 
-    run = curvscope.analyze(model, (inputs, targets), loss="cross_entropy", dtype=dtype, fisher="exact")
+    run = curvscope.analyze(
+        model, (inputs, targets), loss="cross_entropy", dtype=dtype, fisher="exact", measure="steps", dataset_size=60
+    )
 
     assert len(run.layers) >= 1
+    assert {row.status for row in run.tables["steps"]} <= {"ok", "not_assessed"}
+    assert "ok" in {row.status for row in run.tables["steps"]}
     after = fingerprint(model)
     assert before.keys() == after.keys()
     for key, fact in before.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,7 @@ from curvscope.cli import optimizers, options
 from curvscope.cli.guard import Output, guarded
 from curvscope.cli.quantities import example_axis, memory_bytes, one_of, seconds
 from curvscope.errors import EXIT_FINDINGS
+from curvscope.planned import PlannedRun
 from curvscope.records import Run
 from curvscope.settings import DUMPS, FISHERS, MEASURES
 
@@ -42,8 +44,9 @@ def analyze(
     batch: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE|pkg.module:callable",
-            help="Inputs and targets: .pt, .npz, .h5 or .safetensors, or a callable that returns them.",
+            metavar="FILE|FOLDER|pkg.module:callable",
+            help="Inputs and targets: .pt, .npz, .h5 or .safetensors, a folder of such files (many batches), or a "
+            "callable that returns one pair or an iterable of them.",
             rich_help_panel=INPUT,
         ),
     ] = None,
@@ -62,6 +65,15 @@ def analyze(
             "--example-axis",
             metavar="NAME=AXIS",
             help="The axis of an input that counts the examples, where it is not the first.",
+            rich_help_panel=INPUT,
+        ),
+    ] = None,
+    example_index: Annotated[
+        str | None,
+        typer.Option(
+            "--example-index",
+            metavar="NAME",
+            help="In a batch of graphs, the input that holds the number of its graph for every node.",
             rich_help_panel=INPUT,
         ),
     ] = None,
@@ -101,8 +113,18 @@ def analyze(
             parser=one_of(MEASURES),
             metavar="NAME",
             help="What to measure although it is left out by default: spectral (relative spectral error of "
-            "all approximations), kron_best and split (also where they take longest), stability (by layer and on halves also "
-            "without an optimizer); may be repeated.",
+            "all approximations), kron_best, split and damping (also where they take longest), steps (of the whole "
+            "network, also where they take long), stability (by layer and on halves also without an optimizer); "
+            "may be repeated.",
+            rich_help_panel=CURVATURE,
+        ),
+    ] = None,
+    dataset_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Examples of the whole training set: for the evidence and the weight decay it suggests.",
             rich_help_panel=CURVATURE,
         ),
     ] = None,
@@ -185,6 +207,14 @@ def analyze(
             rich_help_panel=options.OUTPUT,
         ),
     ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Print the plan (passes, bytes, seconds, each layer's treatment) and stop.",
+            rich_help_panel=RESOURCES,
+        ),
+    ] = False,
     quiet: Annotated[
         bool,
         typer.Option("--quiet", "-q", help="No progress bars and no report.", rich_help_panel=options.OUTPUT),
@@ -204,14 +234,16 @@ def analyze(
         from curvscope.present.atomic import check_output
 
         target = output or default_output(checkpoint)
-        check_output(target, force)
+        if not dry_run:
+            check_output(target, force)
         messages = Output(stderr=True)
         # A model's own prints must not get between the parts of the JSON document.
         own_prints = contextlib.redirect_stdout(sys.stderr) if format == "json" else contextlib.nullcontext()
         with own_prints:
-            run = _run(
+            found = _run(
                 messages,
                 quiet,
+                dry_run,
                 model=checkpoint,
                 batch=batch,
                 loss=loss,
@@ -226,7 +258,6 @@ def analyze(
                     beta2=beta2,
                     eps=eps,
                     weight_decay=weight_decay,
-                    damping=damping,
                 ),
                 fisher=fisher,
                 samples=samples,
@@ -238,11 +269,18 @@ def analyze(
                 memory=memory,
                 time=time,
                 example_axes=axes or None,
+                example_index=example_index,
                 seed=seed,
                 dump=tuple(dump or ()),
+                dataset_size=dataset_size,
+                damping=damping,
             )
+        if dry_run:
+            _print_plan(found, format)
+            return
         from curvscope.present import hdf5
 
+        run: Run = found
         hdf5.write(run, target, force=force)
         _report(run, target, messages, format=format, quiet=quiet)
         if fail_on is not None and failing(run, fail_on):
@@ -260,17 +298,37 @@ def failing(run: Run, severity: str) -> bool:
     return any(row.severity in bad for row in run.findings)
 
 
-def _run(messages: Output, quiet: bool, **arguments: Any) -> Run:
-    """The analysis, with progress bars."""
+def _print_plan(planned: PlannedRun, format: str) -> None:
+    """The plan on stdout."""
+    if format == "json":
+        import json
+
+        from curvscope.cli.show import print_document
+
+        print_document(Output(), json.dumps(planned.as_dict(), indent=2))
+        return
+    from curvscope.present.terminal.plan import render_plan
+
+    render_plan(planned, Output())
+
+
+def _run(messages: Output, quiet: bool, dry_run: bool, **arguments: Any) -> Any:
+    """The analysis, with progress bars, or the plan of it."""
     from curvscope.cli.progress import ProgressBars
 
-    if messages.is_terminal and not quiet:
-        with messages.status("loading torch"):
+    loading = messages.status("loading torch") if messages.is_terminal and not quiet else contextlib.nullcontext()
+    call: Callable[..., Any]
+    with loading:
+        if dry_run:
+            from curvscope.pipeline import plan
+
+            call = plan
+        else:
             from curvscope.pipeline import analyze as run_analysis
-    else:
-        from curvscope.pipeline import analyze as run_analysis
+
+            call = run_analysis
     with ProgressBars(messages, quiet=quiet) as bars:
-        return run_analysis(**arguments, progress=bars)
+        return call(**arguments, progress=bars)
 
 
 def _report(run: Run, target: Path, messages: Output, *, format: str, quiet: bool) -> None:

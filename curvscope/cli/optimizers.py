@@ -16,8 +16,9 @@ def _number(help: str) -> Any:
 Optimizer = Annotated[
     str | None,
     typer.Option(
-        metavar="NAME",
-        help="sgd, adam, adamw, nadam, rmsprop, adagrad, kfac or shampoo.",
+        metavar="NAME[:KEY=VALUE,...]",
+        help="sgd, adam, adamw, nadam, rmsprop, adagrad, kfac or shampoo; or with its numbers, as in "
+        "kfac:lr=1,damping=0.01,flavour=reduce.",
         rich_help_panel=OPTIMIZER,
     ),
 ]
@@ -30,7 +31,7 @@ Beta1 = Annotated[float | None, _number("Smoothing of Adam's first moment.")]
 Beta2 = Annotated[float | None, _number("Smoothing of Adam's second moment.")]
 Eps = Annotated[float | None, _number("What Adam, RMSprop and Adagrad add to the root.")]
 WeightDecay = Annotated[float | None, _number("Weight decay (decoupled for adamw, L2 otherwise).")]
-Damping = Annotated[float | None, _number("Damping of kfac and shampoo.")]
+Damping = Annotated[float | None, _number("Its damping (kfac, shampoo), in the loss's own scale.")]
 
 
 def given(kind: str | None, **numbers: Any) -> dict[str, Any] | None:

@@ -20,6 +20,9 @@ def show(
             show_default=False,
         ),
     ] = None,
+    steps: Annotated[
+        bool, typer.Option("--steps", help="The damped steps of the whole network and the evidence in full.")
+    ] = False,
     format: options.Format = "table",
     debug: options.Debug = False,
 ) -> None:
@@ -43,7 +46,7 @@ def show(
         else:
             from curvscope.present.terminal import render
 
-            render(run, console, layer, path=run_file)
+            render(run, console, layer, path=run_file, steps=steps)
 
 
 def print_document(console: Output, document: str) -> None:

@@ -12,11 +12,10 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from curvscope.curvature.eigen import eigvalsh
+from curvscope.curvature.eigen import eigh, eigvalsh
 from curvscope.extract.collector import Columns
+from curvscope.extract.plan import PIECE_BYTES
 from curvscope.extract.symmetric import GramSum
-
-PIECE_BYTES = 64 * 2**20
 
 
 class Block:
@@ -51,9 +50,23 @@ class Block:
                 piece = values[:, :, low:high].double().flatten(0, 1).flatten(1)
             else:
                 # formed in the columns' own dtype, whose rounding they carry anyway; summed in float64
-                assert self.columns.inputs is not None and self.columns.gradients is not None
-                piece = self._outer(self.columns.gradients[..., low:high], self.columns.inputs).double()
+                piece = self._formed(low, high).double()
             yield low, high, piece
+
+    def _formed(self, low: int, high: int) -> Tensor:
+        """Columns kept as rows, formed for a range of outputs: [N K, (high - low) d_in], in their own dtype."""
+        if self._small is not None:
+            return self._small[:, low * self.d_in : high * self.d_in]
+        assert self.columns.inputs is not None and self.columns.gradients is not None
+        return self._outer(self.columns.gradients[..., low:high], self.columns.inputs)
+
+    @cached_property
+    def _small(self) -> Tensor | None:
+        """All columns, formed once [N K, P], where they fit in a piece or two; None where they don't."""
+        if self.columns.form != "factored" or self.total_columns * self.parameters * 4 > 2 * self.piece_bytes:
+            return None
+        assert self.columns.inputs is not None and self.columns.gradients is not None
+        return self._outer(self.columns.gradients, self.columns.inputs)
 
     @cached_property
     def _inputs(self) -> Tensor:
@@ -117,7 +130,13 @@ class Block:
     @cached_property
     def eigenvalues(self) -> Float64[Tensor, " small"]:
         """The min(P, N K) leading eigenvalues of G, descending, float64, as the solver gave them."""
-        return eigvalsh(self.gram).flip(0)
+        values = self.eigenpairs[0] if "eigenpairs" in self.__dict__ else eigvalsh(self.gram)
+        return values.flip(0)
+
+    @cached_property
+    def eigenpairs(self) -> tuple[Float64[Tensor, " small"], Float64[Tensor, "small small"]]:
+        """Eigenvalues, ascending, and eigenvectors of `gram`."""
+        return eigh(self.gram)
 
     @cached_property
     def diagonal(self) -> Float64[Tensor, "d_out d_in"]:
@@ -145,20 +164,18 @@ class Block:
             return torch.einsum("biq,ia,qa->ba", half, U_A, U_A)
         kind = self.dtype if fast else torch.float64
         U_B, U_A = U_B.to(kind), U_A.to(kind)
+        result = torch.zeros(self.d_out, self.d_in, dtype=torch.float64, device=U_A.device)
         if self.columns.gradients is not None:
-            a, g = self._rows(fast)
-            turned = a @ U_A
-            if self.columns.form == "outer":
-                rotated = (g.squeeze(2) @ U_B).square().sum(0)
-                return rotated.double().T @ turned.squeeze(1).square().double()
-            parts = []
-            for low, high in self._ranges():
-                piece = self._outer(g @ U_B[:, low:high], turned)
-                parts.append(_squares(piece).view(high - low, self.d_in))
-            return torch.cat(parts)
+            outer = self.columns.form == "outer"
+            for a, g in self._rows(fast, 0 if outer else self.parameters):
+                turned, rotated = a @ U_A, g @ U_B
+                if outer:
+                    result += rotated.squeeze(2).square().sum(0).double().T @ turned.squeeze(1).square().double()
+                else:
+                    result += _squares(self._outer(rotated, turned)).view_as(result)
+            return result
         assert self.columns.values is not None
         flat = self.columns.values.flatten(0, 1)
-        result = torch.zeros(self.d_out, self.d_in, dtype=torch.float64, device=U_A.device)
         step = max(1, self.piece_bytes // (self.parameters * 8))
         for low in range(0, flat.shape[0], step):
             piece = flat[low : low + step].to(kind)
@@ -181,10 +198,68 @@ class Block:
         flat = self.columns.values.flatten(0, 1).flatten(1)
         return ((flat @ X.reshape(-1).to(flat.dtype)) @ flat).view(self.d_out, self.d_in).double()
 
-    @cached_property
-    def _gradients(self) -> Tensor:
-        assert self.columns.gradients is not None
-        return self.columns.gradients.double()
+    def project(
+        self,
+        X: Float[Tensor, "m d_out d_in"],
+        U_B: Float64[Tensor, "d_out d_out"] | None = None,
+        U_A: Float64[Tensor, "d_in d_in"] | None = None,
+        *,
+        fast: bool = True,
+    ) -> Float64[Tensor, "m columns"]:
+        """`V^T vec(U_B X U_A^T)` of several X at once, [m, N K], columns ordered k, n; not of formed blocks.
+
+        With `fast` the products run in the columns' own dtype (sums over slices in float64 all the same).
+        """
+        kind = self.dtype if fast else torch.float64
+        if self.columns.form == "outer":
+            assert self.columns.inputs is not None and self.columns.gradients is not None
+            # turning the rows once is cheaper than turning every X
+            a, g = (rows.squeeze(-2).to(kind) for rows in (self.columns.inputs, self.columns.gradients))
+            a = a if U_A is None else a @ U_A.to(kind)
+            g = g if U_B is None else g @ U_B.to(kind)
+            half = (a @ X.to(kind).flatten(0, 1).T).unflatten(1, X.shape[:2])  # [N, m, d_out]
+            each = torch.bmm(half, g.permute(1, 2, 0))  # [N, m, K]
+            return each.permute(1, 2, 0).flatten(1).double()
+        X = X.to(kind)
+        X = X if U_A is None else X @ U_A.T.to(kind)
+        X = X if U_B is None else U_B.to(kind) @ X
+        if self.columns.form == "factored" and self._few(X.shape[0], formed=fast and self._small is not None):
+            assert self.columns.inputs is not None and self.columns.gradients is not None
+            a, g = self.columns.inputs.to(kind), self.columns.gradients.to(kind)
+            half = (a @ X.flatten(0, 1).T).unflatten(2, X.shape[:2])  # [N, R, m, d_out]
+            each = torch.bmm(g.transpose(0, 1).flatten(2), half.transpose(1, 2).flatten(2).transpose(1, 2))
+            return each.permute(2, 1, 0).flatten(1).double()
+        total = torch.zeros(X.shape[0], self.total_columns, dtype=torch.float64, device=self.device)
+        for low, high in self._ranges():
+            if self.columns.values is not None:
+                piece = self.columns.values[:, :, low:high].flatten(0, 1).flatten(1)
+            else:
+                piece = self._formed(low, high)
+            total += X[:, low:high].flatten(1) @ piece.to(kind).T
+        return total
+
+    def _few(self, count: int, *, formed: bool) -> bool:
+        """Whether going through the rows takes fewer operations for so many products than forming the columns."""
+        if formed:
+            return False
+        assert self.columns.inputs is not None
+        positions, draws = self.columns.inputs.shape[1], self.columns.count
+        return count * (positions - draws) < draws * positions
+
+    def combine(self, weights: Float64[Tensor, " columns"]) -> Float64[Tensor, "d_out d_in"]:
+        """`V weights` as [d_out, d_in]: the weighted sum of the columns, ordered k, n; not of formed blocks."""
+        if self.columns.values is not None:
+            flat = self.columns.values.flatten(0, 1).flatten(1)
+            return (weights.to(flat.dtype) @ flat).view(self.d_out, self.d_in).double()
+        a, g = self.columns.inputs, self.columns.gradients
+        assert a is not None and g is not None
+        mixed = torch.einsum("kn,knro->nro", weights.view(g.shape[:2]).to(g.dtype), g)
+        return (mixed.reshape(-1, self.d_out).T @ a.reshape(-1, self.d_in)).double()
+
+    def combinations(self, weights: Float64[Tensor, "columns m"]) -> Float64[Tensor, "m d_out d_in"]:
+        """`V weights` as m matrices, [m, d_out, d_in]; float64."""
+        parts = [(piece.T @ weights).T.unflatten(1, (high - low, self.d_in)) for low, high, piece in self.slices()]
+        return torch.cat(parts, dim=1)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -192,12 +267,19 @@ class Block:
         held = (self.columns.block, self.columns.values, self.columns.gradients)
         return next(tensor.dtype for tensor in held if tensor is not None)
 
-    def _rows(self, fast: bool) -> tuple[Tensor, Tensor]:
-        """Inputs [N, R, d_in] and gradients [K, N, R, d_out], in float64 or as they are kept."""
-        if fast:
-            assert self.columns.inputs is not None and self.columns.gradients is not None
-            return self.columns.inputs, self.columns.gradients
-        return self._inputs, self._gradients
+    def _rows(self, fast: bool, beside: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Inputs [n, R, d_in] and gradients [K, n, R, d_out] of a few examples at a time, in float64 or as kept.
+
+        As many as fit a piece with twice their own size and `beside` numbers a column.
+        """
+        assert self.columns.inputs is not None and self.columns.gradients is not None
+        a, g = self.columns.inputs, self.columns.gradients
+        positions, count = a.shape[1], self.columns.count
+        each = 8 * (2 * positions * (self.d_in + count * self.d_out) + count * beside)
+        step = max(1, self.piece_bytes // each)
+        for low in range(0, a.shape[0], step):
+            part = a[low : low + step], g[:, low : low + step]
+            yield part if fast else (part[0].double(), part[1].double())
 
     def contract_inputs(self, X: Float64[Tensor, "d_in d_in"], *, fast: bool = False) -> Float64[Tensor, "d_out d_out"]:
         """`sum V X V^T` [d_out, d_out] for symmetric X [d_in, d_in]: the rearranged block times vec(X).
@@ -207,12 +289,13 @@ class Block:
         if self.columns.form == "formed":
             G = self.gram.view(self.d_out, self.d_in, self.d_out, self.d_in)
             return torch.einsum("oipq,iq->op", G, X)
-        if self.columns.gradients is not None:
-            a, g = self._rows(fast)
-            inner = torch.bmm(a @ X.to(a.dtype), a.transpose(1, 2))  # a X a^T of every example, [N, R, R]
-            weighted = inner.squeeze(1)[..., None] * g if self.columns.form == "outer" else torch.matmul(inner, g)
-            return (weighted.reshape(-1, self.d_out).T @ g.reshape(-1, self.d_out)).double()
         total = torch.zeros(self.d_out, self.d_out, dtype=torch.float64, device=X.device)
+        if self.columns.gradients is not None:
+            for a, g in self._rows(fast):
+                inner = torch.bmm(a @ X.to(a.dtype), a.transpose(1, 2))  # a X a^T of every example, [n, R, R]
+                weighted = inner.squeeze(1)[..., None] * g if self.columns.form == "outer" else torch.matmul(inner, g)
+                total += (weighted.reshape(-1, self.d_out).T @ g.reshape(-1, self.d_out)).double()
+            return total
         for piece in self._columns_in_pieces(fast):
             total += torch.tensordot(piece @ X.to(piece.dtype), piece, dims=([0, 2], [0, 2]))
         return total
@@ -227,15 +310,16 @@ class Block:
         if self.columns.form == "formed":
             G = self.gram.view(self.d_out, self.d_in, self.d_out, self.d_in)
             return torch.einsum("oipq,op->iq", G, Y)
-        if self.columns.gradients is not None:
-            a, g = self._rows(fast)
-            turned = g @ Y.to(g.dtype)
-            if self.columns.form == "outer":
-                inner = (turned * g).sum((0, 3))[..., None]  # [N, 1, 1]
-            else:
-                inner = torch.einsum("knro,knso->nrs", turned, g)
-            return (torch.matmul(inner, a).flatten(0, 1).T @ a.flatten(0, 1)).double()
         total = torch.zeros(self.d_in, self.d_in, dtype=torch.float64, device=Y.device)
+        if self.columns.gradients is not None:
+            for a, g in self._rows(fast):
+                turned = g @ Y.to(g.dtype)
+                if self.columns.form == "outer":
+                    inner = (turned * g).sum((0, 3))[..., None]  # [n, 1, 1]
+                else:
+                    inner = torch.einsum("knro,knso->nrs", turned, g)
+                total += (torch.matmul(inner, a).flatten(0, 1).T @ a.flatten(0, 1)).double()
+            return total
         for piece in self._columns_in_pieces(fast):
             total += torch.tensordot(torch.matmul(Y.to(piece.dtype), piece), piece, dims=([0, 1], [0, 1]))
         return total

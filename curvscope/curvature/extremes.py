@@ -11,6 +11,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from curvscope.curvature.eigen import eigh
+from curvscope.errors import AnalysisError
 
 LEAST_BASIS = 12
 
@@ -59,6 +60,9 @@ def extremes(
     space gives, with its own residuals. A basis that would exceed `basis_bytes` is restarted from the Ritz
     vectors of both ends. Of a repeated eigenvalue one copy is found.
 
+    Raises:
+        AnalysisError: a product is not finite.
+
     Source: thick restart, Wu and Simon, SIAM J. Matrix Anal. Appl. 22 (2000).
     """
     generator = torch.Generator().manual_seed(seed)
@@ -74,12 +78,17 @@ def extremes(
     while True:
         basis[filled] = vector
         image = matvec(vector).reshape(-1)
+        if not bool(image.isfinite().all()):
+            raise AnalysisError(
+                "A product with the matrix is NaN or infinite.",
+                where=f"operator on {size} numbers, product {products + 1}",
+                remedy="Look for a function without a second derivative at this point (sqrt or norm of 0).",
+            )
         products += 1
         known = basis[: filled + 1]
         overlaps = known @ image
         image = image - overlaps @ known
-        for _ in range(2):
-            image = image - (known @ image) @ known
+        image = image - (known @ image) @ known  # twice is enough (Parlett)
         projected[filled, : filled + 1] = projected[: filled + 1, filled] = overlaps.cpu()
         filled += 1
         beta = float(image.norm())

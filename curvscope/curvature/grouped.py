@@ -27,6 +27,7 @@ class GroupedBlock:
         self.total_columns = parts[0].total_columns
         self.dtype = parts[0].dtype
         self.device = parts[0].device
+        self.piece_bytes = parts[0].piece_bytes
 
     @cached_property
     def norm(self) -> float:

@@ -32,16 +32,17 @@ def largest_magnitude(
     seed: int = 0,
     tolerance: float = 1e-6,
     max_steps: int = 200,
+    basis_bytes: int = BASIS_BYTES,
 ) -> Extreme:
     """The eigenpair of largest absolute value of a symmetric operator on tensors of this shape, float64.
 
     `tolerance` bounds the residual relative to the eigenvalue; for a symmetric operator the eigenvalue's own error is
     then at most that, and of the order of its square where it is isolated. Without `start` the first vector is
     random. Steps end early when the Krylov space is exhausted, the result then being exact, and at the latest when
-    the basis fills `BASIS_BYTES` (but not before 20).
+    the basis fills `basis_bytes` (but not before 20).
     """
     size = math.prod(shape)
-    steps = min(size, max_steps, max(20, BASIS_BYTES // (8 * size)))
+    steps = min(size, max_steps, max(20, basis_bytes // (8 * size)))
     if start is None:
         generator = torch.Generator(device=device).manual_seed(seed)
         vector = torch.randn(size, dtype=torch.float64, device=device, generator=generator)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import difflib
 
 from curvscope.diagnose.page import Entry
-from curvscope.diagnose.pages import approximation, coverage, signals, stability
+from curvscope.diagnose.pages import approximation, coverage, damping, signals, stability
 from curvscope.errors import UsageError
 
 CATALOG: dict[str, Entry] = {
-    entry.code: entry for family in (approximation, signals, coverage, stability) for entry in family.ENTRIES
+    entry.code: entry for family in (approximation, signals, coverage, damping, stability) for entry in family.ENTRIES
 }
 
 

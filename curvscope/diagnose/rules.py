@@ -1,7 +1,7 @@
 """Which layers deserve a look, and why: from the records alone.
 
 Codes: CS1xx speak of how well a Kronecker product can describe a layer, CS2xx of the block itself, CS3xx of what the
-report does not cover, CS5xx of stability.
+report does not cover, CS4xx of damping, CS5xx of stability.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from curvscope.diagnose import damping
 from curvscope.diagnose.causes import ordered
 from curvscope.diagnose.signs import sign_findings
 from curvscope.diagnose.stability import stability_findings
@@ -44,18 +45,29 @@ def find(
     ranked: list[tuple[int, float, FindingRow]] = []
     for layer in layers.values():
         ranked += _of_layer(layer)
+        ranked += damping.of_layer(layer)
+    ranked += damping.of_network(layers)
     ranked += _of_network(model, coverage)
     ranked += stability_findings(model, stability)
-    made = [Found(_for_optimizer(row, model), size) for _, size, row in ranked]
+    made = [Found(_for_optimizer(row, model), size) for _, size, row in ranked if _concerns(row, model)]
     return ordered([*made, *sign_findings(stability, examples)], stability)
 
 
 def _for_optimizer(row: FindingRow, model: ModelInfo) -> FindingRow:
     """How well a Kronecker product fits is no concern of an optimizer that uses none; of one not known it may be."""
-    name = model.optimizer.partition(",")[0]
-    if row.code.startswith("CS1") and row.severity == "warning" and name not in ("", *KRONECKER_OPTIMIZERS):
+    if row.code.startswith("CS1") and row.severity == "warning" and not _kronecker(model):
         return dataclasses.replace(row, severity="info")
     return row
+
+
+def _concerns(row: FindingRow, model: ModelInfo) -> bool:
+    """K-FAC's damping is nothing to those who have none."""
+    return not row.code.startswith("CS4") or _kronecker(model)
+
+
+def _kronecker(model: ModelInfo) -> bool:
+    """Whether the optimizer uses Kronecker factors, for all that is known."""
+    return model.optimizer.partition(",")[0] in ("", *KRONECKER_OPTIMIZERS)
 
 
 def _of_layer(layer: Layer) -> list[tuple[int, float, FindingRow]]:

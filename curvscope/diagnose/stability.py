@@ -68,7 +68,7 @@ def _above(
         layer,
         f"{model.optimizer}: sharpness {_spread(model, sharpness)} is above the threshold "
         f"{sharpness.threshold:.3g}.{grows}{blame}",
-        _rate(network) + " On mini-batches the limit is lower still.",
+        " ".join(filter(None, (_rate(network), _damping(model), "On mini-batches the limit can be lower."))),
         confidence=0.4 if fades else 0.9,
     )
     return ("error", "warning", "info").index(row.severity), 10 + ratio, row
@@ -84,6 +84,10 @@ def _near(model: ModelInfo, sharpness: StabilityRow, network: dict[str, Stabilit
         "Repeat with a larger batch to decide. " + _rate(network),
         confidence=0.6,
     )
+
+
+def _damping(model: ModelInfo) -> str:
+    return "More damping lowers the sharpness, too." if ", damping " in model.optimizer else ""
 
 
 def _spread(model: ModelInfo, row: StabilityRow) -> str:

@@ -9,6 +9,7 @@ Softmax runs in float64, over the terms that a column or a piece of a draw needs
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -42,9 +43,10 @@ def categorical_root(loss: Loss, outputs: Tensor, targets: Tensor, layout: Layou
     @lru_cache(maxsize=1)
     def reflected(slot: int) -> tuple[Tensor, ...]:
         """Of every example's term in this slot: where, c, p, the likeliest class m, the others, and two scales."""
-        at = tuple(index[:, slot] for index in terms.at)
+        counts = terms.weight[:, slot] > 0
+        at = tuple(index[counts, slot] for index in terms.at)
         p = torch.softmax(logits[at].double(), dim=-1)
-        return *at, terms.weight[:, slot, None], p, *_reflection(p)
+        return *at, terms.weight[counts, slot, None], p, *_reflection(p)
 
     def column(k: int) -> Tensor:
         slot, j = divmod(k, classes - 1)
@@ -62,7 +64,8 @@ def categorical_root(loss: Loss, outputs: Tensor, targets: Tensor, layout: Layou
         """sqrt(c) times a function of p [terms, C], piece by piece."""
         out = torch.zeros_like(outputs)
         into = out.movedim(axis, -1)
-        where, scale = tuple(index.flatten() for index in terms.at), terms.weight.flatten().sqrt()
+        where, scale = terms.counted()
+        scale = scale.sqrt()
         size = max(1, PIECE // classes)
         for start in range(0, len(scale), size):
             at = tuple(index[start : start + size] for index in where)
@@ -87,8 +90,8 @@ def categorical_root(loss: Loss, outputs: Tensor, targets: Tensor, layout: Layou
 
     def true_gradient(gradient: Tensor) -> Tensor:
         out = torch.zeros_like(outputs)
-        scale = torch.where(terms.weight > 0, terms.weight, torch.ones_like(terms.weight)).rsqrt()
-        out.movedim(axis, -1)[terms.at] = gradient.movedim(axis, -1)[terms.at] * scale.unsqueeze(-1).to(out.dtype)
+        where, weight = terms.counted()
+        out.movedim(axis, -1)[where] = gradient.movedim(axis, -1)[where] * weight.rsqrt().unsqueeze(-1).to(out.dtype)
         return out
 
     return OutputRoot(terms.weight.shape[1] * (classes - 1), column, probe, draw, true_gradient, shared)
@@ -124,12 +127,18 @@ def categorical_columns(loss: Loss, outputs: Tensor, targets: Tensor, layout: La
 class _Terms:
     """The terms that count, [N, T] with T of the example that has most: those of each example come first.
 
-    `at` are their indices into the outputs without the class axis, `weight` their c: 0 where an example has fewer.
+    `at` are their indices into the outputs without the class axis, `weight` their c: 0 where an example has fewer. What
+    `at` holds there may be another example's.
     """
 
     axis: int
     at: tuple[Tensor, ...]
     weight: Tensor
+
+    def counted(self) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Indices and weights of all terms that count, in one list."""
+        counts = self.weight > 0
+        return tuple(index[counts] for index in self.at), self.weight[counts]
 
 
 def _terms(loss: Loss, outputs: Tensor, targets: Tensor, layout: Layout) -> _Terms:
@@ -143,12 +152,12 @@ def _terms(loss: Loss, outputs: Tensor, targets: Tensor, layout: Layout) -> _Ter
             "cross_entropy:class_axis=last.",
         )
     shape = (*outputs.shape[:axis], *outputs.shape[axis + 1 :])
-    of_terms = Layout(layout.axis - (axis < layout.axis), layout.outer, layout.inner)
+    of_terms = layout.on_axis(layout.axis - (axis < layout.axis))
     weight = of_terms.flat(_weights(loss, outputs, targets, axis))
     counts = weight > 0
     most = int(counts.sum(1).max())
     first = torch.argsort(counts, dim=1, descending=True, stable=True)[:, :most]
-    numbers = of_terms.flat(torch.arange(weight.numel(), device=outputs.device).view(shape)).gather(1, first)
+    numbers = of_terms.flat(torch.arange(math.prod(shape), device=outputs.device).view(shape)).gather(1, first)
     return _Terms(axis, tuple(torch.unravel_index(numbers, shape)), weight.gather(1, first))
 
 

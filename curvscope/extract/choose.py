@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 
-from curvscope.extract.plan import LayerPlan, Plan, plan_layer, plan_sweeps, site_positions
-from curvscope.extract.roots import Root, exact_columns
+from curvscope.extract.cost import ASSUMED, PassSeconds, keep_seconds, loads_of, measure_seconds, measured_rates
+from curvscope.extract.cost import estimate as estimated_seconds
+from curvscope.extract.plan import LayerPlan, Plan, plan_layer, plan_sweeps, site_positions, standing_bytes
+from curvscope.extract.roots import exact_columns
 from curvscope.graph.functional import Graph
 from curvscope.graph.verify import Independent, Layouts
 from curvscope.load.problem import Problem
 from curvscope.settings import Settings
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
-# A matrix rate that any machine reaches, for the estimate that `auto` decides on.
-ASSUMED_RATE = 5e10
+# A rough estimate below this share of --time needs no measurement.
+SETTLED = 0.1
 PROBES = 8
 # Layers that a note names.
 NAMED = 5
 NONE: Mapping[str, str] = MappingProxyType({})
+OVERHEAD_BYTES = 48 * 2**20
 
 
 class Choice(NamedTuple):
@@ -37,22 +40,47 @@ class Choice(NamedTuple):
 
 
 def choose(
-    problem: Problem, graph: Graph, layouts: Layouts, targets: Any, settings: Settings, forward_seconds: float
+    problem: Problem,
+    graph: Graph,
+    layouts: Layouts,
+    targets: Any,
+    settings: Settings,
+    forward_seconds: float,
+    columns: int | None = None,
+    timed: Callable[[], PassSeconds] | None = None,
 ) -> Choice:
     """What `auto` takes for which layer; any other choice as it is.
 
     Everything is a probe where the exact columns' backward passes alone would take too long, or no layer's columns are
     affordable. Otherwise the passes are made, and only those layers are estimated whose min(P, N K) is too large, whose
     columns exceed the memory, or (the dearest first) whose measuring would take longer than what is left of the time.
+    `layouts.examples` are all examples, `columns` is K where it is known: `targets` are those of the first batch.
+    `timed` measures a pass; it is asked where a rough estimate does not settle the matter.
     """
     if settings.fisher != "auto":
         return Choice(settings.fisher)
     apart = layouts.independent
-    columns = apart.columns if apart else exact_columns(problem.loss, layouts.outputs, layouts.output, targets)
+    if apart is not None:
+        columns = apart.columns
+    elif columns is None:
+        columns = exact_columns(problem.loss, layouts.outputs, layouts.output, targets)
     plans = layer_plans(graph, layouts, columns, settings, keep_draws=False, apart=apart)
     draws = settings.samples or PROBES
     estimated = {name: _what(layer.reason) for name, layer in plans.items() if layer.form is None}
-    pass_seconds = 3 * forward_seconds * (columns + 1)
+    each = apart.positions if apart else 1
+    loads = loads_of(
+        graph.layers,
+        plans,
+        {site: count // each for site, count in layouts.positions.items()},
+        examples=layouts.examples * each,
+        columns=columns,
+        draws=False,
+        itemsize=DTYPES[settings.dtype].itemsize,
+    )
+    passes, rates = PassSeconds(6 * forward_seconds, 3 * forward_seconds), ASSUMED
+    if timed is not None and sum(estimated_seconds(loads, 1, passes, rates).values()) > SETTLED * settings.time_seconds:
+        passes, rates = timed(), measured_rates(layouts.outputs.device)
+    pass_seconds = passes.once + columns * passes.column
     left = settings.time_seconds - pass_seconds
     if left < 0:
         return Choice(
@@ -60,14 +88,14 @@ def choose(
             f"Exact columns were not taken: {columns + 1} backward passes would take about {pass_seconds:.0f} s, over "
             f"--time {settings.time_seconds:g}. {draws} probes instead.",
         )
-    for name, layer in sorted(plans.items(), key=lambda item: item[1].measure_flops):
-        seconds = layer.measure_flops / ASSUMED_RATE
+    costs = {load.spec.name: keep_seconds(load, rates) + measure_seconds(load, rates) for load in loads}
+    for name, seconds in sorted(costs.items(), key=lambda item: item[1]):
         if name not in estimated and seconds > left:
             estimated[name] = f"measuring its {columns} columns an example would take about {seconds:.0f} s"
         elif name not in estimated:
             left -= seconds
     exact = {name: layer for name, layer in plans.items() if name not in estimated}
-    fitting = plan_sweeps(exact, budget(settings))
+    fitting = plan_sweeps(exact, usable(settings), standing=standing(graph, settings))
     estimated |= {name: _what(layer.reason) for name, layer in fitting.layers.items() if layer.form is None}
     left -= pass_seconds * (len(fitting.groups) - 1)
     factored = [name for name in plans if not graph.layers[name].exact_only]
@@ -119,25 +147,51 @@ def layer_plans(
 
 
 def make_plan(
-    graph: Graph, layouts: Layouts, root: Root, settings: Settings, without: Mapping[str, str] = NONE
+    graph: Graph,
+    layouts: Layouts,
+    fisher: str,
+    columns: int,
+    settings: Settings,
+    *,
+    activations: int = 0,
+    piece_share: float = 0.0,
+    without: Mapping[str, str] = NONE,
+    apart: Independent | None = None,
 ) -> Plan:
-    """Forms and groups of all chosen layers under the memory bound; those `without` columns get none, for a reason."""
-    draws = root.fisher in ("probe", "mc")
-    apart = layouts.independent if root.shared else None
-    plans = layer_plans(graph, layouts, root.columns, settings, keep_draws=draws, apart=apart)
+    """Forms and groups of all chosen layers under the memory bound; a pass takes `activations` bytes.
+
+    Those `without` columns get none, for a reason; positions that are kept `apart` count as examples.
+    """
+    draws = fisher in ("probe", "mc")
+    plans = layer_plans(graph, layouts, columns, settings, keep_draws=draws, apart=apart)
     plans |= {name: LayerPlan(None, 0, 0, reason) for name, reason in without.items()}
-    return plan_sweeps(plans, budget(settings))
+    stays = standing(graph, settings, columns if draws else 0)
+    return plan_sweeps(plans, usable(settings), standing=stays, activations=activations, piece_share=piece_share)
 
 
-def estimate_plan(graph: Graph, layouts: Layouts, root: Root, settings: Settings, names: Collection[str]) -> Plan:
+def estimate_plan(
+    graph: Graph, layouts: Layouts, columns: int, settings: Settings, names: Collection[str], *, activations: int = 0
+) -> Plan:
     """The same for a sweep over draws that serves some layers only."""
-    plans = layer_plans(graph, layouts, root.columns, settings, keep_draws=True)
-    return plan_sweeps({name: plans[name] for name in plans if name in names}, budget(settings))
+    plans = layer_plans(graph, layouts, columns, settings, keep_draws=True)
+    chosen = {name: plans[name] for name in plans if name in names}
+    return plan_sweeps(chosen, usable(settings), standing=standing(graph, settings), activations=activations)
+
+
+def standing(graph: Graph, settings: Settings, draws: int = 0) -> int:
+    """Bytes that the factors and records of all layers take; each draw has a B of its own."""
+    return sum(standing_bytes(spec, DTYPES[settings.dtype].itemsize, draws) for spec in graph.layers.values())
 
 
 def budget(settings: Settings) -> int:
     """Bytes that the tool may take: --memory, else half of what is free."""
     return settings.memory_bytes or _free_bytes() // 2
+
+
+def usable(settings: Settings) -> int:
+    """What of the budget is left to plan with: export, solvers and what is freed too late take the rest."""
+    whole = budget(settings)
+    return whole - min(OVERHEAD_BYTES, whole // 4)
 
 
 def _free_bytes() -> int:

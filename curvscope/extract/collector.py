@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -48,9 +48,10 @@ class Extract:
     [K, d_out, d_out] (only for probe and mc). With groups, factors have a leading axis of groups and there are columns
     for each. `gradient` is dL/dW as [d_out, d_in(+1)]; `positions` the mean
     number of real positions an example; `padded` the share of rows found to be padding. Columns, B and `probe_B` are in
-    multiples of `unit` (`Root.unit`); the gradient is not. `example_squares` [N] are the squared norms of the examples'
-    parts of the gradient, `mean_input` [d_in] (with groups [groups, d_in]) the mean of the real rows without the bias's
-    1, `real` [N, R] tells real rows from padding, None where all are real.
+    multiples of `unit` (`Root.unit`); the gradient is not. `unmasked` holds A of all rows where some look like
+    padding and data that comes later may tell otherwise. `example_squares` [N] are the squared norms of the examples'
+    parts of the gradient. `mean_input` [d_in] (with groups [groups, d_in]) is the mean of the real rows without the
+    bias's 1, None where the data came in pieces; `real` [N, R] tells real rows from others, None where all are real.
     """
 
     spec: LayerSpec
@@ -65,6 +66,16 @@ class Extract:
     example_squares: Tensor | None = None
     mean_input: Tensor | None = None
     real: Tensor | None = None
+    unmasked: dict[str, Tensor] = field(default_factory=dict)
+
+
+def mean_positions(counts: Tensor) -> float:
+    """The mean number of positions over the examples that have any; 1 only where all of these have one."""
+    return float(counts[counts > 0].double().mean())
+
+
+def _both(left: Tensor | None, right: Tensor | None) -> Tensor | None:
+    return left if right is None else right if left is None else left & right
 
 
 class _Buffered:
@@ -95,6 +106,14 @@ class _Buffered:
         return self.total.result()
 
 
+def _placed(narrow: Tensor, index: Tensor | None, width: int) -> Tensor:
+    """Rows [N, R, d] of a site that reads a part of the weight, with zeros where it reads none: [N, R, width]."""
+    if index is None:
+        return narrow
+    wide = narrow.new_zeros(*narrow.shape[:-1], width)
+    return wide.index_add_(-1, index.to(narrow.device), narrow)
+
+
 class Collector:
     """One layer's sums while the passes run."""
 
@@ -106,6 +125,7 @@ class Collector:
         self.per_draw = per_draw
         self.examples = layouts.examples
         self.rows = {site.target: SiteRows(site.module, layouts.sites[site.target]) for site in spec.sites}
+        self.parts = {site.target: site.part for site in spec.sites}
         self.inputs: dict[str, Tensor] = {}
         self.shapes: dict[str, torch.Size] = {}
         self.pending: dict[str, Tensor] = {}
@@ -118,9 +138,12 @@ class Collector:
         self.whole_examples = layouts.examples
         self.squares: Tensor | None = None
         self.keeps_rows = False
+        self.gradients: Tensor | None = None
         self.values: Tensor | None = None
         self.block: GramSum | None = None
+        self.undecided = False
         self._joined: Tensor | None = None
+        self.present: dict[str, Tensor] = {}
 
     def begin(self, stored: Mapping[str, Any], columns: int) -> None:
         """Take what the forward pass left at the sites."""
@@ -134,7 +157,8 @@ class Collector:
 
     def receive(self, target: str, gradient: Tensor) -> None:
         """One site's output gradient of this pass."""
-        self.pending[target] = self.rows[target].outputs(gradient)
+        gradients = self.rows[target].outputs(gradient)
+        self.pending[target] = _placed(gradients, self.parts[target].rows, self.spec.d_out)
 
     def finish(self) -> None:
         """All sites of the layer have reported: add the pass up."""
@@ -188,7 +212,14 @@ class Collector:
     def _a(self) -> Tensor:
         """The layer's rows of all calls, [N, R, d_in]."""
         if self._joined is None:
-            parts = [rows.inputs(self.inputs.pop(target)) for target, rows in self.rows.items()]
+            width = self.spec.d_in * self.spec.groups
+            parts = []
+            for target, rows in self.rows.items():
+                tensor = self.inputs.pop(target)
+                parts.append(_placed(rows.inputs(tensor), self.parts[target].columns, width))
+                real = rows.real(tensor)
+                if real is not None:
+                    self.present[target] = real
             self.shapes = {target: part.shape[:2] for target, part in zip(self.rows, parts, strict=True)}
             self._joined = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         return self._joined
@@ -197,7 +228,10 @@ class Collector:
         if self.form is None:
             return
         if self.form in ("outer", "factored"):
-            self.kept.append(g)
+            if self.gradients is None:
+                self.gradients = g.new_empty(self.count, *g.shape)
+            assert self.column is not None
+            self.gradients[self.column] = g
             return
         if self.keeps_rows:
             self.kept.append(g)
@@ -223,43 +257,44 @@ class Collector:
         """The layer's sums, scaled as records.CONVENTIONS says."""
         a = self._a()
         examples, positions = a.shape[:2]
-        real = self._real(masks)
+        there, real = self._real({}), self._real(masks)
         counts = torch.full((examples,), float(positions), device=a.device) if real is None else real.sum(1).to(a.dtype)
         factors = {}
+        unmasked: dict[str, Tensor] = {}
         if self.factors and self.reduce is not None:
             B_reduce = self.reduce.result()
             B_expand = B_reduce if self.expand is None else self.expand.result()
-            bias = self.spec.bias is not None
-            masked = a if real is None else a * real.unsqueeze(-1)
-            A_expand = input_gram(masked.reshape(-1, a.shape[-1]), float(counts.sum()), bias=bias)
-            if positions == 1:
-                A_reduce = A_expand
-            else:
-                means = masked.sum(1) / counts.unsqueeze(1).to(a.dtype)
-                A_reduce = input_gram(means, float(examples), bias=bias)
-            factors = {"expand": (A_expand, B_expand), "reduce": (A_reduce, B_reduce)}
-        padded = 0.0 if real is None else 1.0 - float(counts.sum()) / (examples * positions)
+            A = self._input_factors(a, real, counts)
+            factors = {"expand": (A["expand"], B_expand), "reduce": (A["reduce"], B_reduce)}
+            if real is not None and self.undecided:
+                whole = None if there is None else there.sum(1).to(a.dtype)
+                unmasked = self._input_factors(a, there, torch.full_like(counts, positions) if whole is None else whole)
+        rows = examples * positions if there is None else int(there.sum())
+        padded = 0.0 if real is None else 1.0 - float(counts.sum()) / rows
         draws = {name: torch.stack(each) for name, each in self.draws.items() if each}
         mean = None
         if self.factors:
-            rows = a if real is None else a * real.unsqueeze(-1)
-            mean = rows.sum((0, 1), dtype=torch.float64) / float(counts.sum())
-        return Extract(
-            self.spec,
-            examples,
-            float(counts.mean()),
-            padded,
-            factors,
-            self.gradient,
-            self._columns(a),
-            draws,
-            example_squares=self.squares,
-            mean_input=mean,
-            real=real,
+            held_rows = a if real is None else a * real.unsqueeze(-1)
+            mean = held_rows.sum((0, 1), dtype=torch.float64) / float(counts.sum())
+        found = Extract(
+            self.spec, examples, mean_positions(counts), padded, factors, self.gradient, self._columns(a), draws
         )
+        return replace(found, unmasked=unmasked, example_squares=self.squares, mean_input=mean, real=real)
+
+    def _input_factors(self, a: Tensor, real: Tensor | None, counts: Tensor) -> dict[str, Tensor]:
+        """A of both flavours, over the rows that are real."""
+        bias = self.spec.bias is not None
+        masked = a if real is None else a * real.unsqueeze(-1)
+        expand = input_gram(masked.reshape(-1, a.shape[-1]), float(counts.sum()), bias=bias)
+        if a.shape[1] == 1:
+            return {"expand": expand, "reduce": expand}
+        means = masked.sum(1) / counts.clamp(min=1).unsqueeze(1).to(a.dtype)
+        held = counts > 0
+        return {"expand": expand, "reduce": input_gram(means[held], float(held.sum()), bias=bias)}
 
     def _real(self, masks: Mapping[str, Tensor]) -> Tensor | None:
-        parts = [masks.get(target) for target in self.rows]
+        """Which rows count: those that are there (see `Ragged`), without the masked ones; None where all do."""
+        parts = [_both(masks.get(target), self.present.get(target)) for target in self.rows]
         if all(part is None for part in parts):
             return None
         device = next(part.device for part in parts if part is not None)
@@ -272,15 +307,15 @@ class Collector:
     def _columns(self, a: Tensor) -> Columns | None:
         if self.form is None:
             return None
-        if self.spec.bias is not None and self.kept:
+        if self.spec.bias is not None and (self.kept or self.form in ("outer", "factored")):
             a = torch.cat([a, a.new_ones(*a.shape[:2], 1)], dim=-1)
         if self.form in ("outer", "factored"):
-            return Columns(self.form, self.examples, self.count, inputs=a, gradients=torch.stack(self.kept))
-        rows = {"row_inputs": a, "row_gradients": torch.stack(self.kept)} if self.kept else {}
+            return Columns(self.form, self.examples, self.count, inputs=a, gradients=self.gradients)
+        kept = {"row_inputs": a, "row_gradients": torch.stack(self.kept)} if self.kept else {}
         if self.form == "dense":
-            return Columns("dense", self.examples, self.count, values=self.values, **rows)
+            return Columns("dense", self.examples, self.count, values=self.values, **kept)
         assert self.block is not None
-        return Columns("formed", self.examples, self.count, block=self.block.result(), **rows)
+        return Columns("formed", self.examples, self.count, block=self.block.result(), **kept)
 
 
 def example_squares(a: Tensor, g: Tensor, *, bias: bool) -> Tensor:

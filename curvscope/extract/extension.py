@@ -15,6 +15,7 @@ from backpack.context import CTX
 from backpack.extensions.firstorder.base import FirstOrderBackpropExtension, FirstOrderModuleExtension
 from torch import Tensor, nn
 
+from curvscope.graph.sites import GroupedLinear
 from curvscope.graph.taps import Tap
 
 Receiver = Callable[[nn.Module, Tensor, Tensor], None]
@@ -26,6 +27,7 @@ SITE_CLASSES = (
     nn.ConvTranspose1d,
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
+    GroupedLinear,
     Tap,
 )
 

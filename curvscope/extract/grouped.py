@@ -1,17 +1,18 @@
-"""Grouped and depthwise convolutions: every group is a layer of its own, all of them batched.
+"""Grouped and depthwise convolutions, and weights of several heads: every group is a layer of its own, all batched.
 
-A group's weight sees only its own input channels, so K-FAC gives each group its factors, and the block is the exact
+A group's weight sees only its own inputs, so K-FAC gives each group its factors, and the block is the exact
 one of each group: curvature between groups belongs, like that between layers, to no block.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from curvscope.extract.collector import Collector, Columns, Extract, example_squares
+from curvscope.extract.collector import Collector, Columns, Extract, example_squares, mean_positions
 
 
 class GroupedCollector(Collector):
@@ -19,10 +20,6 @@ class GroupedCollector(Collector):
 
     _sums: dict[str, Tensor]
     _blocks: Tensor | None = None
-
-    def rows_bytes(self) -> int:
-        """Rows are not kept: a split of the error or of the energy is not made of groups."""
-        return 0
 
     def _split(self, rows: Tensor) -> Tensor:
         """[N, R, groups * d] -> [groups, N, R, d]."""
@@ -67,39 +64,39 @@ class GroupedCollector(Collector):
             product = torch.bmm(flat.transpose(1, 2), flat)
             self._blocks = product if self._blocks is None else self._blocks.add_(product)
             return
-        self.kept.append(column)
+        if self.values is None:
+            self.values = column.new_empty(groups, self.count, *column.shape[1:])
+        assert self.column is not None
+        self.values[:, self.column] = column
 
     def result(self, masks: Mapping[str, Tensor]) -> Extract:
-        """The layer's sums, scaled as records.CONVENTIONS says; positions of a convolution are all real."""
+        """The layer's sums, scaled as records.CONVENTIONS says."""
         a = self._split(self._a())
-        groups, examples, positions = a.shape[:3]
+        examples, positions = a.shape[1:3]
+        there, real = self._real({}), self._real(masks)
+        counts = torch.full((examples,), positions, device=a.device) if real is None else real.sum(1)
         if self.spec.bias is not None:
             a = torch.cat([a, a.new_ones(*a.shape[:3], 1)], dim=-1)
         factors = {}
         if self.factors:
-            rows, means = a.flatten(1, 2), a.mean(2)
+            if real is not None:
+                a = a * real.unsqueeze(-1)
+            rows = a.flatten(1, 2)
+            means = a.sum(2) / counts.clamp(min=1).view(1, -1, 1)
             A = {
-                "expand": torch.bmm(rows.transpose(1, 2), rows) / (examples * positions),
-                "reduce": torch.bmm(means.transpose(1, 2), means) / examples,
+                "expand": torch.bmm(rows.transpose(1, 2), rows) / int(counts.sum()),
+                "reduce": torch.bmm(means.transpose(1, 2), means) / int((counts > 0).sum()),
             }
             factors = {name: (A[name], self._sums[name]) for name in A}
         draws = {name: torch.stack(each) for name, each in self.draws.items() if each}
         columns: list[Columns] | None = None
         if self._blocks is not None:
             columns = [Columns("formed", examples, self.count, block=block) for block in self._blocks]
-        elif self.kept:
-            values = torch.stack(self.kept)  # [K, groups, N, d_out, d_in]
-            columns = [Columns("dense", examples, self.count, values=values[:, i]) for i in range(groups)]
-        mean = self._split(self._a()).double().mean((1, 2))
-        return Extract(
-            self.spec,
-            examples,
-            float(positions),
-            0.0,
-            factors,
-            self.gradient,
-            columns,
-            draws,
-            example_squares=self.squares,
-            mean_input=mean,
-        )
+        elif self.values is not None:
+            columns = [Columns("dense", examples, self.count, values=each) for each in self.values]
+        padded = 1.0 - int(counts.sum()) / (examples * positions if there is None else int(there.sum()))
+        inputs = self._split(self._a())
+        inputs = inputs if real is None else inputs * real.unsqueeze(-1)
+        mean = inputs.sum((1, 2), dtype=torch.float64) / int(counts.sum())
+        found = Extract(self.spec, examples, mean_positions(counts), padded, factors, self.gradient, columns, draws)
+        return dataclasses.replace(found, example_squares=self.squares, mean_input=mean, real=real)

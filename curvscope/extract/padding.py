@@ -10,7 +10,50 @@ from torch import Tensor
 
 from curvscope.extract.rows import SiteRows
 from curvscope.graph.functional import Graph
+from curvscope.graph.ragged import Ragged
 from curvscope.graph.verify import Layouts
+
+
+class Judge:
+    """Whether idle rows are padding, over all pieces of the data: some examples have to have others than the rest."""
+
+    def __init__(self) -> None:
+        self.patterns: dict[str, tuple[bool, ...] | None] = {}
+        self.refuted: set[str] = set()
+
+    def tell(self, targets: Sequence[str], real: Tensor | None, *, idle: bool) -> None:
+        """What one piece shows at these sites: which rows [N, R] are real (None: all), and whether the rest is idle."""
+        shared = () if real is None else _shared(real)
+        for target in targets:
+            if target not in self.patterns:
+                self.patterns[target] = shared
+            elif self.patterns[target] != shared:
+                self.patterns[target] = None
+            if not idle:
+                self.refuted.add(target)
+
+    def padded(self, targets: Sequence[str]) -> bool:
+        """Whether the masks that were given for these sites hold."""
+        return all(self._holds(target) for target in targets)
+
+    def _holds(self, target: str) -> bool:
+        pattern = self.patterns.get(target, ())
+        return pattern == () or (pattern is None and target not in self.refuted)
+
+
+def _shared(real: Tensor) -> tuple[bool, ...] | None:
+    """The rows that are real in every example alike, without those at the end that are in none; None if they differ.
+
+    () says that all are real.
+    """
+    if bool(real.all()):
+        return ()
+    if not bool((real == real[:1]).all()):
+        return None
+    row = [bool(value) for value in real[0].tolist()]
+    while not row[-1]:
+        row.pop()
+    return tuple(row)
 
 
 class Padding:
@@ -23,14 +66,15 @@ class Padding:
     alone.
     """
 
-    def __init__(self, graph: Graph, layouts: Layouts) -> None:
+    def __init__(self, graph: Graph, layouts: Layouts, *, piece: bool = False) -> None:
         self.graph = graph
         self.layouts = layouts
         self.linear: dict[str, tuple[SiteRows, int]] = {}
         for site in graph.sites():
             # a convolution's positions are all real: its rows vanish where units are dead
             positions = layouts.positions[site.target] if site.kind == "linear" else 1
-            if positions > 1 and layouts.examples > 1:
+            known = isinstance(layouts.sites[site.target], Ragged)  # its rows are all real
+            if positions > 1 and (layouts.examples > 1 or piece) and not known:
                 self.linear[site.target] = (SiteRows(site.module, layouts.sites[site.target]), positions)
         self.alive: dict[int, Tensor | None] = {}
         self.done: set[int] = set()
@@ -59,17 +103,26 @@ class Padding:
         if bool(alive.all()):
             self.done.add(positions)
 
-    def masks(self, tensors: Sequence[Tensor], output: Tensor) -> dict[str, Tensor]:
-        """Site -> which of its rows [N, R] are real, for groups in which some are not."""
+    def masks(self, tensors: Sequence[Tensor], output: Tensor, judge: Judge | None = None) -> dict[str, Tensor]:
+        """Site -> which of its rows [N, R] are real, for groups in which some are not.
+
+        With a `judge` this batch is a piece of the data: rows that all its examples leave idle alike may still be
+        padding, so the masks are given all the same, and the judge is told what was found.
+        """
         found: dict[str, Tensor] = {}
         for positions, alive in self.alive.items():
+            targets = [target for target, (_, count) in self.linear.items() if count == positions]
             if positions in self.done or alive is None:
+                if judge is not None:
+                    judge.tell(targets, None, idle=True)
                 continue
             real = alive | ~alive.any(1, keepdim=True)
-            if bool((real == real[:1]).all()):
+            if judge is None and bool((real == real[:1]).all()):
                 continue
-            targets = [target for target, (_, count) in self.linear.items() if count == positions]
-            if self._idle(targets, ~real, tensors, output):
+            idle = bool(real.all()) or self._idle(targets, ~real, tensors, output)
+            if judge is not None:
+                judge.tell(targets, real, idle=idle)
+            if idle and not bool(real.all()):
                 found |= dict.fromkeys(targets, real)
         return found
 

@@ -8,31 +8,52 @@ from dataclasses import dataclass
 from curvscope.extract.collector import Form
 from curvscope.graph.sites import LayerSpec
 
-# Slices of columns and their products, on top of what is kept (curvature.block.PIECE_BYTES, a few at once).
-WORKING_BYTES = 256 * 2**20
+# Slices of columns are worked on in pieces of this many bytes, or of less under a small bound, a few at once.
+PIECE_BYTES = 64 * 2**20
+LEAST_PIECE_BYTES = 2 * 2**20
+PIECES_OF_THE_BOUND = 32
+PIECES_AT_ONCE = 4
+# Of the bound, what the passes over one piece of the data may take beside the columns that are kept.
+ACTIVATIONS_SHARE = 1 / 4
 # Columns of a layer without factors (an embedding, say) are kept up to this many numbers.
 EXACT_ONLY_ENTRIES = 2**25
-# What the relative spectral error takes as a rule.
-LANCZOS_STEPS = 30
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer's columns: the form they are kept in, and what keeping and measuring them takes in bytes and flops."""
+    """One layer's columns: the form they are kept in, and what keeping and measuring them takes in bytes."""
 
     form: Form | None
     kept_bytes: int
     measure_bytes: int
     reason: str = ""
-    measure_flops: float = 0.0
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Layers in groups, one sweep a group; layers without a form get factors only, for the reason in their plan."""
+    """Layers in groups, one sweep a group; layers without a form get factors only, for the reason in their plan.
+
+    `peak_bytes` is what the largest group takes with everything beside it, `piece_bytes` how large slices may be.
+    """
 
     layers: dict[str, LayerPlan]
     groups: list[list[str]]
+    peak_bytes: int = 0
+    piece_bytes: int = PIECE_BYTES
+
+
+def slice_bytes(budget: int) -> int:
+    """How large the slices may be that columns are worked on in, under a bound on everything."""
+    return min(PIECE_BYTES, max(LEAST_PIECE_BYTES, budget // PIECES_OF_THE_BOUND))
+
+
+def standing_bytes(spec: LayerSpec, itemsize: int, draws: int) -> int:
+    """A layer's factors (B of every draw, too), gradient and record, which stay from the first sweep on."""
+    if spec.exact_only:
+        return spec.parameters * itemsize
+    d_in, d_out = spec.d_in + (spec.bias is not None), spec.d_out // spec.groups
+    factors = 2 * spec.groups * (d_in**2 + (1 + draws) * d_out**2) * itemsize
+    return 2 * factors + spec.parameters * itemsize + 8 * 6 * min(spec.parameters, 2**14)
 
 
 def plan_layer(
@@ -61,21 +82,15 @@ def plan_layer(
         return LayerPlan(None, 0, 0, _too_large(small, limit))
     square = 8 * small * small
     d_out = spec.d_out
-    solve = 10.0 * small**3 + 20.0 * (d_out**3 + d_in**3)
     if NK >= P and not keep_draws:
-        flops = 1.0 * NK * P * P + 4.0 * P * P * (d_out + d_in)
-        return LayerPlan("formed", square, 4 * square + examples * P * (itemsize + 8), measure_flops=flops + solve)
+        return LayerPlan("formed", square, 4 * square + examples * P * (itemsize + 8))
     factored = examples * positions * (d_in + columns * d_out)
     dense = NK * P
     if positions == 1:
-        flops = 2.0 * NK * NK * d_out + LANCZOS_STEPS * 4.0 * examples * P + 8.0 * NK * (d_out**2 + d_in**2)
-        return LayerPlan("outer", factored * itemsize, 4 * square + 16 * factored, measure_flops=flops + solve)
-    flops = 2.0 * NK * NK * P + solve
+        return LayerPlan("outer", factored * itemsize, 4 * square + 16 * factored)
     if factored < dense:
-        flops += 4.0 * NK * positions * (d_out**2 + P) + LANCZOS_STEPS * 8.0 * examples * positions * P
-        return LayerPlan("factored", factored * itemsize, 4 * square + 16 * factored, measure_flops=flops)
-    flops += 4.0 * NK * P * (d_out + d_in) + LANCZOS_STEPS * 8.0 * NK * P
-    return LayerPlan("dense", dense * itemsize, 4 * square, measure_flops=flops)
+        return LayerPlan("factored", factored * itemsize, 4 * square + 64 * P)
+    return LayerPlan("dense", dense * itemsize, 4 * square + 64 * P)
 
 
 def _plan_grouped(spec: LayerSpec, NK: int, d_in: int, itemsize: int, keep_draws: bool, limit: int) -> LayerPlan:
@@ -85,11 +100,10 @@ def _plan_grouped(spec: LayerSpec, NK: int, d_in: int, itemsize: int, keep_draws
     small = NK if keep_draws else min(P, NK)
     if small > limit:
         return LayerPlan(None, 0, 0, _too_large(small, limit))
-    flops = spec.groups * (2.0 * NK * P * small + 10.0 * small**3 + 4.0 * P * P * (d_out + d_in))
     if NK >= P and not keep_draws:
-        return LayerPlan("formed", 8 * spec.groups * P * P, 8 * spec.groups * P * P, measure_flops=flops)
+        return LayerPlan("formed", 8 * spec.groups * P * P, 8 * spec.groups * P * P)
     dense = spec.groups * NK * P * itemsize
-    return LayerPlan("dense", dense, 4 * 8 * small * small + dense, measure_flops=flops)
+    return LayerPlan("dense", dense, 4 * 8 * small * small + dense)
 
 
 def _plan_exact_only(P: int, NK: int, itemsize: int, keep_draws: bool, limit: int) -> LayerPlan:
@@ -99,46 +113,61 @@ def _plan_exact_only(P: int, NK: int, itemsize: int, keep_draws: bool, limit: in
         return LayerPlan(None, 0, 0, _too_large(small, limit))
     if NK * P > EXACT_ONLY_ENTRIES and (keep_draws or NK < P):
         return LayerPlan(None, 0, 0, f"its {NK} columns of {P} numbers are too many for a layer without factors")
-    flops = 2.0 * NK * P * small + 10.0 * small**3
     if NK >= P and not keep_draws:
-        return LayerPlan("formed", 8 * P * P, 32 * P * P, measure_flops=flops)
-    return LayerPlan("dense", NK * P * itemsize, 32 * small * small, measure_flops=flops)
+        return LayerPlan("formed", 8 * P * P, 32 * P * P)
+    return LayerPlan("dense", NK * P * itemsize, 32 * small * small)
 
 
 def _too_large(small: int, limit: int) -> str:
     return f"min(P, N K) = {small} exceeds {limit}: use fewer examples, --fisher probe or --fisher mc"
 
 
-def plan_sweeps(layers: Mapping[str, LayerPlan], budget: int) -> Plan:
+def plan_sweeps(
+    layers: Mapping[str, LayerPlan],
+    budget: int,
+    *,
+    standing: int = 0,
+    activations: int = 0,
+    piece_share: float = 0.0,
+) -> Plan:
     """Groups of layers whose kept columns, with the largest layer's measuring, stay under `budget` bytes.
 
-    A layer that exceeds the budget alone gets no columns; its plan says what it would take.
+    `standing` bytes are there all the time, `activations` while a pass runs, and of the columns the `piece_share` that
+    one piece of the data makes stands beside those of all. A layer that exceeds the budget alone gets
+    no columns; its plan says what it would take.
     """
+    piece = slice_bytes(budget)
+    slices = PIECES_AT_ONCE * piece
     chosen: dict[str, LayerPlan] = {}
     groups: list[list[str]] = [[]]
-    kept, work = 0, 0
+    kept, work, peak = 0, 0, standing + activations
     for name, layer in layers.items():
         if layer.form is None:
             chosen[name] = layer
             groups[0].append(name)
             continue
-        need = layer.kept_bytes + layer.measure_bytes + WORKING_BYTES
+        own = int(layer.kept_bytes * (1 + piece_share))
+        measuring = max(layer.measure_bytes + slices, activations)
+        need = own + measuring + standing
         if need > budget:
-            reason = f"its columns take {_size(need)} and --memory allows {_size(budget)}: raise it, or --fisher probe"
+            sizes = f"{size_in_words(need)} and --memory allows {size_in_words(budget)}"
+            reason = f"its columns take {sizes}: raise it, or --fisher probe"
             chosen[name] = LayerPlan(None, 0, 0, reason)
             groups[0].append(name)
             continue
         chosen[name] = layer
-        if groups[-1] and kept + layer.kept_bytes + max(work, layer.measure_bytes) + WORKING_BYTES > budget:
+        if groups[-1] and kept + own + max(work, measuring) + standing > budget:
             groups.append([])
             kept, work = 0, 0
         groups[-1].append(name)
-        kept += layer.kept_bytes
-        work = max(work, layer.measure_bytes)
-    return Plan(chosen, [group for group in groups if group])
+        kept += own
+        work = max(work, measuring)
+        peak = max(peak, kept + work + standing)
+    return Plan(chosen, [group for group in groups if group], peak, piece)
 
 
-def _size(count: float) -> str:
+def size_in_words(count: float) -> str:
+    """Bytes as people read them."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024 or unit == "GiB":
             return f"{count:.3g} {unit}"

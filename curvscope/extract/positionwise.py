@@ -210,7 +210,12 @@ class PositionwiseTapCollector(TapCollector):
         for name, product, places in tap_entries(tap, gradient, self.extra[target]):
             rows = layout.rows(product, axis).flatten(0, 1)
             where = layout.rows(places.expand(product.shape), axis).flatten(0, 1)
-            self.sum.scatter_add_(1, where + starts[name], rows)
+            if name in self.pulls:
+                size = tap.shapes[name].numel()
+                known = self.values.setdefault(name, gradient.new_zeros(self.examples, size))
+                known.scatter_add_(1, where, rows)
+            else:
+                self.sum.scatter_add_(1, where + starts[name], rows)
 
     def result(self, masks: Mapping[str, Tensor]) -> Extract:
         """The exact columns; there are no factors."""

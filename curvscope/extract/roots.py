@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvscope.errors import LossError, UsageError
+from curvscope.errors import LossError, UsageError, out_of_memory
 from curvscope.extract.categorical import categorical_columns, categorical_root
 from curvscope.extract.output_root import OutputRoot, signs
 from curvscope.graph.layout import Layout
@@ -144,7 +144,7 @@ def exact_columns(loss: Loss, outputs: Tensor, layout: Layout, targets: Any = No
 
 def outputs_an_example(outputs: Tensor, layout: Layout) -> int:
     """How many outputs one example has."""
-    return outputs.numel() * layout.outer * layout.inner // outputs.shape[layout.axis]
+    return layout.width(outputs)
 
 
 def _seeds(seed: int, count: int) -> list[int]:
@@ -174,7 +174,7 @@ def _loss_and_gradient(loss: Loss, outputs: Tensor, targets: Any) -> tuple[float
             )
         if not bool(torch.isfinite(value)):
             raise LossError(
-                f"The loss is {float(value)}.",
+                f"The loss is {float(value.detach())}.",
                 where=f"loss {loss.label} on this batch",
                 remedy="Look at the outputs and targets: a finite loss is needed to speak of curvature.",
             )
@@ -326,7 +326,9 @@ def _working_dtype(loss: Loss, outputs: Tensor, targets: Any) -> torch.dtype:
     """float64 where the loss runs in it, else the outputs' own dtype."""
     try:
         value = loss(outputs.detach().double(), _double(targets))
-    except (RuntimeError, TypeError, ValueError):
+    except (RuntimeError, TypeError, ValueError) as error:
+        if out_of_memory(error):
+            raise
         return outputs.dtype
     return value.dtype if isinstance(value, Tensor) and value.is_floating_point() else outputs.dtype
 

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from curvscope.graph.layout import Layout
-from curvscope.graph.sites import ConvModule, SiteModule
+from curvscope.graph.sites import ConvModule, GroupedLinear, SiteModule
 
+LINEAR = (nn.Linear, GroupedLinear)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -29,13 +30,19 @@ class SiteRows:
 
     def inputs(self, tensor: Tensor) -> Float[Tensor, "N R d_in"]:
         """The inputs a without the constant 1, [N, R, d_in]; a view for linear sites wherever strides allow."""
-        if isinstance(self.module, nn.Linear):
+        if isinstance(self.module, LINEAR):
             return self.layout.rows(tensor)
         return _merge(patches(self.module, tensor), self.layout)
 
+    def real(self, tensor: Tensor) -> Bool[Tensor, "N R"] | None:
+        """Which of `inputs` are rows of the layer and not empty slots; None where all are."""
+        if type(self.layout) is Layout:
+            return None  # without making a convolution's patches a second time
+        return self.layout.real(tensor if isinstance(self.module, LINEAR) else patches(self.module, tensor))
+
     def outputs(self, tensor: Tensor) -> Float[Tensor, "N R d_out"]:
         """The output gradients g, [N, R, d_out]."""
-        if isinstance(self.module, nn.Linear):
+        if isinstance(self.module, LINEAR):
             return self.layout.rows(tensor)
         # [B, d_out, *spatial] as [B, L, d_out], a view: rows run along memory
         return _merge(tensor.flatten(2).transpose(1, 2), self.layout)
@@ -43,7 +50,7 @@ class SiteRows:
 
 def _merge(rows: Tensor, layout: Layout) -> Tensor:
     """[B, L, d] with B = outer * N * inner -> [N, R, d]."""
-    if layout.outer * layout.inner == 1:
+    if layout == Layout(0):
         return rows
     return layout.rows(rows)
 

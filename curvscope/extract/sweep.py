@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from curvscope.extract.collector import Collector, Extract, Form
 from curvscope.extract.extension import SiteExtension, active, extended
 from curvscope.extract.grouped import GroupedCollector
-from curvscope.extract.padding import Padding
+from curvscope.extract.padding import Judge, Padding
 from curvscope.extract.positionwise import PositionwiseCollector, PositionwiseTapCollector
+from curvscope.extract.projected import ProjectedCollector
 from curvscope.extract.roots import Root
+from curvscope.extract.symmetric import GramSum
 from curvscope.extract.taps import TapCollector
 from curvscope.graph.functional import Graph
 from curvscope.graph.sites import LayerSpec
@@ -45,6 +47,9 @@ def sweep(
     per_draw: bool = False,
     gradient_only: Sequence[str] = (),
     progress: Progress = no_progress,
+    judge: Judge | None = None,
+    blocks: dict[str, GramSum] | None = None,
+    projected: Mapping[str, ProjectedCollector] | None = None,
 ) -> dict[str, Extract]:
     """Factors, gradient and columns of the layers named in `forms`, in one sweep.
 
@@ -58,12 +63,19 @@ def sweep(
         per_draw: also keep B of each draw alone (for error bars).
         gradient_only: further layers of which only the gradient is wanted.
         progress: called after every backward pass.
+        judge: given where the batch is a piece of the data; it learns what looks like padding here.
+        projected: collectors of layers that are to be squared in given bases, instead of those of `forms`.
+        blocks: sums that formed columns are added to, and where those that are begun here are put.
     """
     wanted: dict[str, Form | None] = {**forms, **dict.fromkeys(gradient_only)}
     collectors: dict[str, Collector | TapCollector] = {}
-    padding = Padding(graph, layouts) if factors else None
+    padding = Padding(graph, layouts, piece=judge is not None) if factors else None
     owners = {id(site.module): (site.target, site.layer) for site in graph.sites()}
-    watched = [site.module for site in graph.sites() if site.layer in wanted or padding is not None]
+    watched = [
+        site.module
+        for site in graph.sites()
+        if site.layer in wanted or site.layer in (projected or {}) or padding is not None
+    ]
 
     def receive(module: nn.Module, tensor: Tensor, gradient: Tensor) -> None:
         target, layer = owners[id(module)]
@@ -82,7 +94,10 @@ def sweep(
         for name, form in wanted.items():
             spec, listed = graph.layers[name], name in forms
             kind = _collector(spec, taken)
-            collectors[name] = kind(spec, layouts, form, factors and listed, per_draw and listed)
+            made = collectors[name] = kind(spec, layouts, form, factors and listed, per_draw and listed)
+            made.block = (blocks or {}).get(name)
+            made.undecided = judge is not None
+        collectors |= projected or {}
         for collector in collectors.values():
             collector.begin(modules, taken.columns)
         _keep_rows(collectors)
@@ -106,22 +121,28 @@ def sweep(
                         continue  # a root whose layer this sweep does not watch, or that was given up
                     extension(modules[target], (None,), (torch.zeros_like(leaf) if end is None else end,))
                 for name, collector in collectors.items():
-                    if given is not None or name in forms:
+                    if given is not None or name in forms or name in (projected or {}):
                         collector.finish()
                 progress("backward passes", f"column {index + 1} of {len(passes)}", index + 1, len(passes))
-        masks = padding.masks(tensors, output) if padding is not None else {}
+        masks = padding.masks(tensors, output, judge) if padding is not None else {}
+        if blocks is not None:
+            blocks |= {name: each.block for name, each in collectors.items() if each.block is not None}
         return {
             name: dataclasses.replace(collector.result(masks), unit=taken.unit)
             for name, collector in collectors.items()
         }
 
 
-def _keep_rows(collectors: Mapping[str, Collector | TapCollector]) -> None:
-    """Lets the layers with the smallest rows keep them, as long as all together stay under ROWS_BYTES."""
+def _keep_rows(collectors: Mapping[str, Any]) -> None:
+    """Lets the layers with the smallest rows keep them, as long as all together stay under ROWS_BYTES.
+
+    Only layers whose rows are those of one matrix: not groups, nor parameters without a Kronecker form.
+    """
+    plain = [one for one in collectors.values() if type(one) in (Collector, PositionwiseCollector)]
     kept = 0
-    for collector in sorted(collectors.values(), key=lambda one: one.rows_bytes()):
-        kept += collector.rows_bytes()
-        collector.keeps_rows = collector.rows_bytes() > 0 and kept <= ROWS_BYTES
+    for size, collector in sorted(((one.rows_bytes(), one) for one in plain), key=lambda pair: pair[0]):
+        kept += size
+        collector.keeps_rows = size > 0 and kept <= ROWS_BYTES
 
 
 def _collector(spec: LayerSpec, root: Root) -> type[Collector] | type[TapCollector]:

@@ -29,13 +29,15 @@ class TapCollector:
         self.taps = {site.target: site.module for site in spec.sites}
         self.extra: dict[str, list[Tensor]] = {}
         self.sum: Tensor | None = None
+        self.values: dict[str, Tensor] = {}
+        self.pulls = {name: pull for site in spec.sites for name, pull in site.module.pulls.items()}
         self.column: int | None = None
         self.gradient: Tensor | None = None
         self.kept: list[Tensor] = []
         self.squares: Tensor | None = None
-        self.keeps_rows = False
         self.whole_examples = layouts.examples
         self.block: GramSum | None = None
+        self.undecided = False
 
     def begin(self, stored: Mapping[str, Any], columns: int) -> None:
         """Take what the forward pass left at the taps."""
@@ -51,18 +53,30 @@ class TapCollector:
         """The next gradients belong to this column; None: to the loss itself."""
         self.column = column
         self.sum = None
+        self.values = {}
 
     def receive(self, target: str, gradient: Tensor) -> None:
         """One tap's output gradient of this pass."""
         tap = self.taps[target]
         assert isinstance(tap, Tap)
         found = tap_gradients(tap, gradient, self.extra[target], self.layouts[target])
-        pieces = [found.get(name, gradient.new_zeros(self.examples, size)) for name, size in self.spec.members.items()]
+        for name in [name for name in found if name in self.pulls]:
+            value = found.pop(name)
+            self.values[name] = self.values[name] + value if name in self.values else value
+        if found:
+            self._add(found)
+
+    def _add(self, found: Mapping[str, Tensor]) -> None:
+        """Gradients of some members, [N, size] each."""
+        like = next(iter(found.values()))
+        pieces = [found.get(name, like.new_zeros(self.examples, size)) for name, size in self.spec.members.items()]
         column = torch.cat(pieces, dim=1)
         self.sum = column if self.sum is None else self.sum + column
 
     def finish(self) -> None:
         """All taps of the layer have reported: keep the pass."""
+        for name, value in self.values.items():
+            self._add(self.pulls[name](value))
         if self.sum is None:
             self.sum = torch.zeros(self.examples, self.spec.parameters, dtype=self.like.dtype, device=self.like.device)
         if self.column is None:
@@ -75,10 +89,6 @@ class TapCollector:
             self.block.add(self.sum.double())
         elif self.form is not None:
             self.kept.append(self.sum)
-
-    def rows_bytes(self) -> int:
-        """There are no rows of inputs and gradients."""
-        return 0
 
     def result(self, masks: Mapping[str, Tensor]) -> Extract:
         """The exact columns; there are no factors."""

@@ -14,12 +14,23 @@ import torch
 from torch import Tensor, fx
 
 from curvscope.graph.functional import Graph
-from curvscope.graph.sites import CONVOLUTIONS, PRODUCTS, SAME_VALUES, TRANSPOSED_CONVOLUTIONS, TRANSPOSES, parameter_of
+from curvscope.graph.operands import SAME_VALUES, VIEWS, operand_of
+from curvscope.graph.sites import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from curvscope.graph.taps import INDEXING, NORMS
 
 aten = torch.ops.aten
 
-LINEAR = (aten.linear.default, aten.addmm.default, *PRODUCTS, *CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS)
+LINEAR = (
+    aten.linear.default,
+    aten.addmm.default,
+    aten.mm.default,
+    aten.matmul.default,
+    aten.bmm.default,
+    aten.baddbmm.default,
+    aten.einsum.default,
+    *CONVOLUTIONS,
+    *TRANSPOSED_CONVOLUTIONS,
+)
 SOFTMAX = (aten.softmax.int, aten._softmax.default)
 # unit -> where its slope is below a twentieth of the steepest: |tanh| > 0.975, sigmoid beyond 0.0127 of either end
 BOUNDED: dict[Any, tuple[float, float]] = {
@@ -30,7 +41,7 @@ BOUNDED: dict[Any, tuple[float, float]] = {
 }
 RECTIFIED = (aten.relu.default, aten.relu_.default)
 # what a unit's input may pass through on its way from a linear layer
-THROUGH = {*SAME_VALUES, *TRANSPOSES, *INDEXING, *NORMS, aten.add.Tensor, aten.mul.Tensor, aten.mul.Scalar}
+THROUGH = {*SAME_VALUES, *VIEWS, *INDEXING, *NORMS, aten.add.Tensor, aten.mul.Tensor, aten.mul.Scalar}
 
 
 @dataclass(frozen=True)
@@ -73,7 +84,7 @@ def observe(graph: Graph, tensors: Sequence[Tensor]) -> Activations | None:
     if graph.plain is None:
         return None
     names = {spec.weight: name for name, spec in graph.layers.items() if not spec.exact_only}
-    observer = _Observer(graph.plain, _Sources(set(graph.parameters), names))
+    observer = _Observer(graph.plain, _Sources({key: p.shape for key, p in graph.parameters.items()}, names))
     with torch.no_grad():
         observer.run(*tensors)
     return Activations(tuple(observer.attention), tuple(observer.units))
@@ -82,8 +93,8 @@ def observe(graph: Graph, tensors: Sequence[Tensor]) -> Activations | None:
 class _Sources:
     """Which layer a value comes from: the nearest linear operation upstream."""
 
-    def __init__(self, parameters: set[str], names: dict[str, str]) -> None:
-        self.parameters = parameters
+    def __init__(self, shapes: dict[str, torch.Size], names: dict[str, str]) -> None:
+        self.shapes = shapes
         self.names = names
 
     def layer(self, node: Any, *, everything: bool = False) -> str:
@@ -95,8 +106,8 @@ class _Sources:
                 continue
             seen.add(node)
             if node.target in LINEAR:
-                found = [parameter_of(arg, self.parameters) for arg in node.all_input_nodes]
-                weights = [pair[0] for pair in found if pair is not None and pair[0] in self.names]
+                found = [operand_of(argument, self.shapes) for argument in node.all_input_nodes]
+                weights = [one.parameter for one in found if one is not None and one.parameter in self.names]
                 if weights:
                     return self.names[weights[0]]
                 if not everything:

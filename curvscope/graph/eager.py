@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from curvscope.graph.export import FlatInputs, output_tensor
 from curvscope.graph.functional import Graph, layer_names, require_layers, require_trainable, selected
+from curvscope.graph.operands import stored_form
 from curvscope.graph.sites import LayerSpec, Leaf, ParameterUse, Site, site_module
 
 KINDS: dict[type[nn.Module], str] = {
@@ -109,11 +110,10 @@ def build_eager(
         if spec is None:
             trained = bias if bias is not None and requires_grad[bias] else None
             transposed = "transpose" in kind
-            d_out = module.weight.shape[1 if transposed else 0]
-            spec = specs[name] = LayerSpec(
-                name, kind, weight, trained, module.weight.numel() // d_out, d_out, transposed
-            )
-            spec.groups = getattr(module, "groups", 1)
+            groups = getattr(module, "groups", 1)
+            form = stored_form(module.weight.shape, transposed=transposed, groups=groups)
+            spec = specs[name] = LayerSpec(name, kind, weight, trained, form.d_in, form.d_out, form)
+            spec.groups = groups
             spec.selected = selected(name, layers, skip)
         keys = () if kind == "linear" else OPTIONS if "transpose" in kind else OPTIONS[:-1]
         options = {key: getattr(module, key) for key in keys}
@@ -221,9 +221,8 @@ def _put(twin: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def _coverable(module: Any) -> bool:
-    """Zero padding only (others pad outside the operation), and no grouped transposed convolution."""
-    grouped = getattr(module, "transposed", False) and module.groups > 1
-    return getattr(module, "padding_mode", "zeros") == "zeros" and not grouped
+    """Zero padding only: others pad outside the operation."""
+    return getattr(module, "padding_mode", "zeros") == "zeros"
 
 
 def _count_calls(

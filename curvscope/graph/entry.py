@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,13 +11,13 @@ from torch import fx
 
 from curvscope.graph.activations import LINEAR
 from curvscope.graph.functional import Graph
-from curvscope.graph.sites import SAME_VALUES, TRANSPOSES, parameter_of
+from curvscope.graph.operands import SAME_VALUES, VIEWS, operand_of
 from curvscope.graph.taps import INDEXING
 
 aten = torch.ops.aten
 
 # What an input may pass through on its way into its first layer without losing its scale.
-UNCHANGED = {*SAME_VALUES, *TRANSPOSES, *INDEXING, aten._to_copy.default}
+UNCHANGED = {*SAME_VALUES, *VIEWS, *INDEXING, aten._to_copy.default}
 UNCHANGED_NAMES = (
     "view",
     "reshape",
@@ -54,13 +55,13 @@ def shape_of(graph: Graph) -> Shape | None:
     """The facts; None for a graph of eager modules, whose order is not seen."""
     if graph.plain is None:
         return None
-    parameters = set(graph.parameters)
+    shapes = {name: p.shape for name, p in graph.parameters.items()}
     names = {spec.weight: name for name, spec in graph.layers.items() if not spec.exact_only}
     nodes = list(graph.plain.graph.nodes)
     first: dict[str, None] = {}
     for node in nodes:
-        layer = _layer(node, parameters, names)
-        if layer and any(_is_input(source) for source in _sources(node, parameters)):
+        layer = _layer(node, shapes, names)
+        if layer and any(_is_input(source) for source in _sources(node, shapes)):
             first[layer] = None
     output = next(node for node in nodes if node.op == "output")
     last: dict[str, None] = {}
@@ -70,7 +71,7 @@ def shape_of(graph: Graph) -> Shape | None:
         if node in seen:
             continue
         seen.add(node)
-        layer = _layer(node, parameters, names)
+        layer = _layer(node, shapes, names)
         if layer:
             last[layer] = None
         elif _passes(node) or node.target is aten.add.Tensor:
@@ -86,17 +87,17 @@ def shape_of(graph: Graph) -> Shape | None:
     )
 
 
-def _layer(node: fx.Node, parameters: set[str], names: dict[str, str]) -> str:
+def _layer(node: fx.Node, shapes: Mapping[str, torch.Size], names: dict[str, str]) -> str:
     """The layer that a linear operation belongs to; empty for any other node."""
     if node.op != "call_function" or node.target not in LINEAR:
         return ""
-    found = [parameter_of(arg, parameters) for arg in node.all_input_nodes]
-    return next((names[pair[0]] for pair in found if pair is not None and pair[0] in names), "")
+    found = [operand_of(arg, shapes) for arg in node.all_input_nodes]
+    return next((names[one.parameter] for one in found if one is not None and one.parameter in names), "")
 
 
-def _sources(node: fx.Node, parameters: set[str]) -> list[fx.Node]:
+def _sources(node: fx.Node, shapes: Mapping[str, torch.Size]) -> list[fx.Node]:
     """Where the data that a linear operation reads come from, seen through what leaves their scale alone."""
-    pending: list[Any] = [arg for arg in node.all_input_nodes if parameter_of(arg, parameters) is None]
+    pending: list[Any] = [arg for arg in node.all_input_nodes if operand_of(arg, shapes) is None]
     found, seen = [], set()
     while pending:
         source = pending.pop()

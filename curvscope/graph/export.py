@@ -7,7 +7,7 @@ import dataclasses
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from curvscope.errors import BatchError, ModelError
+from curvscope.errors import BatchError, ModelError, out_of_memory
+from curvscope.graph.cells import cell_decompositions
+from curvscope.graph.graph_inputs import batch_vector, edge_lists
+from curvscope.graph.reading import Replayed, numbers_read
 from curvscope.graph.shadow import shadow
 from curvscope.load.problem import Inputs
 
@@ -30,6 +33,7 @@ class Exported:
         example_axes: the example axis of each input, None where it has none.
         dynamic: whether the example axis may change its size.
         notes: what could not be done as wished, one sentence each.
+        free: whether the further axes that were asked for may change their sizes, too.
     """
 
     program: torch.export.ExportedProgram
@@ -37,6 +41,7 @@ class Exported:
     example_axes: tuple[int | None, ...]
     dynamic: bool
     notes: tuple[str, ...] = ()
+    free: bool = False
 
 
 class ExportFailure(Exception):
@@ -88,16 +93,28 @@ def _key(key: Any) -> str:
 
 
 def example_axes_of(
-    names: tuple[str, ...], tensors: tuple[Tensor, ...], chosen: Mapping[str, int]
+    names: tuple[str, ...], tensors: tuple[Tensor, ...], chosen: Mapping[str, int], index: str | None = None
 ) -> tuple[tuple[int | None, ...], int]:
     """The example axis of each input and N.
 
     Axis 0 of every input whose size there is N, unless `chosen` says otherwise; N is the size of the first chosen
-    axis, else that of the first input's axis 0.
+    axis, else that of the first input's axis 0. For graphs no input has an example axis: the batch vector called
+    `index` tells the examples, and without it the whole graph is one.
 
     Raises:
         BatchError: a chosen name or axis does not exist, sizes disagree, or N is 0.
     """
+    vector = batch_vector(names, tensors, index)
+    if vector is not None and chosen:
+        raise BatchError(
+            "Both an example axis and a batch vector are named; they are two ways to tell the examples apart.",
+            where="example_axes, example_index (--example-axis, --example-index)",
+            remedy="For graphs give --example-index alone.",
+        )
+    if vector is not None:
+        return (None,) * len(names), int(vector.max()) + 1
+    if not chosen and edge_lists(names, tensors):
+        return (None,) * len(names), 1
     unknown = sorted(set(chosen) - set(names))
     if unknown:
         raise BatchError(
@@ -174,56 +191,78 @@ def export_model(
     inputs: Inputs,
     example_axes: Mapping[str, int],
     *,
+    example_index: str | None = None,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
+    free_axes: Mapping[str, Collection[int]] | None = None,
 ) -> Exported:
     """The model in eval mode as a functional program with a dynamic example axis.
 
-    One example is exported from two copies of it, so that the axis is not specialised away. Where the dynamic
-    export fails, a static one is made and said to be. `model` itself is never touched (see `shadow`).
+    One example is exported from two copies of it, so that the axis is not specialised away. `free_axes` are further
+    axes of inputs whose sizes differ between batches; where they can't be dynamic, the example axis alone is. Where
+    that fails, too, a static export is made and said to be. `model` itself is never touched (see `shadow`). Graphs are
+    exported at the size they have, and numbers that the model reads off them (how many graphs there are) are fixed.
 
     Raises:
         ExportFailure: torch.export refuses the model either way (data-dependent control flow, ...).
         BatchError, ModelError: the inputs name no example axis, or the output holds no tensor.
     """
     flat = flatten_inputs(inputs)
-    axes, count = example_axes_of(flat.names, flat.tensors, example_axes)
+    axes, count = example_axes_of(flat.names, flat.tensors, example_axes, example_index)
+    graphs = example_index is not None or (not example_axes and bool(edge_lists(flat.names, flat.tensors)))
     twin = shadow(model, device=device, dtype=dtype)
     tensors = tuple(t.detach().to(device=device, dtype=dtype if t.is_floating_point() else None) for t in flat.tensors)
     traced = tensors
-    if count == 1:
+    if count == 1 and not graphs:
         traced = tuple(
             t if axis is None else torch.cat([t, t], dim=axis) for t, axis in zip(tensors, axes, strict=True)
         )
-    wrapper = _Flat(twin, dataclasses.replace(flat, leaves=tuple(_detached(leaf) for leaf in flat.leaves))).eval()
+    wrapper: nn.Module = _Flat(
+        twin, dataclasses.replace(flat, leaves=tuple(_detached(leaf) for leaf in flat.leaves))
+    ).eval()
+    if graphs:
+        read = numbers_read(lambda: wrapper(*tensors))
+        wrapper = Replayed(wrapper, read).eval() if read else wrapper
     dynamic = tuple({} if axis is None else {axis: torch.export.Dim.DYNAMIC} for axis in axes)
+    attempts: list[tuple[Any, ...] | None] = [dynamic, None]
+    wanted = free_axes or {}
+    if wanted:
+        every = zip(dynamic, flat.names, strict=True)
+        attempts.insert(0, tuple(d | dict.fromkeys(wanted.get(n, ()), torch.export.Dim.DYNAMIC) for d, n in every))
+    if graphs:
+        attempts = [None]
     failures: list[str] = []
-    for attempt_dynamic in (True, False):
+    for number, attempt in enumerate(attempts):
         try:
             with _quiet_export():
                 program = torch.export.export(
                     wrapper,
-                    traced if attempt_dynamic else tensors,
+                    tensors if attempt is None else traced,
                     # one *args parameter: its dynamic shapes are a tuple inside a tuple
-                    dynamic_shapes=(dynamic,) if attempt_dynamic else None,
+                    dynamic_shapes=None if attempt is None else (attempt,),
                     strict=False,
                 ).run_decompositions(recurrent_decompositions())
         except (BatchError, ModelError):
             raise
         except Exception as error:
+            if out_of_memory(error):
+                raise
             failures.append(_first_line(error))
             continue
-        notes = () if attempt_dynamic else (f"The batch size is fixed in the graph ({failures[0]}).",)
-        return Exported(program, flat.names, axes, attempt_dynamic, notes)
+        fixed = attempt is None and not graphs
+        notes = (f"The batch size is fixed in the graph ({failures[-1]}).",) if fixed else ()
+        free = bool(wanted) and number == 0
+        return Exported(program, flat.names, axes, attempt is not None, notes, free)
     raise ExportFailure(failures[-1])
 
 
 def recurrent_decompositions() -> dict[Any, Any]:
-    """The only operations decomposed: recurrent layers, into one linear operation a step."""
+    """The only operations decomposed: recurrent layers and cells, into two linear operations a step."""
     from torch._decomp import get_decompositions
 
     aten = torch.ops.aten
-    return get_decompositions([aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input])
+    layers = get_decompositions([aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input])
+    return {**layers, **cell_decompositions()}
 
 
 def _detached(leaf: Any) -> Any:

@@ -15,7 +15,11 @@ from torch import Tensor, fx
 from curvscope.errors import ModelError
 from curvscope.graph import sites as finding
 from curvscope.graph import taps
+from curvscope.graph.operands import SAME_VALUES, VIEWS, MatrixForm, Part, matrix_form, operand_of
+from curvscope.graph.products import Operation
+from curvscope.graph.reasons import UNREACHED, why_blocked
 from curvscope.graph.sites import LayerSpec, Leaf, ParameterUse, Site
+from curvscope.graph.still import moving_nodes, reads_any
 from curvscope.graph.unlift import tidy, unlift
 
 aten = torch.ops.aten
@@ -121,7 +125,7 @@ def build(
     tidy(graph, device, dtype)
     plain = fx.GraphModule(module, copy.deepcopy(graph))
     shapes = {name: tensor.shape for name, tensor in parameters.items()}
-    operations = finding.find_operations(graph, set(parameters))
+    operations = finding.find_operations(graph, shapes)
     weights = list(dict.fromkeys(operation.weight for operation in operations))
     names = layer_names(weights)
     readers = _readers(graph, set(parameters))
@@ -129,59 +133,59 @@ def build(
     specs: dict[str, LayerSpec] = {}
     reasons: dict[str, tuple[str, str, str]] = {}  # parameter -> (layer, treatment, reason)
     blocked = _mixed_roles(operations, readers)
-    chosen = []
-    for operation in operations:
-        weight, name = operation.weight, names[operation.weight]
-        if weight in blocked:
+    chosen: list[Operation] = []
+    forms: dict[str, MatrixForm] = {}
+    parts: dict[fx.Node, Part] = {}
+    for weight in weights:
+        calls = [operation for operation in operations if operation.weight == weight]
+        agreed = None if weight in blocked else _agreed(calls, shapes[weight])
+        if not requires_grad[weight]:
+            reasons[weight] = (names[weight], "frozen", "its weight does not require a gradient")
+        elif weight in blocked:
             reasons[weight] = ("", "uncovered", blocked[weight])
-        elif not requires_grad[weight]:
-            reasons[weight] = (name, "frozen", "its weight does not require a gradient")
-        elif not _depends_on_inputs(operation.node):
-            reasons[weight] = (
-                "",
-                "uncovered",
-                "its rows depend on no example; its exact block is not computed yet",
-            )
+        elif agreed is None:
+            mixed = "read as different matrices by several operations: no exact block is computed"
+            reasons[weight] = ("", "uncovered", mixed)
+        elif not any(_follows_examples(call, calls) for call in calls):
+            continue  # its rows depend on no example: what it makes of them may have an exact block
+        elif not all(_follows_examples(call, calls) for call in calls):
+            mixed = "some of its rows belong to no example, others do: no exact block is computed"
+            reasons[weight] = ("", "uncovered", mixed)
         else:
-            chosen.append(operation)
+            forms[weight], found = agreed
+            parts |= {call.node: part for call, part in zip(calls, found, strict=True)}
+    chosen = [operation for operation in operations if operation.weight in forms]
 
-    biases = _biases(chosen, parameters, requires_grad, readers, shapes)
+    biases = _biases(chosen, forms, parts, requires_grad, readers, shapes)
     replaced: dict[fx.Node, Site] = {}
     outputs: dict[fx.Node, fx.Node] = {}
     roots: list[tuple[str, Leaf]] = []
     for index, operation in enumerate(chosen):
-        weight = operation.weight
+        weight, reading = operation.weight, operation.reading
         value = parameters[weight]
-        if operation.kind == "linear" and operation.transposed:
-            value = value.t()
-        bias_tensor = _plain_bias(operation.bias, parameters, requires_grad, biases.get(weight))
-        site_bias = bias_tensor if isinstance(bias_tensor, Tensor) else None
+        whole = "conv" in operation.kind and not reading.operand.chain
+        value = value if whole else _stored(operation, reading.matrix(value))
+        own = biases.get(weight)
+        bias = _site_bias(operation, own, parameters, requires_grad)
         name = names[weight]
         spec = specs.get(name)
         if spec is None:
-            d_out = value.shape[1 if "transpose" in operation.kind else 0]
-            d_in = value.numel() // d_out
-            spec = specs[name] = LayerSpec(
-                name, operation.kind, weight, biases.get(weight), d_in, d_out, operation.transposed
-            )
-            spec.groups = operation.options.get("groups", 1)
+            form = forms[weight]
+            spec = specs[name] = LayerSpec(name, operation.kind, weight, own, form.d_in, form.d_out, form)
+            spec.groups = operation.groups
             spec.selected = selected(name, layers, skip)
-        shared = finding.site_module(operation.kind, value, site_bias, operation.options)
-        site = Site(f"curvscope_site_{index}", name, operation.kind, shared)
+        shared = finding.site_module(operation.kind, value, bias, operation.options, operation.groups)
+        site = Site(f"curvscope_site_{index}", name, operation.kind, shared, parts[operation.node])
         spec.sites.append(site)
         module.add_submodule(site.target, site.module)
         with graph.inserting_before(operation.node):
-            x = outputs.get(operation.x, operation.x)  # its producer may have become a site meanwhile
-            if operation.x_transposed:
-                x = graph.call_function(aten.transpose.int, (x, -1, -2))
-            called = graph.call_module(site.target, (x,))
+            # the producers may have become sites meanwhile
+            given = operation.before(graph, *(outputs.get(x, x) for x in operation.inputs))
+            called = graph.call_module(site.target, (given,))
             called.meta = dict(operation.node.meta)
-            out = called
-            if bias_tensor is _COMPUTED:
-                added = outputs.get(operation.bias, operation.bias)
-                out = graph.call_function(aten.add.Tensor, (out, added))
-            if operation.x_transposed:
-                out = graph.call_function(aten.transpose.int, (out, -1, -2))
+            out = operation.after(graph, called)
+            if operation.bias is not None and bias is None:
+                out = _added(graph, out, outputs.get(operation.bias, operation.bias), operation.kind)
         operation.node.replace_all_uses_with(out)
         outputs[operation.node] = out
         graph.erase_node(operation.node)
@@ -189,12 +193,15 @@ def build(
 
     owned = {spec.weight for spec in specs.values()} | {spec.bias for spec in specs.values()}
     free = [name for name in parameters if requires_grad[name] and name not in owned and name not in reasons]
-    for plan in list(taps.find_taps(graph, module, free)):
-        tapped = _insert_tap(module, plan, specs, shapes)
-        if tapped is not None:
-            node, site = tapped
-            replaced[node] = site
-            specs[site.layer].selected = selected(site.layer, layers, skip)
+    _split_biases(graph, free)
+    plans, why = taps.find_taps(graph, module, free, set(specs))
+    behind: dict[fx.Node, fx.Node] = {}
+    for plan in plans:
+        node, site = _insert_tap(module, plan, behind.get(plan.node, plan.node), specs, shapes)
+        behind[plan.node] = node
+        replaced[node] = site
+        specs[site.layer].selected = selected(site.layer, layers, skip)
+    reasons |= {name: ("", "uncovered", reason) for name, reason in why.items()}
     require_layers(list(specs), layers, skip)
 
     for node, site in replaced.items():
@@ -210,7 +217,7 @@ def build(
     forward = list(dict.fromkeys(replaced[node].layer for node in graph.nodes if node in replaced))
     specs = {name: specs[name] for name in forward}
 
-    uses = _account(parameters, requires_grad, specs, reasons, readers)
+    uses = _account(parameters, requires_grad, specs, reasons)
 
     def leaves() -> dict[str, Tensor]:
         return {target: leaf.value for target, leaf in roots if leaf.value is not None}
@@ -233,29 +240,32 @@ def build(
                 leaf.cut = True
         return {name: grad.detach() for name, grad in zip(fresh, found, strict=True) if grad is not None}
 
+    # what the forward pass does not reach is no attribute of the graph's module
+    held = {name for name, _ in (*plain.named_parameters(), *plain.named_buffers())}
+
     def function(given: Mapping[str, Tensor], tensors: Sequence[Tensor]) -> Tensor:
-        return torch.func.functional_call(plain, dict(given), tuple(tensors))
+        reached = {name: tensor for name, tensor in given.items() if name in held}
+        return torch.func.functional_call(plain, reached, tuple(tensors))
 
     origin = "exported" if dynamic else "exported with a fixed batch size"
     return Graph(module, specs, uses, parameters, requires_grad, origin, leaves, rest, function, wanted, plain)
 
 
 def _insert_tap(
-    module: fx.GraphModule, plan: taps.TapPlan, specs: dict[str, LayerSpec], shapes: dict[str, torch.Size]
-) -> tuple[fx.Node, Site] | None:
-    """The tap's node and site, its layer made or extended; None where a layer of another kind has its name."""
-    owner = plan.members[0].parameter.rpartition(".")[0]
-    name = owner if plan.kind not in ("scale", "shift") and owner else plan.members[0].parameter
+    module: fx.GraphModule,
+    plan: taps.TapPlan,
+    behind: fx.Node,
+    specs: dict[str, LayerSpec],
+    shapes: dict[str, torch.Size],
+) -> tuple[fx.Node, Site]:
+    """The tap's node and site, behind the operation or the last tap there; its layer made or extended."""
+    name = plan.layer
     known = specs.get(name)
-    if known is not None and not known.exact_only:
-        return None
-    members = {member.parameter: shapes[member.parameter].numel() for member in plan.members}
     if known is None:
-        first = plan.members[0].parameter
-        known = specs[name] = LayerSpec(name, plan.kind, first, None, 0, 1, False, exact_only=True)
-    known.members |= members
+        known = specs[name] = LayerSpec(name, plan.kind, plan.parameters[0], None, 0, 1, None, exact_only=True)
+    known.members |= {parameter: shapes[parameter].numel() for parameter in plan.parameters}
     known.d_in = sum(known.members.values())
-    tap = taps.Tap(plan.members, {member.parameter: shapes[member.parameter] for member in plan.members})
+    tap = taps.Tap(plan.members, plan.shapes, plan.pulls)
     count = sum(len(spec.sites) for spec in specs.values())
     site = Site(f"curvscope_tap_{count}_{plan.node.name}", name, plan.kind, tap)
     known.sites.append(site)
@@ -264,11 +274,40 @@ def _insert_tap(
     extra += [member.index for member in plan.members if member.index is not None]
     graph = module.graph
     order = {node: position for position, node in enumerate(graph.nodes)}
-    with graph.inserting_after(max([plan.node, *extra], key=lambda node: order[node])):
-        node = graph.call_module(site.target, (plan.node, *extra))
+    last = max([behind, *extra], key=lambda node: order[node])
+    with graph.inserting_after(last):
+        node = graph.call_module(site.target, (behind, *extra))
     node.meta = dict(plan.node.meta)
-    _replace_uses(plan.node, node)
+    # what comes before it are operands of taps
+    behind.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node and order[user] > order[last])
     return node, site
+
+
+def _split_biases(graph: fx.Graph, free: Sequence[str]) -> None:
+    """Make an addition of every trained bias of an operation that is no site, as under a frozen or computed weight."""
+    moving = moving_nodes(graph)
+    plain = {aten.addmm.default: aten.mm.default, aten.baddbmm.default: aten.bmm.default}
+    for node in list(graph.nodes):
+        convolution = node.target in finding.CONVOLUTIONS or node.target in finding.TRANSPOSED_CONVOLUTIONS
+        if node not in moving or not (convolution or node.target is aten.linear.default or node.target in plain):
+            continue
+        args: list[Any] = list(node.args)
+        place = 0 if node.target in plain else 2
+        bias = args[place] if len(args) > place else None
+        if not isinstance(bias, fx.Node) or bias in moving or not reads_any(bias, free) or node.kwargs:
+            continue
+        with graph.inserting_before(node):
+            operation: Any = plain.get(node.target, node.target)
+            args[place : place + 1] = [] if node.target in plain else [None]
+            out = graph.call_function(operation, tuple(args))
+            out.meta = dict(node.meta)
+            spatial = node.meta["val"].ndim - 2 if convolution else 0
+            if convolution:
+                bias = graph.call_function(aten.reshape.default, (bias, [-1] + [1] * spatial))
+            out = graph.call_function(aten.add.Tensor, (out, bias))
+        out.meta = dict(node.meta)
+        node.replace_all_uses_with(out)
+        graph.erase_node(node)
 
 
 def _replace_uses(node: fx.Node, stand_in: fx.Node) -> None:
@@ -276,26 +315,74 @@ def _replace_uses(node: fx.Node, stand_in: fx.Node) -> None:
     node.replace_all_uses_with(stand_in, delete_user_cb=lambda user: user is not stand_in)
 
 
-class _Computed:
-    """A bias that is neither absent nor a tensor the graph holds."""
+def _follows_examples(call: Operation, calls: Sequence[Operation]) -> bool:
+    """Whether the operation's rows belong to examples: they depend on the inputs, or run along the examples' axis.
 
-
-_COMPUTED = _Computed()
-
-
-def _plain_bias(
-    bias: Any, parameters: dict[str, Tensor], requires_grad: dict[str, bool], own: str | None
-) -> Tensor | _Computed | None:
-    """The bias as a tensor the site can hold; `_COMPUTED` where it has to stay an addition in the graph.
-
-    That is a bias that is no parameter, and a trained one that is not the layer's own: its gradient is wanted.
+    A recurrent layer's first step takes zeros, one row for each example.
     """
-    if bias is None:
+    if _depends_on_inputs(call.node) or _symbolic(call.node):
+        return True
+    return any(_depends_on_inputs(other.node) and str(_shape(other.node)) == str(_shape(call.node)) for other in calls)
+
+
+def _shape(node: fx.Node) -> list[Any]:
+    return list(node.meta["val"].shape)
+
+
+def _symbolic(node: fx.Node) -> bool:
+    """Whether the size of some axis changes with the batch."""
+    return any(not isinstance(size, int) for size in _shape(node))
+
+
+def _agreed(calls: Sequence[Operation], shape: torch.Size) -> tuple[MatrixForm, list[Part]] | None:
+    """The matrix of which all these operations read a part, if they agree on one."""
+    groups = {call.groups for call in calls}
+    if len(groups) > 1 or len({call.kind for call in calls}) > 1:
         return None
-    found = finding.parameter_of(bias, set(parameters))
-    if found is not None and parameters[found[0]].ndim == 1 and (found[0] == own or not requires_grad[found[0]]):
-        return parameters[found[0]]
-    return _COMPUTED
+    count = groups.pop()
+    readings = [call.reading for call in calls]
+    view = tuple(shape)
+    if any(len(reading.operand.sizes) > len(shape) and reading.groups for reading in readings):
+        view = (count, shape[0] // count, *shape[1:])
+    return matrix_form(view, readings, whole=count > 1)
+
+
+def _stored(operation: Operation, matrix: Tensor) -> Tensor:
+    """The matrix of a part of a convolution's kernel as its module stores it."""
+    if operation.kind == "linear":
+        return matrix
+    reading = operation.reading
+    sizes = [reading.operand.sizes[axis] for axis in reading.ins]
+    kernel = matrix.reshape(-1, *sizes)
+    return kernel.transpose(0, 1) if "transpose" in operation.kind else kernel
+
+
+def _site_bias(
+    operation: Operation,
+    own: str | None,
+    parameters: dict[str, Tensor],
+    requires_grad: dict[str, bool],
+) -> Tensor | None:
+    """The operation's bias as the vector its site can hold; None without one, and where it has to stay an addition.
+
+    The latter is a bias that is no parameter, and a trained one that is not the layer's own: its gradient is wanted.
+    """
+    if operation.bias is None:
+        return None
+    found = operand_of(operation.bias, {name: value.shape for name, value in parameters.items()})
+    if found is None or (found.parameter != own and requires_grad[found.parameter]):
+        return None
+    places = finding.bias_places(found, operation, operation.node)
+    value = parameters[found.parameter].flatten()
+    whole = places is not None and torch.equal(places, torch.arange(value.numel()))
+    return value if whole else None if places is None else value[places.to(value.device)]
+
+
+def _added(graph: fx.Graph, out: fx.Node, bias: Any, kind: str) -> fx.Node:
+    """The output with a bias that stays an addition."""
+    if kind != "linear":
+        bias = graph.call_function(aten.reshape.default, (bias, [-1] + [1] * finding.spatial_dims(kind)))
+    return graph.call_function(aten.add.Tensor, (out, bias))
 
 
 def require_trainable(weights: Sequence[str], requires_grad: dict[str, bool]) -> None:
@@ -319,35 +406,28 @@ def require_trainable(weights: Sequence[str], requires_grad: dict[str, bool]) ->
 
 
 def _readers(graph: fx.Graph, parameters: set[str]) -> dict[str, list[fx.Node]]:
-    """Parameter name -> the operations that read it, seen through aliases and transposes."""
+    """Parameter name -> the operations that read it, seen through aliases and views."""
     readers: dict[str, list[fx.Node]] = {name: [] for name in parameters}
-    through = (*finding.SAME_VALUES, *finding.TRANSPOSES)
     for node in graph.nodes:
         if node.op == "get_attr" and str(node.target) in parameters:
             pending = list(node.users)
             while pending:
                 user = pending.pop(0)
-                if user.op == "call_function" and user.target in through:
+                if user.op == "call_function" and user.target in (*SAME_VALUES, *VIEWS):
                     pending += list(user.users)
                 elif user.op != "output":
                     readers[str(node.target)].append(user)
     return readers
 
 
-def _mixed_roles(operations: Sequence[Any], readers: dict[str, list[fx.Node]]) -> dict[str, str]:
-    """Weights that are read by something else than linear operations, or both plain and transposed."""
+def _mixed_roles(operations: Sequence[Operation], readers: dict[str, list[fx.Node]]) -> dict[str, str]:
+    """Weights that are read by something else than linear operations, too."""
     blocked = {}
     nodes = {operation.node for operation in operations}
-    forms: dict[str, set[tuple[str, bool]]] = {}
     for operation in operations:
-        forms.setdefault(operation.weight, set()).add((operation.kind, operation.transposed))
         others = [reader for reader in readers[operation.weight] if reader not in nodes]
         if others:
-            other = str(others[0].target).removeprefix("aten.").split(".")[0]
-            blocked[operation.weight] = f"tied in two roles (also read by {other}): not covered yet"
-    for weight, seen in forms.items():
-        if len(seen) > 1:
-            blocked.setdefault(weight, "tied in two roles (plain and transposed): not covered yet")
+            blocked[operation.weight] = why_blocked(others)
     return blocked
 
 
@@ -369,22 +449,19 @@ def _depends_on_inputs(node: fx.Node) -> bool:
 
 
 def _biases(
-    operations: Sequence[Any],
-    parameters: dict[str, Tensor],
+    operations: Sequence[Operation],
+    forms: dict[str, MatrixForm],
+    parts: dict[fx.Node, Part],
     requires_grad: dict[str, bool],
     readers: dict[str, list[fx.Node]],
     shapes: dict[str, torch.Size],
 ) -> dict[str, str]:
-    """Weight -> the bias that trains with it: at every site of the weight the same one, and nowhere else."""
+    """Weight -> the bias that trains with it: row for row at every site of the weight, and nowhere else."""
     per_weight: dict[str, list[str | None]] = {}
-    names = set(parameters)
     for operation in operations:
-        found = finding.parameter_of(operation.bias, names)
-        bias = found[0] if found is not None else None
-        if operation.bias is None and not operation.x_transposed:
-            d_out = shapes[operation.weight][1 if operation.transposed else 0]
-            bias = finding.added_bias(operation.node, operation.kind, d_out, names, shapes)
-        per_weight.setdefault(operation.weight, []).append(bias)
+        weight = operation.weight
+        bias = _bias_of(operation, forms[weight].d_out, parts[operation.node], shapes)
+        per_weight.setdefault(weight, []).append(bias)
     chosen = {}
     for weight, biases in per_weight.items():
         bias = biases[0]
@@ -394,12 +471,28 @@ def _biases(
     return chosen
 
 
+def _bias_of(operation: Operation, d_out: int, part: Part, shapes: dict[str, torch.Size]) -> str | None:
+    """The parameter with a number for every row of the weight that the operation adds, or that is added right after."""
+    if operation.bias is not None:
+        node, found = operation.node, operand_of(operation.bias, shapes)
+    else:
+        users = list(operation.node.users)
+        if len(users) != 1 or users[0].target is not aten.add.Tensor or users[0].kwargs.get("alpha", 1) != 1:
+            return None
+        node = users[0]
+        found = operand_of(node.args[1] if node.args[0] is operation.node else node.args[0], shapes)
+    if found is None or shapes[found.parameter].numel() != d_out:
+        return None
+    places = finding.bias_places(found, operation, node)
+    rows = torch.arange(d_out) if part.rows is None else part.rows
+    return found.parameter if places is not None and torch.equal(places, rows) else None
+
+
 def _account(
     parameters: dict[str, Tensor],
     requires_grad: dict[str, bool],
     specs: dict[str, LayerSpec],
     reasons: dict[str, tuple[str, str, str]],
-    readers: dict[str, list[fx.Node]],
 ) -> list[ParameterUse]:
     """One `ParameterUse` for every parameter."""
     owner = {spec.weight: spec.name for spec in specs.values()}
@@ -418,5 +511,5 @@ def _account(
         elif not requires_grad[name]:
             uses.append(ParameterUse(name, "", tensor.numel(), "frozen", "it does not require a gradient"))
         else:
-            uses.append(ParameterUse(name, "", tensor.numel(), "uncovered", finding.why_uncovered(readers[name])))
+            uses.append(ParameterUse(name, "", tensor.numel(), "uncovered", UNREACHED))
     return uses

@@ -28,7 +28,19 @@ class Layout:
         feature_axis %= tensor.ndim
         tensor = tensor.movedim(feature_axis, -1)
         axis = self.axis - (feature_axis < self.axis)
-        return Layout(axis, self.outer, self.inner).split(tensor).flatten(1, -2)
+        return self.on_axis(axis).split(tensor).flatten(1, -2)
+
+    def on_axis(self, axis: int) -> Layout:
+        """The same factors on another axis."""
+        return Layout(axis, self.outer, self.inner)
+
+    def width(self, tensor: Tensor) -> int:
+        """How many numbers an example has."""
+        return tensor.numel() * self.outer * self.inner // tensor.shape[self.axis]
+
+    def real(self, tensor: Tensor, feature_axis: int = -1) -> Tensor | None:
+        """Which of `rows` [N, R] are rows of the tensor; None where all are, as always here (see `Ragged`)."""
+        return None
 
     def unflat(self, flat: Tensor, like: Tensor) -> Tensor:
         """The inverse of `flat`: [N, everything else] back to the shape of `like`."""
@@ -36,6 +48,13 @@ class Layout:
         before, after = shape[: self.axis], shape[self.axis + 1 :]
         tensor = flat.reshape([flat.shape[0], *before, self.outer, self.inner, *after])
         return tensor.movedim(0, self.axis + 1).reshape(shape)
+
+    def take(self, tensor: Tensor, low: int, high: int) -> Tensor:
+        """The tensor of examples low to high alone, its layout the same."""
+        shape = list(tensor.shape)
+        part = self.split(tensor)[low:high]
+        shape[self.axis] = self.outer * (high - low) * self.inner
+        return part.movedim(0, self.axis + 1).reshape(shape)
 
     def split(self, tensor: Tensor) -> Tensor:
         """The tensor as [N, *axes before, outer, inner, *axes after]."""

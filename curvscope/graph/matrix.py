@@ -23,9 +23,8 @@ def to_matrix(spec: LayerSpec, parameters: Mapping[str, Tensor]) -> Tensor:
         ]
         return torch.cat(parts).unsqueeze(0)
     weight = parameters[spec.weight]
-    if spec.transposed:
-        weight = weight.transpose(0, 1)
-    matrix = weight.flatten(1)
+    assert spec.form is not None
+    matrix = weight.reshape(spec.form.view).permute(spec.form.order).reshape(spec.d_out, -1)
     if spec.bias is None:
         return matrix
     bias = parameters.get(spec.bias)
@@ -39,10 +38,11 @@ def to_parameters(spec: LayerSpec, matrix: Tensor, shapes: Mapping[str, torch.Si
         pieces = matrix.flatten().split(list(spec.members.values()))
         return {name: piece.view(shapes[name]) for name, piece in zip(spec.members, pieces, strict=True)}
     shape = shapes[spec.weight]
-    weight = matrix[:, : spec.d_in]
-    if spec.transposed:
-        weight = weight.reshape([shape[1], shape[0], *shape[2:]]).transpose(0, 1)
-    found = {spec.weight: weight.reshape(shape)}
+    assert spec.form is not None
+    view, order = spec.form.view, spec.form.order
+    weight = matrix[:, : spec.d_in].reshape([view[axis] for axis in order])
+    back = sorted(range(len(order)), key=order.__getitem__)
+    found = {spec.weight: weight.permute(back).reshape(shape)}
     if spec.bias is not None:
         found[spec.bias] = matrix[:, spec.d_in].reshape(shapes[spec.bias])
     return found

@@ -1,7 +1,7 @@
 """Finding the linear operations of a functional graph and making each one a module: a site.
 
-A site is exactly an nn.Linear or nn.ConvNd that shares the model's parameter, called where the graph had the
-operation. BackPACK looks its rules up by exact class, so nothing else will do.
+A site is exactly an nn.Linear, an nn.ConvNd or a `GroupedLinear` that shares the model's parameter, called where the
+graph had the operation. BackPACK looks its rules up by exact class, so nothing else will do.
 """
 
 from __future__ import annotations
@@ -14,10 +14,32 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from curvscope.graph.operands import WHOLE, MatrixForm, Operand, Part, Reading, operand_of
+from curvscope.graph.products import Operation, Shapes, find_product
+
 aten = torch.ops.aten
 
 ConvModule = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
-SiteModule = nn.Linear | ConvModule
+
+
+class GroupedLinear(nn.Module):
+    """Inputs [..., groups * d_in], each group with a weight of its own: weight [groups * d_out, d_in]."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, groups: int) -> None:
+        super().__init__()
+        self.groups = groups
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., groups * d_out]."""
+        rows = x.unflatten(-1, (self.groups, 1, -1))
+        weight = self.weight.unflatten(0, (self.groups, -1))
+        out = torch.matmul(rows, weight.transpose(1, 2)).flatten(-3)
+        return out if self.bias is None else out + self.bias
+
+
+SiteModule = nn.Linear | GroupedLinear | ConvModule
 
 CONVOLUTIONS = {
     aten.conv1d.default: 1,
@@ -32,16 +54,6 @@ TRANSPOSED_CONVOLUTIONS = {
     aten.conv_transpose2d.input: 2,
     aten.conv_transpose3d.input: 3,
 }
-PRODUCTS = (aten.mm.default, aten.matmul.default)
-SAME_VALUES = (
-    aten.alias.default,
-    aten.detach.default,
-    aten.clone.default,
-    aten.contiguous.default,
-    aten.lift_fresh_copy.default,
-)
-TRANSPOSES = (aten.t.default, aten.transpose.int, aten.permute.default, aten.numpy_T.default)
-NORMALISATIONS = ("layer_norm", "batch_norm", "group_norm", "instance_norm", "rms_norm")
 
 
 @dataclass
@@ -52,20 +64,22 @@ class Site:
         target: the site's name as a submodule of the graph.
         layer: the name of the layer, that is the weight, it belongs to.
         kind: linear, conv1d, ..., conv_transpose3d; for a tap the operation it stands behind.
-        module: the nn.Linear or nn.ConvNd that shares the parameter, or a `Tap`.
+        module: the nn.Linear, nn.ConvNd or `GroupedLinear` that shares the parameter, or a `Tap`.
+        part: the rows and columns of the layer's matrix that the call uses.
     """
 
     target: str
     layer: str
     kind: str
     module: Any
+    part: Part = WHOLE
 
 
 @dataclass
 class LayerSpec:
     """One weight with its bias and all its sites.
 
-    `transposed` says that the parameter is stored [d_in, d_out]; `bias` is None where the linear has none, where
+    `form` is how the parameter is the matrix [d_out, d_in]; `bias` is None where the linear has none, where
     it is frozen, or where it is shared with something else. `selected` is whether --layers and --skip keep it.
     A layer that is `exact_only` has no Kronecker form: its weight is a row of all its `members` (name to size), and
     d_out is 1.
@@ -77,7 +91,7 @@ class LayerSpec:
     bias: str | None
     d_in: int
     d_out: int
-    transposed: bool
+    form: MatrixForm | None
     sites: list[Site] = field(default_factory=list)
     groups: int = 1
     selected: bool = True
@@ -122,97 +136,18 @@ class Leaf(nn.Module):
         return self.value
 
 
-@dataclass(frozen=True)
-class _Operation:
-    """A linear operation as the graph states it, before it becomes a site."""
-
-    node: fx.Node
-    kind: str
-    weight: str
-    transposed: bool
-    x: fx.Node
-    x_transposed: bool
-    bias: Any
-    options: dict[str, Any]
-
-
-def find_operations(graph: fx.Graph, parameters: set[str]) -> list[_Operation]:
-    """The graph's linear operations whose weight is a parameter, in forward order."""
+def find_operations(graph: fx.Graph, shapes: Shapes) -> list[Operation]:
+    """The graph's linear operations whose weight is a parameter or a view of one, in forward order."""
     found = []
     for node in graph.nodes:
         if node.op == "call_function":
-            operation = _linear(node, parameters) or _product(node, parameters) or _convolution(node, parameters)
+            operation = find_product(node, shapes) or _convolution(node, shapes)
             if operation is not None:
                 found.append(operation)
     return found
 
 
-def parameter_of(node: Any, parameters: set[str]) -> tuple[str, bool] | None:
-    """The parameter behind a node and whether it arrives transposed; None if it is anything else."""
-    transposed = False
-    while isinstance(node, fx.Node):
-        if node.op == "get_attr":
-            return (str(node.target), transposed) if str(node.target) in parameters else None
-        if node.op != "call_function":
-            return None
-        if node.target in TRANSPOSES:
-            if not _swaps_two_axes(node):
-                return None
-            transposed = not transposed
-        elif node.target not in SAME_VALUES:
-            return None
-        node = node.args[0]
-    return None
-
-
-def _swaps_two_axes(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    if value is None or value.ndim != 2:
-        return False
-    if node.target is aten.permute.default:
-        return [axis % 2 for axis in _sequence(node.args[1])] == [1, 0]
-    if node.target is aten.transpose.int:
-        first, second = (int(str(axis)) for axis in node.args[1:3])
-        return first % 2 != second % 2
-    return True
-
-
-def _sequence(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, Sequence) else [value]
-
-
-def _linear(node: fx.Node, parameters: set[str]) -> _Operation | None:
-    if node.target is not aten.linear.default:
-        return None
-    args: list[Any] = list(node.args)
-    weight = parameter_of(args[1], parameters)
-    if weight is None or args[1].meta["val"].ndim != 2:
-        return None
-    bias = args[2] if len(args) > 2 else node.kwargs.get("bias")
-    return _Operation(node, "linear", weight[0], weight[1], args[0], False, bias, {})
-
-
-def _product(node: fx.Node, parameters: set[str]) -> _Operation | None:
-    """addmm, mm and matmul: `x @ w` has the weight transposed; in `w @ x` the rows are the columns of x."""
-    bias = None
-    args: list[Any] = list(node.args)
-    if node.target is aten.addmm.default:
-        if node.kwargs.get("beta", 1) != 1 or node.kwargs.get("alpha", 1) != 1:
-            return None
-        bias = args.pop(0)
-    elif node.target not in PRODUCTS:
-        return None
-    left, right = args[:2]
-    weight = parameter_of(right, parameters)
-    if weight is not None and right.meta["val"].ndim == 2 and left.meta["val"].ndim >= 2:
-        return _Operation(node, "linear", weight[0], not weight[1], left, False, bias, {})
-    weight = parameter_of(left, parameters)
-    if bias is None and weight is not None and left.meta["val"].ndim == 2 and right.meta["val"].ndim >= 2:
-        return _Operation(node, "linear", weight[0], weight[1], right, True, None, {})
-    return None
-
-
-def _convolution(node: fx.Node, parameters: set[str]) -> _Operation | None:
+def _convolution(node: fx.Node, shapes: Shapes) -> Operation | None:
     target: Any = node.target
     transposed = target in TRANSPOSED_CONVOLUTIONS
     dims = (TRANSPOSED_CONVOLUTIONS if transposed else CONVOLUTIONS).get(target)
@@ -222,11 +157,11 @@ def _convolution(node: fx.Node, parameters: set[str]) -> _Operation | None:
     if transposed:
         names = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
     given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-    weight = parameter_of(given["weight"], parameters)
-    groups = int(given.get("groups", 1))
-    if weight is None or weight[1] or (transposed and groups != 1):
+    operand = operand_of(given["weight"], shapes)
+    if operand is None or given["input"].meta["val"].ndim != dims + 2:
         return None
-    if given["input"].meta["val"].ndim != dims + 2:
+    groups = int(given.get("groups", 1))
+    if transposed and groups > 1 and operand.chain:
         return None
     padding = given.get("padding", 0)
     options = {
@@ -235,20 +170,26 @@ def _convolution(node: fx.Node, parameters: set[str]) -> _Operation | None:
         "dilation": _tuple(given.get("dilation", 1), dims),
         "groups": groups,
     }
-    kind = f"conv{dims}d"
+    kind, kernel = f"conv{dims}d", tuple(range(2, 2 + dims))
+    reading = Reading(operand, (), (0,), (1, *kernel))
     if transposed:
         options["output_padding"] = _tuple(given.get("output_padding", 0), dims)
-        kind = f"conv_transpose{dims}d"
-    return _Operation(node, kind, weight[0], transposed, given["input"], False, given.get("bias"), options)
+        kind, reading = f"conv_transpose{dims}d", Reading(operand, (), (1,), (0, *kernel))
+        if groups > 1:
+            split = operand.first_axis_split(groups)
+            reading = Reading(split, (0,), (2,), (1, *(axis + 1 for axis in kernel)))
+    return Operation(node, kind, reading, (given["input"],), (1,), given.get("bias"), options)
 
 
 def _tuple(value: Any, dims: int) -> tuple[int, ...]:
-    values = [int(v) for v in _sequence(value)]
+    values = [int(v) for v in (value if isinstance(value, Sequence) else [value])]
     return tuple(values * dims) if len(values) == 1 else tuple(values)
 
 
-def site_module(kind: str, weight: Tensor, bias: Tensor | None, options: dict[str, Any]) -> SiteModule:
-    """An nn.Linear or nn.ConvNd around these tensors, which it shares; the weight as the module itself stores it."""
+def site_module(kind: str, weight: Tensor, bias: Tensor | None, options: dict[str, Any], groups: int = 1) -> SiteModule:
+    """An nn.Linear, nn.ConvNd or `GroupedLinear` around these tensors, which it shares, as the module stores them."""
+    if kind == "linear" and groups > 1:
+        return GroupedLinear(weight, bias, groups).eval()
     classes: dict[str, Any] = {
         "conv1d": nn.Conv1d,
         "conv2d": nn.Conv2d,
@@ -262,9 +203,10 @@ def site_module(kind: str, weight: Tensor, bias: Tensor | None, options: dict[st
         if kind == "linear":
             module: SiteModule = nn.Linear(weight.shape[1], weight.shape[0], bias=has_bias)
         else:
-            channels = weight.shape[1] * options.get("groups", 1), weight.shape[0]
+            many = options.get("groups", 1)
+            channels = weight.shape[1] * many, weight.shape[0]
             if "transpose" in kind:
-                channels = weight.shape[0], weight.shape[1]
+                channels = channels[::-1]
             module = classes[kind](*channels, tuple(weight.shape[2:]), bias=has_bias, **options)
     module.weight = nn.Parameter(weight.detach(), requires_grad=False)
     if bias is not None:
@@ -272,42 +214,35 @@ def site_module(kind: str, weight: Tensor, bias: Tensor | None, options: dict[st
     return module.eval()
 
 
-def added_bias(node: fx.Node, kind: str, d_out: int, parameters: set[str], shapes: dict[str, torch.Size]) -> str | None:
-    """The parameter added to all rows of this node right after it, if there is one and nothing else reads it."""
-    users = list(node.users)
-    if len(users) != 1 or users[0].target is not aten.add.Tensor or users[0].kwargs.get("alpha", 1) != 1:
-        return None
-    left, right = users[0].args
-    found = parameter_of(right if left is node else left, parameters)
-    if found is None or found[1]:
-        return None
-    shape = list(shapes[found[0]])
-    if kind == "linear":
-        fits = shape[-1:] == [d_out] and math.prod(shape) == d_out
+def bias_places(bias: Operand, operation: Operation, node: fx.Node) -> Tensor | None:
+    """For every row of the weight the entry of `bias` that is added to its outputs; None where that is not so.
+
+    `node` is the addition (or the operation itself): `bias` must broadcast over all axes of its output that are not the
+    weight's rows.
+    """
+    sizes = dict(zip(operation.out_axes, _row_sizes(operation), strict=True))
+    if node is operation.node and operation.kind != "linear":
+        lined = {0: operation.out_axes[0]}  # a convolution's own bias belongs to its channels
     else:
-        spatial = spatial_dims(kind)
-        fits = math.prod(shape) == d_out and shape[-1 - spatial :] == [d_out] + [1] * spatial
-    return found[0] if fits else None
+        rank = int(operation.node.meta["val"].ndim)
+        lined = {axis: axis + rank - len(bias.sizes) for axis in range(len(bias.sizes))}
+    own = {axis: sizes.get(out, 1) for axis, out in lined.items()}
+    if any(bias.sizes[axis] != size for axis, size in own.items()) or not set(sizes) <= set(lined.values()):
+        return None
+    back = {out: axis for axis, out in lined.items()}
+    return bias.places([back[out] for out in operation.out_axes])
+
+
+def _row_sizes(operation: Operation) -> list[int]:
+    """The sizes of the output's axes that are the weight's rows."""
+    reading = operation.reading
+    axes = (*reading.groups, *reading.outs)
+    sizes = [reading.operand.sizes[axis] for axis in axes]
+    if operation.kind != "linear":  # one axis of channels, groups and all
+        return [math.prod(sizes)]
+    return sizes
 
 
 def spatial_dims(kind: str) -> int:
     """1, 2 or 3 for convolutions of either kind, 0 for linear."""
     return 0 if kind == "linear" else int(kind[-2])
-
-
-def why_uncovered(users: Sequence[fx.Node]) -> str:
-    """In words, what the parameter is used for instead of as a linear layer's weight."""
-    if not users:
-        return "this forward pass does not reach it"
-    name = str(users[0].target).removeprefix("aten.").split(".")[0]
-    if any(norm in name for norm in NORMALISATIONS):
-        return f"normalisation ({name}): no Kronecker form; its exact block is not computed yet"
-    if name == "embedding":
-        return "embedding: not covered yet"
-    if "conv" in name:
-        return f"{name} of a form that is not covered yet (grouped transposed, computed weight)"
-    if name in ("add", "mul", "sub", "expand", "cat"):
-        return f"free parameter ({name}): no Kronecker form; its exact block is not computed yet"
-    if name in ("linear", "addmm", "mm", "matmul", "bmm", "einsum"):
-        return f"{name} with a form that is not covered yet"
-    return f"used by {name}: its weight is computed or of a kind not covered yet"

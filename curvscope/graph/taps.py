@@ -7,15 +7,18 @@ every example follows; with it comes the exact block.
 
 from __future__ import annotations
 
+import dataclasses
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from curvscope.graph.sites import SAME_VALUES, TRANSPOSES
+from curvscope.graph.operands import SAME_VALUES, TRANSPOSES
+from curvscope.graph.reasons import UNREACHED, why_no_tap
+from curvscope.graph.still import Pull, moving_nodes, pull_back, stands_alone
 
 aten = torch.ops.aten
 
@@ -45,12 +48,11 @@ INDEXING = {
     aten.index_select.default,
     aten.embedding.default,
 }
-ELEMENTWISE = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor)
 
 
 @dataclass(frozen=True)
 class Member:
-    """One parameter behind a tap.
+    """One parameter, or one value computed from parameters, behind a tap.
 
     Attributes:
         parameter: its name.
@@ -67,11 +69,54 @@ class Member:
 
 @dataclass(frozen=True)
 class TapPlan:
-    """A tap to insert behind `node`; `other` is what a scale is multiplied with (None: nothing is)."""
+    """A tap to insert behind `node`.
+
+    Attributes:
+        layer: the layer it belongs to.
+        kind: the operation.
+        members: what is read there; parameters, or values computed from parameters alone.
+        other: what a scale is multiplied with (None: nothing is).
+        parameters: the layer's parameters behind the members.
+        shapes: the shape of every member.
+        pulls: value -> how the gradients of its parameters follow from its own.
+    """
+
+    node: fx.Node
+    layer: str
+    kind: str
+    members: tuple[Member, ...]
+    other: fx.Node | None
+    parameters: tuple[str, ...]
+    shapes: dict[str, torch.Size]
+    pulls: dict[str, Pull]
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What a tap's operation combines with the examples: a parameter, or a value computed from parameters alone."""
+
+    name: str
+    shape: torch.Size
+    node: fx.Node
+    is_parameter: bool
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A source at its consumer, behind a chain of indexing operations."""
+
+    source: _Source
+    end: fx.Node
+    chain: tuple[fx.Node, ...]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A tap for one read: behind which node, of what kind, with which member and other operand."""
 
     node: fx.Node
     kind: str
-    members: tuple[Member, ...]
+    member: Member
     other: fx.Node | None
 
 
@@ -82,95 +127,207 @@ class Tap(nn.Module):
         members: what is read there, in the order of the further arguments: first what a scale is multiplied with (if
             any member is one), then the index of every member that has one.
         shapes: the shape of every member.
+        pulls: for members that are computed, how the gradients of their parameters follow.
     """
 
-    def __init__(self, members: tuple[Member, ...], shapes: dict[str, torch.Size]) -> None:
+    def __init__(
+        self, members: tuple[Member, ...], shapes: dict[str, torch.Size], pulls: Mapping[str, Pull] | None = None
+    ) -> None:
         super().__init__()
         self.members = members
         self.shapes = shapes
+        self.pulls = dict(pulls or {})
 
     def forward(self, output: Tensor, *extra: Tensor) -> Tensor:
         """The output itself."""
         return output.view_as(output)
 
 
-def find_taps(graph: fx.Graph, root: nn.Module, wanted: Sequence[str]) -> list[TapPlan]:
-    """Taps for those of the wanted parameters that every reader allows one for, in forward order.
+def find_taps(
+    graph: fx.Graph, root: nn.Module, wanted: Sequence[str], taken: Container[str]
+) -> tuple[list[TapPlan], dict[str, str]]:
+    """Taps for those of the wanted parameters that every reader allows one for, in forward order; why others have none.
 
-    Inserts the index chains and the operands that the taps need; what stays unused is dead code.
+    Inserts the index chains and the operands that the taps need; what stays unused is dead code. `taken` are the names
+    that layers of other kinds have.
     """
-    reads: dict[str, list[tuple[fx.Node, list[fx.Node]]]] = {name: [] for name in wanted}
+    moving = moving_nodes(graph)
+    reads: dict[_Read, list[str]] = {}
+    seen: set[str] = set()
     for node in list(graph.nodes):
         if node.op == "get_attr" and str(node.target) in wanted:
-            reads[str(node.target)] += list(_ends(node, []))
+            name = str(node.target)
+            for read in _reads(root, name, node, moving):
+                seen.add(name)
+                reads.setdefault(read, []).append(name)
+    places: dict[_Read, _Place | None] = {read: _place(graph, root, read) for read in reads}
+    reasons = {name: UNREACHED for name in wanted if name not in seen}
+    for read, names in reads.items():
+        if places[read] is None:
+            reasons |= {name: why_no_tap(read.end, read.source.node, name) for name in names if name not in reasons}
+    kept = {read: [name for name in names if name not in reasons] for read, names in reads.items()}
+    layers = _layers(kept, places, taken)
     plans: dict[tuple[fx.Node, str], TapPlan] = {}
-    scaled: dict[fx.Node, str] = {}
-    mixed: set[fx.Node] = set()
-    for name, ends in reads.items():
-        found = [_plan(graph, root, name, end, chain) for end, chain in ends]
-        complete = [plan for plan in found if plan is not None]
-        if not found or len(complete) < len(found):
-            continue
-        for plan in complete:
-            if plan.other is not None and scaled.setdefault(plan.node, name) != name:
-                mixed.add(plan.node)  # two parameters multiplied with each other
-            key = (plan.node, name.rpartition(".")[0])
+    for read, names in kept.items():
+        place = places[read]
+        for layer in dict.fromkeys(layers[name] for name in names):
+            assert place is not None
+            own = tuple(name for name in names if layers[name] == layer)
+            key = (place.node, layer)
+            source = read.source
+            pulls = {} if source.is_parameter else {source.name: pull_back(root, source.node, own)}
+            plan = TapPlan(
+                place.node, layer, place.kind, (place.member,), place.other, own, {source.name: source.shape}, pulls
+            )
             known = plans.get(key)
-            if known is not None:
-                members, other = (*known.members, *plan.members), known.other or plan.other
-                plan = TapPlan(plan.node, plan.kind, members, other)
-            plans[key] = plan
-    lost = {member.parameter for plan in plans.values() if plan.node in mixed for member in plan.members}
+            if known is not None and known.other is not None and plan.other is not None:
+                # two values of one layer multiplied with each other after an example came in
+                reasons |= dict.fromkeys((*known.parameters, *own), "multiplied with another parameter of its layer")
+            plans[key] = plan if known is None else _merged(known, plan)
     order = {node: index for index, node in enumerate(graph.nodes)}
-    kept = [plan for plan in plans.values() if not lost & {member.parameter for member in plan.members}]
-    return sorted(kept, key=lambda plan: order[plan.node])
+    found = [plan for plan in plans.values() if not set(plan.parameters) & set(reasons)]
+    return sorted(found, key=lambda plan: order[plan.node]), reasons
 
 
-def _ends(node: fx.Node, chain: list[fx.Node]) -> Iterator[tuple[fx.Node, list[fx.Node]]]:
-    """Where the parameter leaves the indexing operations: (consumer, the indexing nodes before it)."""
-    for user in node.users:
-        if user.op == "call_function" and user.target in INDEXING and user.args[0] is node:
-            yield from _ends(user, [*chain, user])
-        elif user.op != "output":
-            yield user, chain
-        else:
-            yield node, chain
+def _merged(first: TapPlan, second: TapPlan) -> TapPlan:
+    return dataclasses.replace(
+        first,
+        members=(*first.members, *second.members),
+        other=first.other if first.other is not None else second.other,
+        parameters=tuple(dict.fromkeys((*first.parameters, *second.parameters))),
+        shapes=first.shapes | second.shapes,
+        pulls=first.pulls | second.pulls,
+    )
 
 
-def _plan(graph: fx.Graph, root: nn.Module, name: str, end: fx.Node, chain: list[fx.Node]) -> TapPlan | None:
-    source = chain[-1] if chain else None
+def _layers(
+    kept: Mapping[_Read, Sequence[str]], places: Mapping[_Read, _Place | None], taken: Container[str]
+) -> dict[str, str]:
+    """Parameter -> its layer: the module of a norm or of values computed on the way, otherwise the parameter itself."""
+    layers: dict[str, str] = {}
+    for read, names in kept.items():
+        for name in names:
+            place, owner = places[read], name.rpartition(".")[0]
+            together = not read.source.is_parameter or (place is not None and place.kind not in ("scale", "shift"))
+            if together and owner and owner not in taken:
+                layers[name] = owner
+            else:
+                layers.setdefault(name, name)
+    return layers
+
+
+def _reads(root: nn.Module, name: str, start: fx.Node, moving: Container[fx.Node]) -> Iterator[_Read]:
+    """Every place where the parameter, or a value computed from it alone, meets an example."""
+    pending, seen = [start], {start}
+    while pending:
+        node = pending.pop(0)
+        shape = root.get_buffer(name).shape if node is start else _fixed_shape(node)
+        label = name if node is start else f"value {node.name}"
+        source = None if shape is None else _Source(label, shape, node, node is start)
+        walk: list[tuple[fx.Node, tuple[fx.Node, ...]]] = [(node, ())]
+        while walk:
+            shown, chain = walk.pop(0)
+            for user in shown.users:
+                if user.op == "call_function" and user.target in INDEXING and user.args[0] is shown:
+                    walk.append((user, (*chain, user)))
+                elif user in moving:
+                    end = shown if user.op == "output" else user
+                    yield _Read(source or _Source(label, torch.Size(), node, False), end, chain)
+                elif user not in seen:
+                    seen.add(user)
+                    pending.append(user)
+
+
+def _fixed_shape(node: fx.Node) -> torch.Size | None:
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor) or not all(isinstance(size, int) for size in value.shape):
+        return None
+    return torch.Size(value.shape)
+
+
+def _place(graph: fx.Graph, root: nn.Module, read: _Read) -> _Place | None:
+    source, end, chain = read.source, read.end, list(read.chain)
     if any(node.target is aten.embedding.default and node.args[2:3] not in ((), (-1,)) for node in chain):
         return None  # the row of padding_idx gets no gradient: its entries would have to be told apart
-    args: list[Any] = list(end.args)
-    if end.op != "call_function":
-        return _read_plan(graph, root, name, source, chain)
-    if end.target in NORMS and not chain:
-        return _norm_plan(graph, name, end)
-    read = source if source is not None else next(a for a in end.all_input_nodes if str(a.target) == name)
-    if end.target in ELEMENTWISE and end.kwargs.get("alpha", 1) == 1 and len(args) == 2 and args[0] is not args[1]:
-        if not all(isinstance(arg, fx.Node) for arg in args):
-            return None
-        other = args[1] if args[0] is read else args[0]
-        index = _index_chain(graph, root, name, chain)
-        if end.target is aten.mul.Tensor:
-            with graph.inserting_after(end):
-                still = graph.call_function(aten.detach.default, (other,))
-            return TapPlan(end, "scale", (Member(name, "scale", False, index),), still)
-        role = "minus" if end.target is aten.sub.Tensor and args[1] is read else "shift"
-        return TapPlan(end, "shift", (Member(name, role, False, index),), None)
-    return _read_plan(graph, root, name, source, chain)
-
-
-def _read_plan(
-    graph: fx.Graph, root: nn.Module, name: str, source: fx.Node | None, chain: list[fx.Node]
-) -> TapPlan | None:
-    """A tap on what was read itself: a token put before every example, or a table that is looked up."""
-    if source is None or source.target not in (aten.expand.default, aten.repeat.default, aten.embedding.default):
+    if not source.is_parameter and (_fixed_shape(source.node) is None or not stands_alone(source.node)):
         return None
-    return TapPlan(source, "shift", (Member(name, "shift", False, _index_chain(graph, root, name, chain)),), None)
+    shown = chain[-1] if chain else source.node
+    if end.target in NORMS and not chain and source.is_parameter:
+        return _norm_place(graph, source.name, end)
+    if end.op == "call_function":
+        derivative = _derivative(graph, end, shown)
+        if derivative is not None:
+            role, other, channels_first = derivative
+            index = _index_chain(graph, root, source, chain)
+            kind = "scale" if role == "scale" else "shift"
+            return _Place(end, kind, Member(source.name, role, channels_first, index), other)
+    # what was read itself: a token put before every example, or a table that is looked up
+    if chain and shown.target in (aten.expand.default, aten.repeat.default, aten.embedding.default):
+        index = _index_chain(graph, root, source, chain)
+        return _Place(shown, "shift", Member(source.name, "shift", False, index), None)
+    return None
 
 
-def _norm_plan(graph: fx.Graph, name: str, end: fx.Node) -> TapPlan | None:
+def _derivative(graph: fx.Graph, end: fx.Node, shown: fx.Node) -> tuple[str, fx.Node | None, bool] | None:
+    """The role of `shown` in an elementwise operation, what it is multiplied with, and whether it belongs to axis 1.
+
+    The operation's derivative with respect to it is 1 (shift), -1 (minus) or that other operand (scale).
+    """
+    args: list[Any] = list(end.args)
+    places = [place for place, arg in enumerate(args) if arg is shown]
+    if len(places) != 1 or shown in end.kwargs.values():
+        return None
+    place, target, alpha = places[0], end.target, end.kwargs.get("alpha", 1)
+
+    def then(operation: Any, *given: Any, **options: Any) -> fx.Node:
+        return graph.call_function(operation, given, options)
+
+    def shift(sign: int = 1) -> tuple[str, fx.Node | None, bool] | None:
+        return ("shift" if sign == 1 else "minus", None, False) if place == 0 or alpha == 1 else None
+
+    following = end.next
+    with graph.inserting_before(following):
+        other: fx.Node
+        channels_first = False
+        if target is aten.add.Tensor:
+            return shift()
+        if target is aten.sub.Tensor:
+            return shift(1 if place == 0 else -1)
+        if target is aten.mul.Tensor:
+            other = args[1 - place]
+        elif target is aten.div.Tensor:
+            other = (
+                then(aten.reciprocal.default, args[1])
+                if place == 0
+                else then(aten.neg.default, then(aten.div.Tensor, end, shown))
+            )
+        elif target is aten.addcmul.default:
+            if place == 0:
+                return "shift", None, False
+            other = then(aten.mul.Tensor, args[3 - place], end.kwargs.get("value", 1))
+        elif target is aten.where.self and place:
+            chosen = args[0] if place == 1 else then(aten.logical_not.default, args[0])
+            other = then(aten.mul.Tensor, then(aten.ones_like.default, end), chosen)
+        elif target is aten.lerp.Tensor:
+            if place == 2:
+                other = then(aten.sub.Tensor, args[1], args[0])
+            else:
+                other = args[2] if place == 1 else then(aten.rsub.Scalar, args[2], 1)
+        elif target is aten.pow.Tensor_Tensor:
+            if place == 0:
+                lower = then(aten.pow.Tensor_Tensor, shown, then(aten.sub.Tensor, args[1], 1))
+                other = then(aten.mul.Tensor, args[1], lower)
+            else:
+                other = then(aten.mul.Tensor, end, then(aten.log.default, args[0]))
+        elif target is aten.prelu.default and place == 1:
+            other = then(aten.clamp.default, args[0], None, 0)
+            channels_first = args[0].meta["val"].ndim > 1
+        else:
+            return None
+        return ("scale", then(aten.detach.default, other), channels_first) if isinstance(other, fx.Node) else None
+
+
+def _norm_place(graph: fx.Graph, name: str, end: fx.Node) -> _Place | None:
     weight, bias, channels_first = NORMS[end.target]
     args: list[Any] = list(end.args)
     places = [i for i, arg in enumerate(args) if isinstance(arg, fx.Node) and _parameter(arg) == name]
@@ -186,7 +343,7 @@ def _norm_plan(graph: fx.Graph, name: str, end: fx.Node) -> TapPlan | None:
         str(end.target).removeprefix("aten.").split(".")[0].removeprefix("_native_").removesuffix("_legit_no_training")
     )
     if places[0] == bias:
-        return TapPlan(output, kind, (Member(name, "shift", channels_first, None),), None)
+        return _Place(output, kind, Member(name, "shift", channels_first, None), None)
     for place in (weight, bias):
         if place is not None and place < len(args):
             args[place] = None
@@ -198,7 +355,7 @@ def _norm_plan(graph: fx.Graph, name: str, end: fx.Node) -> TapPlan | None:
             plain = graph.call_function(operator.getitem, (plain, 0))
     with graph.inserting_after(plain):
         plain = graph.call_function(aten.detach.default, (plain,))
-    return TapPlan(output, kind, (Member(name, "scale", channels_first, None),), plain)
+    return _Place(output, kind, Member(name, "scale", channels_first, None), plain)
 
 
 def _parameter(node: fx.Node) -> str | None:
@@ -207,15 +364,15 @@ def _parameter(node: fx.Node) -> str | None:
     return str(node.target) if node.op == "get_attr" else None
 
 
-def _index_chain(graph: fx.Graph, root: nn.Module, name: str, chain: list[fx.Node]) -> fx.Node | None:
-    """The same indexing applied to the places of the parameter's entries; None where nothing is indexed."""
+def _index_chain(graph: fx.Graph, root: nn.Module, source: _Source, chain: list[fx.Node]) -> fx.Node | None:
+    """The same indexing applied to the places of the source's entries; None where nothing is indexed."""
     if not chain:
         return None
-    attribute = "curvscope_places_" + name.replace(".", "_")
+    attribute = "curvscope_places_" + source.name.replace(".", "_").replace(" ", "_")
     if not hasattr(root, attribute):
-        parameter = root.get_buffer(name)
-        places = torch.arange(parameter.numel(), dtype=torch.float64, device=parameter.device)
-        root.register_buffer(attribute, places.view(parameter.shape), persistent=False)
+        device = next(root.buffers()).device
+        places = torch.arange(source.shape.numel(), dtype=torch.float64, device=device)
+        root.register_buffer(attribute, places.view(source.shape), persistent=False)
     with graph.inserting_after(chain[-1]):
         moved = graph.get_attr(attribute)
     for node in chain:

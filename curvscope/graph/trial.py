@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from curvscope.errors import BatchError, CurvscopeError
+from curvscope.errors import BatchError, CurvscopeError, out_of_memory
 from curvscope.graph.export import FlatInputs, output_tensor
 
 
@@ -23,6 +23,8 @@ def try_forward(twin: nn.Module, flat: FlatInputs, tensors: tuple[Tensor, ...]) 
     except CurvscopeError:
         raise
     except Exception as error:
+        if out_of_memory(error):
+            raise
         raise refused(error, flat) from error
     output_tensor(output)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +43,7 @@ class Layouts:
         output: the layout of the model's output.
         sites: site target -> layout of its rows (of axis 0 for convolutions).
         outputs: the model's output on the batch, detached.
-        positions: site target -> rows an example, R of that call.
+        positions: site target -> rows an example, R of that call (of the longest example where they differ).
         independent: how positions are kept apart, where they do not mix and exact columns gain by it.
     """
 
@@ -65,7 +66,7 @@ def verify(graph: Graph, tensors: Sequence[Tensor], axes: Sequence[int | None], 
         LayoutError: no candidate holds for some layer, or for the output.
         ModelError: NaN or Inf appears along the way; the first layer is named.
     """
-    output, inputs, rows = _observe(graph, tensors)
+    output, inputs, rows = observe(graph, tensors)
     if examples == 1:
         return Layouts(
             1,
@@ -82,7 +83,7 @@ def verify(graph: Graph, tensors: Sequence[Tensor], axes: Sequence[int | None], 
     permuted = [
         tensor if axis is None else tensor.index_select(axis, order) for tensor, axis in zip(tensors, axes, strict=True)
     ]
-    output_permuted, inputs_permuted, _ = _observe(graph, permuted)
+    output_permuted, inputs_permuted, _ = observe(graph, permuted)
     tolerance = float(torch.finfo(output.dtype).eps) ** 0.5
     passing: dict[str, list[Layout]] = {}
     for site in graph.sites():
@@ -116,31 +117,13 @@ def _settled(
     Raises:
         LayoutError: some site has no such candidate, so the model mixes examples behind it.
     """
-    kept: dict[str, Tensor] = {}
-    handles = []
-
-    def keeper(target: str) -> Any:
-        def keep(module: Any, args: Any, result: Tensor) -> None:
-            kept[target] = result
-
-        return keep
-
-    try:
-        for site in graph.sites():
-            handles.append(site.module.register_forward_hook(keeper(site.target)))
-        with torch.enable_grad():
-            output = graph.run(*tensors)
-            kept |= graph.leaves()
-            generator = torch.Generator().manual_seed(1)
-            cotangent = torch.randn(output.shape, generator=generator).to(output)
-            examples = output_layout.flat(cotangent).clone()
-            examples[1::2] = 0
-            cotangent = output_layout.unflat(examples, cotangent)
-            watched = {target: tensor for target, tensor in kept.items() if tensor.requires_grad}
-            grads = torch.autograd.grad(output, list(watched.values()), cotangent, allow_unused=True)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with watched_pass(graph, tensors) as (output, watched), torch.enable_grad():
+        generator = torch.Generator().manual_seed(1)
+        cotangent = torch.randn(output.shape, generator=generator).to(output)
+        examples = output_layout.flat(cotangent).clone()
+        examples[1::2] = 0
+        cotangent = output_layout.unflat(examples, cotangent)
+        grads = torch.autograd.grad(output, list(watched.values()), cotangent, allow_unused=True)
     gradients = dict(zip(watched, grads, strict=True))
     found = {}
     for site in graph.sites():
@@ -161,6 +144,30 @@ def _settled(
             )
         found[site.target] = choices[0]
     return found
+
+
+@contextlib.contextmanager
+def watched_pass(graph: Graph, tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """A forward pass with gradients: its output, and every site's output that a gradient can reach."""
+    kept: dict[str, Tensor] = {}
+    handles = []
+
+    def keeper(target: str) -> Any:
+        def keep(module: Any, args: Any, result: Tensor) -> None:
+            kept[target] = result
+
+        return keep
+
+    try:
+        for site in graph.sites():
+            handles.append(site.module.register_forward_hook(keeper(site.target)))
+        with torch.enable_grad():
+            output = graph.run(*tensors)
+            kept |= graph.leaves()
+        yield output, {target: tensor for target, tensor in kept.items() if tensor.requires_grad}
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _positions(rows: dict[str, int], examples: int) -> dict[str, int]:
@@ -202,7 +209,7 @@ def _holding(
     )
 
 
-def _observe(graph: Graph, tensors: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor], dict[str, int]]:
+def observe(graph: Graph, tensors: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor], dict[str, int]]:
     """The output of one forward pass without gradients, every site's input, and how many rows its output has."""
     inputs: dict[str, Tensor] = {}
     rows: dict[str, int] = {}
@@ -212,7 +219,7 @@ def _observe(graph: Graph, tensors: Sequence[Tensor]) -> tuple[Tensor, dict[str,
     def watcher(target: str, layer: str, kind: str) -> object:
         def watch(module: SiteModule, args: tuple[Tensor, ...], result: Tensor) -> None:
             inputs[target] = args[0].detach()
-            rows[target] = 0 if isinstance(module, Tap) else result.numel() // module.weight.shape["transpose" in kind]
+            rows[target] = 0 if isinstance(module, Tap) else result.numel() // result.shape[1 if "conv" in kind else -1]
             if not bad:
                 for what, tensor in (("input", args[0]), ("output", result)):
                     if not bool(torch.isfinite(tensor).all()):

@@ -12,14 +12,15 @@ import torch
 from torch import nn
 
 from curvscope.errors import CheckpointError
-from curvscope.load.batch import load_batch, named_axes
+from curvscope.load.batch import named_axes
+from curvscope.load.batches import open_batches
 from curvscope.load.bundle import bundle_batch
 from curvscope.load.checkpoint import Checkpoint, load_checkpoint
 from curvscope.load.eval_mode import eval_mode, hidden_by_eval
 from curvscope.load.loss import load_loss
 from curvscope.load.optimizer import as_optimizer_state
 from curvscope.load.optimizer_options import optimizer_options
-from curvscope.load.problem import Problem
+from curvscope.load.problem import Batch, Problem
 from curvscope.load.state_dict import Factory, build_model, check_weights
 from curvscope.load.targets import check_targets
 
@@ -35,13 +36,15 @@ def load_problem(
     factory: Factory | None = None,
     trust: bool = False,
     example_axes: Mapping[str, int] | Mapping[int, int] | None = None,
+    example_index: str | int | None = None,
     step: int | None = None,
 ) -> Problem:
     """Everything an analysis needs, from what the user gave.
 
     Args:
         model: an nn.Module or exported program, used as it is; or the path of a checkpoint.
-        batch: `(inputs, targets)`, a batch file, "package.module:callable", or None for a bundle's own.
+        batch: `(inputs, targets)`, a batch file, "package.module:callable", or None for a bundle's own; or several
+            batches, see `open_batches`.
         loss: a name with settings, a torch loss module, a callable, "package.module:callable", or None for a
             bundle's own.
         optimizer: a torch.optim optimizer; None takes the checkpoint's, which words such as "sgd:lr=0.1,momentum=0.9"
@@ -49,6 +52,7 @@ def load_problem(
         factory: what builds the model of a state_dict, "package.module:name" or a callable.
         trust: allow files that can run code when read.
         example_axes: the example axis of an input by name or position, where it is not axis 0.
+        example_index: the input, by name or position, that holds the graph of every node; None takes the bundle's.
         step: the training step; None takes the checkpoint's.
 
     Raises:
@@ -60,33 +64,45 @@ def load_problem(
     """
     found, source = _checkpoint(model, factory, trust)
     check_weights(found.model)
-    loaded = load_batch(bundle_batch(found.bundle) if batch is None and found.bundle is not None else batch)
+    batches = open_batches(bundle_batch(found.bundle) if batch is None and found.bundle is not None else batch)
     own_loss = found.bundle.loss() if loss is None and found.bundle is not None else None
     chosen = load_loss(own_loss if loss is None else loss)
     module = found.model if isinstance(found.model, nn.Module) else None
     said = isinstance(optimizer, (str, Mapping))
-    inputs, axes = loaded.inputs, named_axes(example_axes)
+    axes = named_axes(example_axes)
+    index = None if example_index is None else str(example_index)
     if found.bundle is not None:
+        bundle = found.bundle
         names = list(found.bundle.axes)
+        index = found.bundle.index if index is None else index
         stored = {name: axis for name, axis in found.bundle.axes.items() if axis not in (None, 0)}
         axes = {**{name: axis for name, axis in stored.items() if axis is not None}, **axes}
         if module is None:
-            inputs = found.bundle.graph_inputs(None if batch is None else inputs)
+
+            def as_graph_takes_them(given: Batch) -> Batch:
+                own = None if batch is None else given.inputs
+                return dataclasses.replace(given, inputs=bundle.graph_inputs(own))
+
+            batches = batches.changed(as_graph_takes_them)
             # the graph's inputs are positional, whatever their names were
             axes = {str(names.index(name)) if name in names else name: axis for name, axis in axes.items()}
+            index = str(names.index(index)) if index in names else index
+    first = batches.first()
     return Problem(
         model=found.model,
-        inputs=inputs,
-        targets=loaded.targets,
+        inputs=first.inputs,
+        targets=first.targets,
         loss=chosen,
         optimizer=found.optimizer if optimizer is None or said else as_optimizer_state(optimizer, module),
         optimizer_options=optimizer_options(optimizer) if said else {},
         source=source,
         name=found.name,
         example_axes=axes,
+        example_index=index,
         step=found.step if step is None else step,
         notes=found.notes,
         hidden_by_eval=_hidden(found),
+        batches=None if batches.held is not None else batches,
     )
 
 

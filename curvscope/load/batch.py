@@ -1,11 +1,10 @@
-"""The batch: the model's inputs and the targets, from memory, a file or a callable."""
+"""One batch: the model's inputs and the targets, from memory or a file."""
 
 from __future__ import annotations
 
 import os
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,8 @@ from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from curvscope.errors import BatchError
-from curvscope.load.importing import (
-    describe,
-    import_object,
-    is_import_spec,
-    listed,
-    parse_import_spec,
-    user_code,
-)
-from curvscope.load.problem import Inputs
+from curvscope.load.importing import describe, listed
+from curvscope.load.problem import Batch, Inputs
 from curvscope.load.sniff import sniff
 
 FILE_FORMS = (
@@ -31,17 +23,8 @@ FILE_FORMS = (
 )
 
 
-@dataclass(frozen=True)
-class Batch:
-    """The model's arguments, the targets, and where they came from."""
-
-    inputs: Inputs
-    targets: Any
-    source: str
-
-
 def load_batch(batch: Any) -> Batch:
-    """The batch given as `(inputs, targets)`, a file, or "package.module:callable" returning such a pair.
+    """The batch given as `(inputs, targets)` or a file.
 
     `inputs` is a tensor, a tuple or list (positional arguments) or a mapping (keyword arguments). Files are
     told apart by content. Every tensor stays as stored.
@@ -60,7 +43,7 @@ def load_batch(batch: Any) -> Batch:
     elif isinstance(batch, (str, os.PathLike)):
         found = _from_text(batch)
     else:
-        found = _from_pair(batch, "batch")
+        found = pair_batch(batch, "batch")
     check_batch(found)
     return found
 
@@ -132,25 +115,6 @@ def _from_text(text: str | os.PathLike[str]) -> Batch:
     path = Path(text)
     if path.is_file():
         return _from_file(path)
-    if isinstance(text, str) and is_import_spec(text):
-        spec = parse_import_spec(text, argument="--batch", error=BatchError)
-        function = import_object(spec, argument="--batch", error=BatchError)
-        if not callable(function):
-            raise BatchError(
-                f"It is a {type(function).__name__}, not a callable that returns (inputs, targets).",
-                where=f"--batch {text}",
-                remedy="Name a function that takes no arguments and returns (inputs, targets).",
-            )
-        try:
-            with user_code():
-                pair = function(*spec.args, **spec.kwargs)
-        except Exception as cause:
-            raise BatchError(
-                f"The batch function failed: {describe(cause)}.",
-                where=f"--batch {text}",
-                remedy="Call it on its own to see the full traceback, or add --debug.",
-            ) from cause
-        return _from_pair(pair, f"--batch {text}")
     raise BatchError(
         "There is no such batch file." if not path.is_dir() else "The batch is a folder, not a file.",
         where=str(text),
@@ -158,7 +122,12 @@ def _from_text(text: str | os.PathLike[str]) -> Batch:
     )
 
 
-def _from_pair(pair: Any, source: str) -> Batch:
+def pair_batch(pair: Any, source: str) -> Batch:
+    """What a pair `(inputs, targets)`, or a mapping with these keys, holds; not checked yet.
+
+    Raises:
+        BatchError: it is neither.
+    """
     if isinstance(pair, Mapping):
         return _from_keys(dict(pair), source)
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
@@ -232,7 +201,7 @@ def _from_file(path: Path) -> Batch:
             where=str(path),
             remedy=f"It may be damaged or incomplete: write it again. {FILE_FORMS}",
         ) from cause
-    return _from_pair(content, str(path))
+    return pair_batch(content, str(path))
 
 
 def _read_torch(path: Path) -> Any:

@@ -6,6 +6,7 @@ A bundle is `torch.save` of tensors and plain containers, so reading it runs not
     graph             uint8 tensor: a torch.export archive; flat tensors in, the output tensor out
     batch             {"inputs": {"args", "kwargs"}, "targets"}
     example_axes      input name to example axis (None: it has none), in the graph's order
+    example_index     for batches of graphs: the name of the input that holds the graph of every node
     loss              {"name", "settings"}
     loss_graph        where the loss is a callable that can be exported: (outputs, targets) in, the loss out
     optimizer         {"class", "param_names", "state_dict"}, or None
@@ -29,10 +30,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from curvscope.errors import BatchError, CheckpointError, LossError
-from curvscope.load.batch import Batch
 from curvscope.load.importing import describe, listed
 from curvscope.load.loss import callable_loss, named_loss
-from curvscope.load.problem import Inputs, Loss, OptimizerState
+from curvscope.load.problem import Batch, Inputs, Loss, OptimizerState
 from curvscope.load.vet import RefusedArchiveError, UnreadableArchiveError, raw_weights, vetted_archive
 
 FORMAT = "curvscope-bundle"
@@ -65,6 +65,7 @@ class Bundle:
     torch_version: str
     where: str
     mode: Mapping[str, bool] | None = None
+    index: str | None = None
 
     def program(self) -> torch.export.ExportedProgram:
         """The model's graph, vetted before torch reads it.
@@ -155,6 +156,7 @@ def parse_bundle(content: Mapping[str, Any], where: str) -> Bundle:
         _require(content[key], kind, key, where)
     for name, axis in content["example_axes"].items():
         _require(axis, (int, type(None)), f"example_axes {name!r}", where)
+    _require(content.get("example_index"), (str, type(None)), "example_index", where)
     batch, loss, optimizer = content["batch"], content["loss"], content["optimizer"]
     inputs = _part(batch, "inputs", Mapping, "batch", where)
     if "targets" not in batch:
@@ -182,6 +184,7 @@ def parse_bundle(content: Mapping[str, Any], where: str) -> Bundle:
         torch_version=str(content.get("torch", "unknown")),
         where=where,
         mode=_mode(content.get("mode"), where),
+        index=content.get("example_index"),
     )
 
 

@@ -44,7 +44,9 @@ def optimizer_options(given: Mapping[str, Any] | str) -> dict[str, Any]:
         if value is None:
             continue
         name = key.replace("-", "_")
-        if name in ("kind", "name", "optimizer"):
+        if name in ("kind", "name", "optimizer") and ":" in str(value):
+            found |= optimizer_options(str(value))
+        elif name in ("kind", "name", "optimizer"):
             found["kind"] = _kind(str(value))
         elif name == "betas":
             first, second = value

@@ -194,7 +194,8 @@ def optimizer_settings(
     parameters: dict[str, ParameterSettings] = {}
     problems: list[str] = []
     entries = _entries(state) if state is not None else {}
-    same = state is not None and kind in (stored, *(("adam", "adamw") if _is_adam(state) else ()))
+    # numbers of a class that is not known here count where the user names its kind
+    same = state is not None and (stored == OTHER or kind in (stored, *(("adam", "adamw") if _is_adam(state) else ())))
     for parameter, shape in shapes.items():
         if state is not None and parameter not in entries:
             continue
@@ -207,7 +208,9 @@ def optimizer_settings(
         moments, step, wrong = _moments(entry, shape)
         if wrong:
             problems.append(f"the state of {parameter} does not fit it: {wrong}")
-        settings.pop("step", None)
+        # another optimizer's moments are not this one's
+        if not same:
+            step, moments = 0, {}
         parameters[parameter] = ParameterSettings(**settings, step=step, moments=moments)
     result = OptimizerSettings(
         kind if kind in KINDS else OTHER,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,15 @@ class Inputs:
         """The tensor arguments by name: "0", "1", ... for positional ones, the keyword for the others."""
         named = {str(i): value for i, value in enumerate(self.args)} | dict(self.kwargs)
         return {name: value for name, value in named.items() if isinstance(value, Tensor)}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The model's arguments, the targets, and where they came from."""
+
+    inputs: Inputs
+    targets: Any
+    source: str
 
 
 @dataclass(frozen=True)
@@ -73,9 +82,11 @@ class Problem:
         source: file name or class name, for the report's header.
         name: the model's class name.
         example_axes: example axis by input name, where it is not 0.
+        example_index: the name of the input that holds the graph of every node, for batches of graphs.
         step: the training step, where known.
         notes: what was done on the way (prefixes stripped, ...), one sentence each.
         hidden_by_eval: what the model does otherwise in training mode, a clause each.
+        batches: where further batches come from; `inputs` and `targets` are those of the first. None: there is one.
     """
 
     model: nn.Module | torch.export.ExportedProgram
@@ -90,3 +101,5 @@ class Problem:
     step: int | None = None
     notes: tuple[str, ...] = ()
     hidden_by_eval: tuple[str, ...] = ()
+    example_index: str | None = None
+    batches: Iterable[Batch] | None = None

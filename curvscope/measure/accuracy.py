@@ -12,6 +12,7 @@ from curvscope.curvature.block import Block
 from curvscope.curvature.grouped import GroupedApproximation, GroupedBlock
 from curvscope.curvature.kronecker import Approximation
 from curvscope.curvature.lanczos import largest_magnitude
+from curvscope.extract.plan import PIECES_AT_ONCE
 from curvscope.records import NAN, ErrorRow
 
 # The norm formula cancels: below this relative error fewer than five digits are left, so G - M is formed instead.
@@ -68,6 +69,7 @@ def error_row(
             device=block.device,
             start=_start(block, seed),
             tolerance=tolerance,
+            basis_bytes=PIECES_AT_ONCE * block.piece_bytes,
         )
         top = float(block.eigenvalues[0])
         rel_spectral = abs(extreme.value) / top

@@ -11,11 +11,9 @@ from torch import Tensor
 from curvscope.curvature.block import Block
 from curvscope.curvature.grouped import GroupedApproximation
 from curvscope.curvature.kronecker import Approximation, Diagonal, EigenCorrected, Kronecker, nearest_kronecker
+from curvscope.extract.cost import NEAREST_FREE, nearest_operations
 
 FLAVOURS = ("expand", "reduce")
-# kron_best may always take this many operations; beyond it only as many as the other measures of the layer.
-KRON_BEST_FREE = 2e10
-KRON_BEST_STEPS = 10
 QUICK_ERROR = 0.1
 
 Factors = Mapping[str, tuple[Tensor, Tensor]]
@@ -107,20 +105,10 @@ def _ambiguity(kronecker: Kronecker, dtype: torch.dtype) -> str:
 
 def _kron_best_refusal(block: Block) -> str:
     """Why kron_best is skipped: its Lanczos iteration would cost more than everything else; empty if it isn't."""
-    if block.columns.form in ("outer", "formed"):
-        return ""
-    P, NK, d_out, d_in = block.parameters, block.total_columns, block.d_out, block.d_in
-    if block.columns.form == "factored":
-        assert block.columns.inputs is not None
-        positions = block.columns.inputs.shape[1]
-        iteration = 4.0 * NK * positions * d_out * (d_out + positions)
-        turns = 2.0 * NK * positions * (d_out * d_out + P)
-    else:
-        iteration = 4.0 * NK * P * (d_out + d_in)
-        turns = 2.0 * NK * P * (d_out + d_in)
-    cost = KRON_BEST_STEPS * iteration
-    others = 4.0 * NK * NK * P + 4.0 * turns
-    if cost <= max(KRON_BEST_FREE, others):
+    columns = block.columns
+    positions = 1 if columns.inputs is None else columns.inputs.shape[1]
+    cost, others = nearest_operations(columns.form, block.d_out, block.d_in, block.total_columns, positions)
+    if cost <= max(NEAREST_FREE, others):
         return ""
     return (
         f"its iteration would take about {cost / 1e9:.0f} GFLOP, the layer's other measures {others / 1e9:.0f}; "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,29 +16,65 @@ from curvscope.curvature.eigen import eigh, eigvalsh
 from curvscope.curvature.grouped import GroupedApproximation, GroupedBlock
 from curvscope.curvature.kronecker import Diagonal, Kronecker
 from curvscope.extract.collector import Extract
+from curvscope.extract.plan import PIECE_BYTES
+from curvscope.graph.matrix import to_matrix
 from curvscope.measure.accuracy import error_row
-from curvscope.measure.approximate import FLAVOURS, approximate, side_by_side
+from curvscope.measure.approximate import FLAVOURS, Built, approximate, side_by_side
+from curvscope.measure.damping import DampingWishes, Subject, damping_tables, not_assessed, why_skipped
 from curvscope.measure.estimate import estimated_rows, estimated_spectra
 from curvscope.measure.layer_signs import layer_signs
 from curvscope.measure.sources import not_assessed as no_sources
 from curvscope.measure.sources import source_rows
-from curvscope.measure.spectrum import STORED, Spectrum, approximation_spectrum, block_spectrum, spectrum_row
-from curvscope.records import ErrorRow, KroneckerFactors, Layer, LayerRow, SourceRow, SpectrumRow
+from curvscope.measure.spectrum import (
+    STORED,
+    Spectrum,
+    approximation_spectrum,
+    block_spectrum,
+    diagonal_spectrum,
+    spectrum_row,
+)
+from curvscope.records import (
+    NAN,
+    DampingRow,
+    ErrorRow,
+    KroneckerFactors,
+    Layer,
+    LayerRow,
+    RangeRow,
+    SourceRow,
+    SpectrumRow,
+)
 from curvscope.settings import APPROXIMATIONS
 
 BIASED = "no error bar but the trace's: eigenvalues of a factor made of few draws are biased, and so are their ratios"
-NO_KRONECKER = "no Kronecker form: the parameter is added or multiplied element by element"
+NO_KRONECKER = (
+    "no Kronecker form: the parameter is added or multiplied element by element, or used before any example comes in"
+)
+
+
+Keep = Callable[[Extract, Sequence[Block], Sequence[Mapping[str, Built]], str], None]
+
+
+def keep_nothing(extract: Extract, blocks: Sequence[Block], built: Sequence[Mapping[str, Built]], fisher: str) -> None:
+    """Keep nothing of a layer once it is measured."""
 
 
 @dataclass(frozen=True)
 class Wishes:
-    """What to measure beyond the default, and what to keep for the file."""
+    """What to measure beyond the default, and what to keep for the file.
+
+    `keep` is shown each layer's extract, its groups' blocks and their approximations (none where there are no exact
+    columns), and how its columns were taken, before all of them are let go.
+    """
 
     fisher: str
     measure: tuple[str, ...]
     dump: tuple[str, ...]
     seed: int
     dtype: torch.dtype
+    piece_bytes: int = PIECE_BYTES
+    keep: Keep = keep_nothing
+    damping: DampingWishes = dataclasses.field(default_factory=DampingWishes)
 
 
 @dataclass
@@ -51,6 +87,8 @@ class _Findings:
     attributes: dict[str, Any] = dataclasses.field(default_factory=dict)
     scale: float = 1.0
     sources: dict[str, SourceRow] = dataclasses.field(default_factory=dict)
+    damping: list[DampingRow] = dataclasses.field(default_factory=list)
+    ranges: list[RangeRow] = dataclasses.field(default_factory=list)
 
     def add_spectrum(self, layer: str, name: str, spectrum: Spectrum, trace: float) -> None:
         """One matrix's spectrum, brought from the columns' unit to the loss's."""
@@ -70,12 +108,14 @@ class _Findings:
             self.attributes[f"{name}_eigenvalues_in_all"] = spectrum.values.numel()
 
 
-def measure_layer(extract: Extract, wishes: Wishes, *, why_no_columns: str = "") -> Layer:
+def measure_layer(
+    extract: Extract, wishes: Wishes, *, why_no_columns: str = "", projected: Mapping[str, Tensor] | None = None
+) -> Layer:
     """The record of one layer.
 
     With exact columns every approximation is measured against the exact block; with probe or mc draws the two K-FACs
     and the diagonal get unbiased estimates with standard errors; without columns the errors are not assessed, for
-    the reason given.
+    the reason given, but for what follows from the diagonals of `projected` (see `curvscope.extract.projected`).
     """
     spec = extract.spec
     scale = extract.unit**-2
@@ -85,22 +125,28 @@ def measure_layer(extract: Extract, wishes: Wishes, *, why_no_columns: str = "")
     found = _Findings(attributes=_factor_facts(extract, scale), scale=scale)
     eigenvectors: dict[str, Any] = {}
     kept: dict[str, Any] = {}
-    blocks = _blocks(extract)
+    blocks = _blocks(extract, wishes.piece_bytes)
+    built: Sequence[Mapping[str, Built]] = ()
     if not blocks:
         _not_assessed(spec.name, wishes.fisher, why_no_columns, found, APPROXIMATIONS)
         _factor_spectra(extract, wishes, found)
+        if projected is not None:
+            _add_projected(extract, projected, wishes, found, why_no_columns)
+        found.damping = not_assessed(spec.name, why_no_columns)
     else:
         block: Block | GroupedBlock = blocks[0] if len(blocks) == 1 else GroupedBlock(blocks)
         if wishes.fisher in ("probe", "mc"):
             _estimated(extract, blocks, wishes, found)
+            found.damping = not_assessed(spec.name, "steps need exact columns: an estimated block has few of them")
         else:
-            _exact(extract, blocks, block, wishes, found)
+            built = _exact(extract, blocks, block, wishes, found)
             if "spectra" in wishes.dump and isinstance(block, Block):
                 eigenvectors["ggn"] = _eigenvectors(block)
         if "columns" in wishes.dump and blocks[0].columns.form != "formed":
             kept["kept_columns"] = _scaled(block.stacked(), 1 / extract.unit)
         if "blocks" in wishes.dump:
             kept["block"] = _scaled(block.dense(), scale)
+    wishes.keep(extract, blocks, built, wishes.fisher)
     if "spectra" in wishes.dump:
         for name, (A, B) in extract.factors.items():
             for which, factor in (("A", A), ("B", B)):
@@ -137,6 +183,8 @@ def measure_layer(extract: Extract, wishes: Wishes, *, why_no_columns: str = "")
         signs=signs,
         examples=examples,
         example_gradients=None if squares is None else squares.cpu().numpy(),
+        damping=found.damping,
+        ranges=found.ranges,
         **kept,
     )
 
@@ -188,17 +236,23 @@ def _group_factors(extract: Extract) -> list[dict[str, tuple[Tensor, Tensor]]]:
     return [{name: (A[i], B[i]) for name, (A, B) in extract.factors.items()} for i in range(extract.spec.groups)]
 
 
-def _blocks(extract: Extract) -> list[Block]:
+def _blocks(extract: Extract, piece_bytes: int) -> list[Block]:
     """The exact block of every group; none where there are no columns."""
     spec, columns = extract.spec, extract.columns
     each = [] if columns is None else columns if isinstance(columns, list) else [columns]
-    return [Block(one, spec.d_out // spec.groups, spec.d_in + (spec.bias is not None)) for one in each]
+    shape = spec.d_out // spec.groups, spec.d_in + (spec.bias is not None)
+    return [Block(one, *shape, piece_bytes) for one in each]
 
 
 def _exact(
     extract: Extract, blocks: list[Block], block: Block | GroupedBlock, wishes: Wishes, found: _Findings
-) -> None:
+) -> Sequence[Mapping[str, Built]]:
+    """All measures against the exact block; what comes back are the approximations of each group."""
     layer = extract.spec.name
+    steps_refused = why_skipped(blocks, wishes.damping.always)
+    if not steps_refused:
+        for part in blocks:
+            _ = part.eigenpairs  # the spectrum takes its eigenvalues from them, instead of computing them alone
     found.add_spectrum(layer, "ggn", block_spectrum(block), block.trace)
     every = "spectral" in wishes.measure
     if extract.spec.exact_only:
@@ -209,7 +263,9 @@ def _exact(
             layer, "diag", wishes.fisher, block, diagonal, inner=diagonal.norm**2, spectral=every, seed=wishes.seed
         )
         found.add_spectrum(layer, "diag", approximation_spectrum(diagonal, wishes.dtype), diagonal.trace)
-        return
+        built = {"diag": Built(diagonal, diagonal.norm**2)}
+        _damped(extract, blocks, built, wishes, found, steps_refused)
+        return ()
     parts = [
         approximate(
             one,
@@ -222,7 +278,7 @@ def _exact(
         for one, factors in zip(blocks, _group_factors(extract), strict=True)
     ]
     refusal = next((reason for _, reason in parts if reason), "")
-    built = parts[0][0]
+    built = dict(parts[0][0])
     if not isinstance(block, GroupedBlock):
         found.sources = source_rows(extract, block, built, every="split" in wishes.measure)
     if len(parts) > 1:
@@ -244,6 +300,7 @@ def _exact(
         )
         spectrum = approximation_spectrum(one.approximation, wishes.dtype)
         found.add_spectrum(layer, name, spectrum, one.approximation.trace)
+    _damped(extract, blocks, built, wishes, found, steps_refused)
     if extract.positions == 1:
         # One position an example: both flavours are the same matrix.
         for kind in ("kfac", "ekfac"):
@@ -251,7 +308,86 @@ def _exact(
             found.errors[name] = dataclasses.replace(found.errors[source], approximation=name)
             found.spectra[name] = dataclasses.replace(found.spectra[source], approximation=name)
             found.values[name] = found.values[source]
+            found.damping += [
+                dataclasses.replace(r, approximation=name) for r in found.damping if r.approximation == source
+            ]
+            found.ranges += [
+                dataclasses.replace(r, approximation=name) for r in found.ranges if r.approximation == source
+            ]
+        order = ("ggn", *APPROXIMATIONS)
+        found.damping.sort(key=lambda row: order.index(row.approximation))
+        found.ranges.sort(key=lambda row: order.index(row.approximation))
     found.errors = {name: found.errors[name] for name in APPROXIMATIONS}
+    return [part for part, _ in parts]
+
+
+def _add_projected(
+    extract: Extract, projected: Mapping[str, Tensor], wishes: Wishes, found: _Findings, reason: str
+) -> None:
+    """Trace ratios, the trace of G, and the spectra of EKFAC and the diagonal, all without columns.
+
+    The trace ratio of K-FAC is `tr A tr B / tr G`; the eigenvalues of EKFAC and of the diagonal are the projected
+    diagonals. Errors and cosines need ||G||, which does not add over columns: they stay not assessed.
+    """
+    layer = extract.spec.name
+    trace = float(projected["diag"].sum())
+    found.spectra["ggn"] = SpectrumRow(
+        layer, "ggn", trace=trace * found.scale, status="not_assessed", reason=f"only the trace: {reason}"
+    )
+    if trace == 0.0:
+        return
+    for name in found.errors:
+        kind, _, flavour = name.partition("_")
+        flavour = "expand" if extract.positions == 1 else flavour
+        ratio = NAN
+        if kind == "kfac":
+            A, B = extract.factors[flavour]
+            ratio = float(A.double().trace() * B.double().trace()) / trace
+        elif kind in ("ekfac", "diag"):
+            values = projected["diag" if kind == "diag" else flavour]
+            ratio = float(values.sum()) / trace
+            spectrum = diagonal_spectrum(values, wishes.dtype)
+            found.add_spectrum(layer, name, spectrum, float(values.sum()))
+        why = f"{reason}; without columns ||G|| is not known, and so of its errors only the trace ratio"
+        found.errors[name] = dataclasses.replace(found.errors[name], trace_ratio=ratio, reason=why)
+
+
+def _damped(
+    extract: Extract,
+    blocks: list[Block],
+    built: dict[str, Built],
+    wishes: Wishes,
+    found: _Findings,
+    refused: str,
+) -> None:
+    """tables/damping and tables/ranges of a layer with exact columns."""
+    spec, asked = extract.spec, wishes.damping
+    if refused or extract.gradient is None:
+        reason = refused or "the layer's gradient was not kept"
+        found.damping = not_assessed(spec.name, reason, "skipped" if refused else "not_assessed")
+        return
+    decay = asked.decay.get(spec.name, 0.0)
+    approximations = {
+        name: one.approximation.parts if isinstance(one.approximation, GroupedApproximation) else [one.approximation]
+        for name, one in built.items()
+    }
+    found.damping, found.ranges = damping_tables(
+        Subject(
+            layer=spec.name,
+            blocks=blocks,
+            approximations=approximations,
+            blind=frozenset(name for name, one in built.items() if name.startswith("kfac") and one.note),
+            gradient=extract.gradient.reshape(-1, blocks[0].d_in),
+            scale=found.scale,
+            dtype=wishes.dtype,
+            current=asked.current.get(spec.name),
+            decay=decay,
+            weights=to_matrix(spec, asked.weights) if decay else None,
+            seed=wishes.seed,
+            always=asked.always,
+            remark=asked.remarks.get(spec.name, ""),
+        )
+    )
 
 
 def _factor_spectra(extract: Extract, wishes: Wishes, found: _Findings) -> None:
@@ -279,7 +415,7 @@ def _estimated(extract: Extract, blocks: list[Block], wishes: Wishes, found: _Fi
 
 def _eigenvectors(block: Block) -> Any:
     """Eigenvectors of G for its nonzero eigenvalues, descending, [P, rank]."""
-    vectors = eigh(block.gram)[1]
+    vectors = block.eigenpairs[1]
     spectrum = block_spectrum(block)
     rank = spectrum.values.numel()
     leading = vectors.flip(1)[:, :rank]

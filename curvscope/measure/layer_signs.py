@@ -69,6 +69,8 @@ def _factor_rows(extract: Extract) -> list[StabilityRow]:
         return []
     name, bias = extract.spec.name, extract.spec.bias is not None
     A, B = (factor.double() for factor in extract.factors["expand"])
+    if A.ndim == 1:  # counts of tokens: nothing that has a mean or a scale
+        return [_condition(name, "B", B)]
     inputs, outputs = A.diagonal(dim1=-2, dim2=-1), B.diagonal(dim1=-2, dim2=-1)
     if bias:
         inputs = inputs[..., :-1]
@@ -81,7 +83,8 @@ def _factor_rows(extract: Extract) -> list[StabilityRow]:
         share = float(extract.mean_input.square().sum()) / total
         rows.append(sign_row("mean_share", share, layer=name))
     else:
-        rows.append(missing("mean_share", "all inputs are zero on this batch", layer=name))
+        why = "all inputs are zero on this batch" if total == 0 else "the data came in several pieces"
+        rows.append(missing("mean_share", why, layer=name))
     for which, factor in (("A", A), ("B", B)):
         rows.append(_condition(name, which, factor))
     return rows

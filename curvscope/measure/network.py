@@ -88,6 +88,14 @@ class Network:
         J v is the derivative of `u -> J^T u` applied to v (reverse mode twice), the middle factor a product with the
         loss's Hessian in the outputs.
         """
+        return self._ggn()[0]
+
+    def ggn_form(self) -> Callable[[Vector], float]:
+        """V -> v^T G v, added up in float64: one pass each, as J v is all it takes."""
+        return self._ggn()[1]
+
+    def _ggn(self) -> tuple[Callable[[Vector], dict[str, Tensor]], Callable[[Vector], float]]:
+        """Both operations on one kept graph."""
         with torch.enable_grad():
             fresh = self._fresh()
             outputs = self.outputs(fresh)
@@ -99,18 +107,25 @@ class Network:
         names = [name for name, p in zip(fresh, pulled, strict=True) if p is not None and p.requires_grad]
         wanted = [p for p in pulled if p is not None and p.requires_grad]
 
+        def pushed(vector: Vector) -> tuple[Tensor, Tensor]:
+            given = [vector[name].to(self.parameters[name]) for name in names]
+            (tangent,) = torch.autograd.grad(wanted, dummy, given, retain_graph=True)
+            if not slope.requires_grad:
+                return tangent, torch.zeros_like(tangent)
+            return tangent, torch.autograd.grad(slope, leaf, tangent, retain_graph=True)[0]
+
         def product(vector: Vector) -> dict[str, Tensor]:
             self.passes += 3
-            given = [vector[name].to(self.parameters[name]) for name in names]
-            (pushed,) = torch.autograd.grad(wanted, dummy, given, retain_graph=True)
-            if slope.requires_grad:
-                (middle,) = torch.autograd.grad(slope, leaf, pushed, retain_graph=True)
-            else:
-                middle = torch.zeros_like(pushed)
+            _, middle = pushed(vector)
             found = torch.autograd.grad(outputs, list(fresh.values()), middle, retain_graph=True, allow_unused=True)
             return self._filled(fresh, found)
 
-        return product
+        def form(vector: Vector) -> float:
+            self.passes += 1
+            tangent, middle = pushed(vector)
+            return float((tangent.double() * middle.double()).sum())
+
+        return product, form
 
     def example_curvature(self, vector: Vector, layout: Layout) -> Tensor:
         """v^T G_n v of every example [N], float64: their sum is v^T G v; `layout` is that of the outputs."""

@@ -68,6 +68,8 @@ def _input_rms(
     if "expand" not in factors.get(layer, {}):
         return math.nan
     A = torch.as_tensor(factors[layer]["expand"].A).double()
+    if A.ndim == 1:
+        return math.nan
     squares = A.diagonal(dim1=-2, dim2=-1)
     if specs[layer].bias is not None:
         squares = squares[..., :-1]

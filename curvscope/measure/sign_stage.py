@@ -31,7 +31,7 @@ class Seen:
     tensors: Sequence[Tensor]
     axes: Sequence[int | None]
     loss: Loss
-    outputs: Tensor
+    outputs: Tensor | None
     targets: Any
     layers: Mapping[str, Layer]
 
@@ -49,7 +49,8 @@ def signs(
     shape = shape_of(seen.graph)
     rows = _noise(seen)
     last = shape.last[0] if shape is not None and len(shape.last) == 1 and shape.last[0] in specs else ""
-    rows += output_signs(seen.loss, seen.outputs, seen.targets, last)
+    if seen.outputs is not None:
+        rows += output_signs(seen.loss, seen.outputs, seen.targets, last)
     rows += input_signs(seen.tensors, seen.axes, shape, factors, specs)
     rows += weight_signs(seen.graph.parameters, specs, shape, factors)
     activations = observe(seen.graph, seen.tensors)

@@ -57,9 +57,14 @@ def approximation_spectrum(approximation: Approximation | GroupedApproximation, 
         corners = torch.outer(lam_B[[0, -1]], lam_A[[0, -1]])
         whole = kept_A.numel() == lam_A.numel() and kept_B.numel() == lam_B.numel()
         return Spectrum(values, float(corners.max()), float(corners.min()), whole or dtype == torch.float64)
-    values = approximation.eigenvalues
+    return diagonal_spectrum(approximation.eigenvalues, dtype)
+
+
+def diagonal_spectrum(diagonal: Tensor, dtype: torch.dtype) -> Spectrum:
+    """The spectrum of a matrix that is this diagonal in some basis, from columns in `dtype`."""
+    values = diagonal.flatten().sort(descending=True).values
     found = _nonzero(values, values.numel() * torch.finfo(torch.float64).eps)
-    noise = values.numel() * eps * max(found.raw_max, 0.0)
+    noise = values.numel() * torch.finfo(dtype).eps * max(found.raw_max, 0.0)
     return dataclasses.replace(found, resolved=dtype == torch.float64 or found.raw_min > noise)
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvscope.curvature.extremes import Extremes
+from curvscope.curvature.extremes import LEAST_BASIS, Extremes
+from curvscope.errors import AnalysisError
 from curvscope.graph.functional import Graph
 from curvscope.graph.layout import Layout
 from curvscope.graph.sites import LayerSpec
@@ -31,9 +32,12 @@ from curvscope.records import NAN, ExampleRow, KroneckerFactors, Layer, Stabilit
 
 # Layers with at least this share of the top direction's energy get spreads and verdicts of their own.
 LARGE_SHARE = 0.1
-MOST_PRODUCTS = 60
-TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-6}
-NO_OPTIMIZER = "no optimizer is known: the checkpoint holds none, and none was given (--optimizer)"
+MOST_PRODUCTS = 100
+TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-4}
+BASIS_BYTES = 256 * 2**20
+# The smallest basis of the iteration, and what a product and P^{-1/2} hold beside it.
+LEAST_VECTORS = 2 * (LEAST_BASIS + 2)
+NO_OPTIMIZER = "no optimizer is known: the checkpoint holds none that fits the model, and none was given (--optimizer)"
 QUADRATIC = "full-batch threshold of the quadratic model; training on mini-batches can diverge below it"
 
 
@@ -47,6 +51,7 @@ class Wanted:
     seed: int = 0
     full: bool = False
     seconds: float = 15.0
+    memory_bytes: int = 2 * BASIS_BYTES
     tolerance: float | None = None
     most_products: int = MOST_PRODUCTS
 
@@ -69,7 +74,6 @@ def stability_stage(
     targets: Any,
     axes: Sequence[int | None],
     output: Layout,
-    outputs: Tensor,
     layers: Mapping[str, Layer],
     gradient_norm: float,
     wanted: Wanted,
@@ -84,14 +88,18 @@ def stability_stage(
         settings = optimizer_settings(problem.optimizer, shapes, problem.optimizer_options)
         factors = {name: layer.factors for name, layer in layers.items()}
         batch = Batch(network, graph, problem.loss, axes, output, examples)
-        rows, stage, direction, space = _assess(batch, settings, graph.layers, factors, wanted)
-        listed = _top_examples(stage, direction, space, layers)
-    except (RuntimeError, NotImplementedError) as error:  # an operation without a second derivative, or memory
+        rows, found = _assess(batch, settings, graph.layers, factors, wanted)
+        if found is not None:
+            stage, direction, space = found
+            listed = _top_examples(stage, direction, space, layers)
+    except (RuntimeError, AnalysisError) as error:  # no second derivative, one that is not finite, or memory
         reason = f"the Hessian can't be multiplied with: {(str(error).splitlines() or [type(error).__name__])[0]}"
         rows = [StabilityRow("network", "", "preconditioned_sharpness", status="not_assessed", reason=reason)]
     gradients = [] if network is None else [network.gradient()]
     if stage is not None:
         gradients += [{name: half.scale * g for name, g in half.network.gradient().items()} for half in stage.parts]
+    with torch.no_grad():
+        outputs = None if network is None else network.outputs()
     seen = Seen(graph, tensors, axes, problem.loss, outputs, targets, layers)
     rows += signs(seen, network, gradients, settings, None if stage is None else stage.P)
     if listed:
@@ -136,6 +144,7 @@ class _Stage:
             tolerance=self.wanted.tolerance or TOLERANCES.get(kind, 1e-3),
             max_products=self.wanted.most_products,
             deadline=self.deadline,
+            basis_bytes=min(BASIS_BYTES, self.wanted.memory_bytes // 2),
             **options,
         )
 
@@ -180,9 +189,12 @@ def _assess(
     specs: Mapping[str, LayerSpec],
     factors: Mapping[str, Mapping[str, KroneckerFactors]],
     wanted: Wanted,
-) -> tuple[list[StabilityRow], _Stage, Tensor, Space]:
+) -> tuple[list[StabilityRow], tuple[_Stage, Tensor, Space] | None]:
     """The rows, and what they came from: the stage, the top direction (where P is 1) and the space it lies in."""
     started = time.monotonic()
+    if (least := 8 * Space.of(batch.network).size * LEAST_VECTORS) > wanted.memory_bytes:
+        reason = f"its vectors take {least / 2**30:.2g} GiB, over --memory ({wanted.memory_bytes / 2**30:.2g} GiB)"
+        return [StabilityRow("network", "", "preconditioned_sharpness", status="not_assessed", reason=reason)], None
     spare = settings is None and not wanted.full
     found = NO_OPTIMIZER if spare else halves(batch, seed=wanted.seed)
     P: Preconditioner | None = None
@@ -194,10 +206,10 @@ def _assess(
     stage = _Stage(batch, wanted, parts, no_parts, P, deadline=started + wanted.seconds)
     rows, direction, space = _network_rows(stage, settings, refusal)
     if spare:
-        return rows, stage, direction, space
+        return rows, (stage, direction, space)
     decided = next((row.verdict for row in rows if row.quantity == "preconditioned_sharpness"), "")
     rows += _layer_rows(stage, settings, specs, direction, space, every=decided in ("above", "undecided"))
-    return rows, stage, direction, space
+    return rows, (stage, direction, space)
 
 
 def _top_examples(stage: _Stage, direction: Tensor, space: Space, layers: Mapping[str, Layer]) -> list[ExampleRow]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 LAYER = "the layer's exact name"
 STATUS = "ok, estimated, skipped, not_converged or not_assessed"
 REASON = "why the status is not ok, or what limits the row; empty otherwise"
+WHOLE = "kfac_expand, kfac_reduce, ekfac_expand, ekfac_reduce, or ggn (the exact block of every layer)"
+FORM = "eigenbasis (M + lam I) or factored (lam split between the factors, arXiv:1503.05671 section 6.3)"
 APPROXIMATION = "kfac_expand, kfac_reduce, ekfac_expand, ekfac_reduce, kron_best or diag"
 
 MEANINGS: dict[str, dict[str, str]] = {
@@ -47,6 +49,104 @@ MEANINGS: dict[str, dict[str, str]] = {
         "condition": "lambda_max / lambda_min_positive, dimensionless",
         "stable_rank": "||.||_F^2 / lambda_max^2, dimensionless",
         "effective_rank": "exp of the entropy of the eigenvalues' shares of the trace, dimensionless",
+    },
+    "damping": {
+        "layer": LAYER,
+        "approximation": f"ggn (the block itself, whose step is the exact one), {APPROXIMATION}",
+        "form": "how damping is added: eigenbasis, M + mu I; factored, (B + sqrt(mu)/pi I) (x) (A + pi sqrt(mu) I), "
+        "pi = sqrt((tr A / d_A) / (tr B / d_B)); mu = damping + L2 weight decay of the optimizer",
+        "damping": "the damping, in units of loss / parameter^2",
+        "relative": "damping / (tr G / P), the mean of all P eigenvalues of the block; dimensionless",
+        "mark": "current: the optimizer's own; recommended: the largest predicted_decrease; else empty",
+        "angle_degrees": "angle between the step delta = -(damped M)^{-1} g and the exact -(G + mu I)^{-1} g, degrees; "
+        "g is the layer's gradient, plus weight decay times the weights",
+        "length_ratio": "length of delta over that of the exact step, dimensionless",
+        "predicted_decrease": "-(g.delta + delta^T (G + decay I) delta / 2): what the exact quadratic model loses by "
+        "the step, damping not part of the model; in units of the loss; negative where it grows",
+        "decrease_share": "predicted_decrease over that of the exact step at the same damping, dimensionless; the "
+        "exact step is shorter than it could be by its own damping, so that more than 1 is possible",
+        "rho": "predicted_decrease over what M in place of G predicts for the same step, damping in neither; "
+        "dimensionless",
+        "effective_dimension": "tr M (damped M)^{-1}, eigenbasis: sum lambda / (lambda + mu): directions in which "
+        "curvature rather than damping decides",
+        "angle_to_gradient_degrees": "angle between delta and -g, degrees",
+        "gradient_distance": "||mu delta + g|| / ||g||, dimensionless; near 0 delta is a step of gradient descent with "
+        "rate 1 / mu",
+        "alpha_star": "-g.delta / (delta^T (G + mu I) delta): the multiple of delta that is best for the exact damped "
+        "model; below 1 the step is too long",
+        "condition": "condition number of (M + mu)^{-1/2} (G + mu) (M + mu)^{-1/2} (factored: with the damped M); "
+        "computed at the marked values only",
+    },
+    "ranges": {
+        "layer": LAYER,
+        "approximation": APPROXIMATION,
+        "form": "how damping is added: eigenbasis or factored, as in the damping table",
+        "current": "the optimizer's own damping, in units of loss / parameter^2; NaN if unknown",
+        "low": "the safe range begins here: from here on rho >= 1/4; NaN: no such edge on the grid",
+        "high": "the safe range ends here: up to here gradient_distance >= 1/10, beyond it the step is gradient "
+        "descent; NaN: no such edge on the grid; low > high: there is no safe range",
+        "recommended": "the damping with the largest decrease of the exact quadratic model",
+        "decrease": "that decrease, in units of the loss",
+        "gain": "1 - (decrease at the current damping) / decrease: 0, nothing to gain; 1, the current step gains "
+        "nothing; more, it does harm",
+        "noise_below": "the largest damping with effective_dimension >= 0.9 min(P, N K) and alpha_star < 1/4; "
+        "NaN: none",
+        "standing": "too_small (below low), safe, too_large (above high); empty if the current value is unknown",
+        "form_gap": "1 - smaller / larger decrease of the two forms of a K-FAC at the current damping (unknown: at the "
+        "one recommended for the eigenbasis form); more than 1: one of them does harm",
+    },
+    "steps": {
+        "approximation": WHOLE,
+        "form": FORM,
+        "damping": "lam, added to every layer's approximation, in units of loss / parameter^2",
+        "role": "grid, current (the optimizer's own damping), recommended, or boundary (tried to find where the safe "
+        "range begins)",
+        "relative_damping": "damping over the mean eigenvalue of the network's exact GGN (tr G / P, from 4 probes)",
+        "predicted_change": "change of the objective by the quadratic model with the exact GGN of the whole network, "
+        "without damping * ||step||^2 / 2, in units of the loss",
+        "actual_change": "change of the objective at theta + step, in units of the loss; with the L2 decay's term "
+        "where the optimizer has one",
+        "rho": "actual_change / predicted_change, dimensionless",
+        "step_norm": "2-norm of the step over all parameters that it moves",
+        "angle_to_gradient_degrees": "angle between the step and the negative gradient, 0 to 180",
+        "best_step_length": "multiple of the step with the lowest objective, of those tried; NaN without line search",
+        "best_length_change": "actual change there, in units of the loss",
+        "model_length": "multiple of the step from which the actual change is off by more than 25 % of the largest "
+        "change predicted up to there",
+        "passes": "forward and backward passes that the row took",
+    },
+    "global_damping": {
+        "approximation": WHOLE,
+        "form": FORM,
+        "damping": "the recommended damping: the lowest objective after one step, of those tried",
+        "relative_damping": "the same over the mean eigenvalue of the network's exact GGN",
+        "change": "actual change of the objective there, in units of the loss",
+        "predicted_change": "change by the quadratic model there, in units of the loss",
+        "rho": "change / predicted_change, dimensionless",
+        "safe_from": "least damping tried from which on rho >= 1/4 and a decrease is predicted",
+        "safe_damping": "the damping in the safe range with the lowest objective after one step, of those judged",
+        "safe_change": "actual change of the objective there, in units of the loss",
+        "lowerable_from": "least damping tried from which on rho > 3/4: it may be lowered there",
+        "gradient_from": "least damping tried from which on the step is within 18 degrees of the negative gradient",
+        "per_layer_predicted": "change by the model with each layer at the damping its own exact block recommends, "
+        "times per_layer_factor, in units of the loss",
+        "per_layer_change": "the same, actual",
+        "per_layer_factor": "the common factor on those dampings with the lowest objective, of those tried",
+        "current": "the optimizer's own damping; NaN where the checkpoint has none",
+        "current_change": "actual change of the objective there, in units of the loss",
+        "passes": "forward and backward passes for this approximation and form in all",
+    },
+    "evidence": {
+        "approximation": WHOLE,
+        "role": "grid or maximum",
+        "precision": "of the Gaussian prior on the parameters with Kronecker factors, 1 / parameter^2",
+        "log_evidence": "Laplace log evidence of the training set, in nats",
+        "effective_parameters": "sum of scale * lambda / (scale * lambda + precision) over the eigenvalues lambda",
+        "weight_decay": "precision / scale: the L2 decay with the same optimum, not AdamW's decoupled one",
+        "nll": "negative log likelihood of the training set, the batch's loss scaled up, in nats",
+        "scale": "what the loss is multiplied with to be the training set's negative log likelihood (but for a "
+        "constant)",
+        "parameters": "P, the entries of the parameters with Kronecker factors",
     },
     "stability": {
         "scope": "network or layer (its block of the matrix)",

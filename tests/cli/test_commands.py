@@ -67,8 +67,9 @@ def test_analyze_reports_and_writes(pipeline: Pipeline, tmp_path: Path) -> None:
 def test_analyze_hands_on_every_option(pipeline: Pipeline) -> None:
     options = """
         --model net:build --batch b.npz --loss mse:reduction=sum --example-axis x=1 --example-axis 1=-2
-        --trust --layers a.* --layers b --skip head --fisher probe --samples 4 --measure spectral --measure kron_best
-        --device cpu --dtype float64 --memory 1.5GiB --time 2min --seed 7 --dump columns --dump blocks
+        --example-index batch --trust --layers a.* --layers b --skip head --fisher probe --samples 4
+        --measure spectral --measure kron_best --device cpu --dtype float64 --memory 1.5GiB --time 2min --seed 7
+        --dump columns --dump blocks --dataset-size 50000
         --optimizer sgd --lr 0.1 --momentum 0.9 --nesterov --weight-decay 1e-4 --damping 0.5 -o out.h5 --quiet
     """
     result = call("analyze", "w.pt", *options.split())
@@ -87,7 +88,6 @@ def test_analyze_hands_on_every_option(pipeline: Pipeline) -> None:
             "momentum": 0.9,
             "nesterov": True,
             "weight_decay": 1e-4,
-            "damping": 0.5,
         },
         "fisher": "probe",
         "samples": 4,
@@ -99,8 +99,11 @@ def test_analyze_hands_on_every_option(pipeline: Pipeline) -> None:
         "memory": 3 * 2**29,
         "time": 120.0,
         "example_axes": {"x": 1, "1": -2},
+        "example_index": "batch",
         "seed": 7,
         "dump": ("columns", "blocks"),
+        "dataset_size": 50000,
+        "damping": 0.5,
     }
     assert Path("out.h5").exists()
     assert result.output == ""
@@ -110,7 +113,8 @@ def test_analyze_defaults(pipeline: Pipeline) -> None:
     call("analyze", "w.pt")
     kept = {key: value for key, value in pipeline.called_with.items() if key not in ("progress", "model")}
     assert {key for key, value in kept.items() if value is None} == {
-        "batch", "loss", "factory", "optimizer", "samples", "layers", "skip", "measure", "memory", "example_axes"
+        "batch", "loss", "factory", "optimizer", "samples", "layers", "skip", "measure", "memory", "example_axes",
+        "example_index", "dataset_size", "damping",
     }  # fmt: skip
     assert kept["time"] == 60.0
     assert kept["fisher"] == kept["device"] == "auto"
@@ -216,7 +220,7 @@ def test_the_unexpected(pipeline: Pipeline, error: Exception) -> None:
         pytest.param(["--measure", "all"], "spectral, kron_best", id="measure"),
         pytest.param(["--format", "xml"], "table, json", id="format"),
         pytest.param(["--fail-on", "doom"], "info, warning, error", id="fail on"),
-        pytest.param(["--dry-run"], "No such option", id="unknown option"),
+        pytest.param(["--no-such-option"], "No such option", id="unknown option"),
         pytest.param(["--seed", "9" * 24], "--seed", id="seed too large"),
         pytest.param(["--seed", "-1"], "--seed", id="negative seed"),
     ],

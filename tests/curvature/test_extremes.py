@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from curvscope.curvature.extremes import extremes
+from curvscope.errors import AnalysisError
 
 
 def symmetric(values: Tensor) -> Tensor:
@@ -58,3 +59,23 @@ def test_small_and_zero(size: int) -> None:
     found = extremes(lambda v: M @ v, size, bottom=1)
     assert found.top[0].value == pytest.approx(3.0)
     assert found.top[0].converged
+
+
+def test_restarts_lose_nothing() -> None:
+    generator = torch.Generator().manual_seed(4)
+    values = torch.cat([torch.linspace(-2, 1, 295), torch.tensor([1.02, 1.05, 1.1, 1.2, 1.25])]).double()
+    M = symmetric(values)
+    start = torch.randn(300, dtype=torch.float64, generator=generator)
+    options = {"start": start, "top": 2, "tolerance": 1e-9, "max_products": 1000}
+    small = extremes(lambda v: M @ v, 300, basis_bytes=8 * 300 * 24, **options)
+    whole = extremes(lambda v: M @ v, 300, **options)
+    assert 30 < whole.products <= small.products < 4 * whole.products
+    for pair, value in zip(small.top, values.flip(0)[:2].tolist(), strict=True):
+        assert pair.converged
+        assert pair.value == pytest.approx(value, rel=1e-9)
+        assert float((M @ pair.vector - pair.value * pair.vector).norm()) <= 1e-8
+
+
+def test_what_is_not_finite_is_an_error() -> None:
+    with pytest.raises(AnalysisError, match="NaN"):
+        extremes(lambda v: v / 0 * 0, 5)

@@ -33,6 +33,9 @@ def test_above_says_layer_growth_and_the_stable_rate(low: float, severity: str) 
     assert "multiplies the deviation by 2" in row.evidence
     assert "under 0.061" in row.remedy
     assert "now 0.1" in row.remedy
+    assert "damping" not in row.remedy
+    kfac = dataclasses.replace(MODEL, optimizer="K-FAC, lr 1, damping 0.1, expand")
+    assert "More damping" in find(kfac, {}, [], rows("above"))[0].remedy
 
 
 def test_a_block_that_is_above_is_blamed_first() -> None:

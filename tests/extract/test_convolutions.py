@@ -31,6 +31,8 @@ CASES: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
     "transposed_2d": (lambda: nn.ConvTranspose2d(2, 3, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2)), (3, 2)),
     "transposed_no_bias": (lambda: nn.ConvTranspose2d(2, 2, 2, stride=3, bias=False), (2, 2)),
     "transposed_cropped": (lambda: nn.ConvTranspose1d(2, 3, 2, padding=2), (6,)),
+    "transposed_grouped": (lambda: nn.ConvTranspose2d(4, 6, (2, 3), stride=(2, 1), padding=(0, 1), groups=2), (2, 3)),
+    "transposed_depthwise": (lambda: nn.ConvTranspose1d(3, 3, 3, stride=2, groups=3, bias=False), (3,)),
     "transposed_3d": (lambda: nn.ConvTranspose3d(2, 2, 2, stride=(1, 2, 1)), (2, 2, 1)),
 }
 EXAMPLES, CLASSES = 4, 3
@@ -75,9 +77,9 @@ def naive(name: str) -> dict[str, Any]:
     out = layer(inputs).detach()  # [N, O, *positions]
     J = torch.func.jacrev(of_weight)(weight)  # [N, O, *positions, *weight]
     J = J.reshape(*out.shape[:2], -1, *weight.shape)
-    if transposed:
-        J = J.transpose(3, 4)
-    outputs = out.shape[1]
+    outputs, per = out.shape[1], out.shape[1] // groups
+    if transposed:  # stored [C_in, O / groups, *kernel]: bring it to [O, C_in / groups, *kernel]
+        J = J.unflatten(3, (groups, -1)).transpose(4, 5).flatten(3, 4)
     # the derivative of output o with respect to its own weights
     a = torch.stack([J[:, o, :, o].flatten(2) for o in range(outputs)], 1)  # [N, O, R, d_in]
     if layer.bias is not None:
@@ -92,7 +94,6 @@ def naive(name: str) -> dict[str, Any]:
     values, vectors = torch.linalg.eigh(H)
     S = vectors * values.clamp(min=0).sqrt().unsqueeze(1)
     g = torch.einsum("ncor,nck->nkor", D, S)
-    per = outputs // groups
     found: dict[str, Any] = {"A_expand": [], "A_reduce": [], "B_expand": [], "B_reduce": [], "G": []}
     for group in range(groups):
         rows = slice(group * per, (group + 1) * per)

@@ -26,24 +26,29 @@ def run(memory: int | None, **options: Any) -> Any:
 
 def test_groups_of_layers_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(10**9)
-    monkeypatch.setattr(plan, "WORKING_BYTES", 0)
+    monkeypatch.setattr(plan, "LEAST_PIECE_BYTES", 0)
     sweeps: list[int] = []
     original = plan.plan_sweeps
 
-    def spy(layers: Any, budget: int) -> Any:
-        result = original(layers, budget)
+    def spy(layers: Any, budget: int, **bytes_taken: Any) -> Any:
+        result = original(layers, budget, **bytes_taken)
         sweeps.append(len(result.groups))
         return result
 
-    monkeypatch.setattr("curvscope.pipeline.plan_sweeps", spy)
-    pieces = run(20_000)
-    assert sweeps[0] > 1
+    monkeypatch.setattr("curvscope.extract.choose.plan_sweeps", spy)
+    # which bound takes several sweeps depends on what the passes were measured to take
+    for memory in range(54_000, 74_000, 2_000):
+        pieces = run(memory)
+        if sweeps[-1] > 1:
+            break
+    assert sweeps[-1] > 1
     assert list(pieces.layers) == list(whole.layers)
     for name, layer in whole.layers.items():
         other = pieces.layers[name]
         assert other.row.status == "ok"
         for approximation, row in layer.errors.items():
-            assert other.errors[approximation].rel_frobenius == pytest.approx(row.rel_frobenius, rel=1e-10)
+            if "not unique" not in row.reason:
+                assert other.errors[approximation].rel_frobenius == pytest.approx(row.rel_frobenius, rel=1e-10)
     assert pieces.model.gradient_norm == pytest.approx(whole.model.gradient_norm, rel=1e-12)
 
 
@@ -58,7 +63,7 @@ def test_small_slices_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> 
             assert got.rel_spectral == pytest.approx(row.rel_spectral, rel=1e-6), (name, approximation)
 
 
-def _sliced_block(columns: Any, d_out: int, d_in: int) -> Any:
+def _sliced_block(columns: Any, d_out: int, d_in: int, piece_bytes: int) -> Any:
     from curvscope.curvature.block import Block
 
     return Block(columns, d_out, d_in, piece_bytes=1)
@@ -76,13 +81,14 @@ def test_a_layer_that_does_not_fit_says_so_and_keeps_its_factors() -> None:
 
 def test_a_group_never_exceeds_the_budget() -> None:
     layers = {str(i): LayerPlan("dense", kept, work) for i, (kept, work) in enumerate([(5, 1), (7, 9), (3, 2), (8, 1)])}
-    budget = plan.WORKING_BYTES + 16
+    slices = plan.PIECES_AT_ONCE * plan.LEAST_PIECE_BYTES
+    budget = slices + 16
     groups = plan_sweeps(layers, budget).groups
     assert [name for group in groups for name in group] == list(layers)
     for group in groups:
         kept = sum(layers[name].kept_bytes for name in group)
         work = max(layers[name].measure_bytes for name in group)
-        assert kept + work + plan.WORKING_BYTES <= budget
+        assert kept + work + slices <= budget
 
 
 def test_dense_and_factored_columns_agree() -> None:
@@ -92,15 +98,15 @@ def test_dense_and_factored_columns_agree() -> None:
     batch = (torch.randn(3, 2, 6, 6), torch.randint(4, (3,)))
     results = {}
     for name, forced in {"dense": "dense", "factored": "factored"}.items():
-        import curvscope.pipeline as pipeline
+        from curvscope.extract import choose
 
-        original = pipeline.plan_layer
+        original = choose.plan_layer
 
         def forcing(*args: Any, forced: str = forced, original: Any = original, **options: Any) -> LayerPlan:
             chosen = original(*args, **options)
             return LayerPlan(forced if chosen.form in ("dense", "factored") else chosen.form, 1, 1)  # type: ignore[arg-type]
 
-        pipeline.plan_layer = forcing  # type: ignore[assignment]
+        choose.plan_layer = forcing  # type: ignore[assignment]
         try:
             results[name] = curvscope.analyze(
                 conv,
@@ -112,7 +118,7 @@ def test_dense_and_factored_columns_agree() -> None:
                 dump=("columns",),
             )
         finally:
-            pipeline.plan_layer = original
+            choose.plan_layer = original
     for name, layer in results["dense"].layers.items():
         for approximation, row in layer.errors.items():
             got = results["factored"].layers[name].errors[approximation]

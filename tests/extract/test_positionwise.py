@@ -46,6 +46,20 @@ class Flat(nn.Module):
         return self.head(h).view(T, N, C).permute(1, 2, 0)
 
 
+class Parts(nn.Module):
+    """Two slices of one weight and of its bias, and a scale that is clamped before any token comes in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.packed, self.scale = nn.Linear(3, 8), nn.Parameter(torch.randn(4))
+        self.head = nn.Linear(4, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = zip(self.packed.weight.chunk(2), self.packed.bias.chunk(2), strict=True)
+        gate = torch.sigmoid(nn.functional.linear(x, *left))
+        return self.head(gate * torch.tanh(nn.functional.linear(x.cos(), *right)) * self.scale.clamp(max=0.5).exp())
+
+
 def segmentation() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, C, 1))
 
@@ -75,6 +89,7 @@ CASES: dict[str, Callable[[], tuple[nn.Module, Tensor, Tensor, str]]] = {
         torch.randint(C, (3, T)),
         "cross_entropy:class_axis=last",
     ),
+    "parts": lambda: (Parts(), torch.randn(3, T, 3), torch.randint(C, (3, T)), "cross_entropy:class_axis=last"),
     "flat": lambda: (Flat(), torch.randn(3, T, 3), labels(3, T), "cross_entropy:class_axis=second"),
     "causal_lm": lambda: (models.mlp(3, 5, C), torch.randn(4, T, 3), torch.randint(C, (4, T)), "causal_lm"),
     "mse": lambda: (Embedded(), torch.randn(3, T, 4), torch.randn(3, T, C), "mse"),
@@ -92,7 +107,7 @@ def analyzed(name: str, **options: Any) -> Run:
 def test_the_same_numbers_as_one_pass_a_position(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     got = analyzed(name, dump=("blocks",))
     assert any("one backward pass serves all" in note for note in got.notes)
-    monkeypatch.setattr("curvscope.pipeline.independent_positions", lambda *_: None)
+    monkeypatch.setattr("curvscope.extract.ready.independent_positions", lambda *_: None)
     want = analyzed(name, dump=("blocks",))
     assert not any("one backward pass" in note for note in want.notes)
     assert list(got.layers) == list(want.layers)

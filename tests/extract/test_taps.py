@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import numpy as np
 import pytest
@@ -133,6 +132,56 @@ class ClassToken(nn.Module):
         return torch.tanh(self.mid(x)).cumsum(1)
 
 
+class Product(nn.Module):
+    """Two parameters are multiplied before any example comes in."""
+
+    def __init__(self, *shapes: tuple[int, ...], use: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.p, self.q = (nn.Parameter(torch.randn(shape)) for shape in shapes)
+        self.use = use
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.use(x, self.p, self.q)
+
+
+class DistanceNetwork(nn.Module):
+    """Scores are shifted by an MLP of the distances, as Swin V2 has it: its rows belong to no example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(1, 5), nn.ReLU(), nn.Linear(5, 2, bias=False))
+        self.scale = nn.Parameter(torch.full((2, 1, 1), 0.3))
+        self.register_buffer("coordinates", torch.linspace(-1, 1, 7).unsqueeze(1))
+        self.register_buffer("distance", torch.arange(4)[:, None] - torch.arange(4)[None] + 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = x.unflatten(-1, (2, 3)).transpose(1, 2)  # [N, 2, 4, 3]
+        scores = heads @ heads.transpose(-1, -2) * self.scale.clamp(max=2.0).exp()
+        table = self.mlp(self.coordinates)
+        shift = 4 * torch.sigmoid(table[self.distance.view(-1)].view(4, 4, 2).permute(2, 0, 1)).unsqueeze(0)
+        return ((scores + shift).softmax(-1) @ heads).transpose(1, 2).flatten(2)
+
+
+class Biases(nn.Module):
+    """A bias whose weight is frozen, one that two weights share, one of a computed weight, one with zeros put in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen, self.left, self.right, self.packed = (nn.Linear(6, 6) for _ in range(4))
+        self.conv = nn.Conv1d(4, 4, 1)
+        self.frozen.weight.requires_grad_(False)
+        self.conv.weight.requires_grad_(False)
+        self.right.bias = self.left.bias
+        self.normed = torch.nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.conv(self.frozen(x)))
+        x = torch.tanh(self.left(x)) * self.right(x) + self.normed(x)
+        zeroed = self.packed.bias.clone()
+        zeroed[2:4].zero_()
+        return torch.tanh(nn.functional.linear(x, self.packed.weight, zeroed)).cumsum(1)
+
+
 def batch_norm() -> nn.Module:
     norm = nn.BatchNorm2d(4)
     with torch.no_grad():
@@ -165,6 +214,43 @@ BODIES: dict[str, tuple[Callable[[], nn.Module], str, tuple[str, ...]]] = {
     "relative_bias": (RelativeBias, "body.bias", ("body.bias",)),
     "windows": (Windows, "body.p", ("body.p",)),
     "class_token": (ClassToken, "body.token", ("body.token",)),
+    "dividend": (lambda: Bare(4, 6, use=lambda x, p: p / (2 + x.square())), "body.p", ("body.p",)),
+    "divisor": (lambda: Bare(6, use=lambda x, p: x / p), "body.p", ("body.p",)),
+    "selected": (lambda: Bare(4, 6, use=lambda x, p: torch.where(x > 0, x, p)), "body.p", ("body.p",)),
+    "selected_first": (lambda: Bare(6, use=lambda x, p: torch.where(x > 0, p, x)), "body.p", ("body.p",)),
+    "addcmul": (lambda: Bare(6, use=lambda x, p: torch.addcmul(x, x.cos(), p, value=0.5)), "body.p", ("body.p",)),
+    "addcmul_first": (lambda: Bare(6, use=lambda x, p: torch.addcmul(p, x, x)), "body.p", ("body.p",)),
+    "mixed": (lambda: Bare(6, use=lambda x, p: torch.lerp(x, x.flip(1), p)), "body.p", ("body.p",)),
+    "mixed_from": (lambda: Bare(6, use=lambda x, p: torch.lerp(p.expand_as(x), x, x.cos())), "body.p", ("body.p",)),
+    "base": (lambda: Bare(6, use=lambda x, p: p.abs().pow(x)), "body", ("body.p",)),
+    "exponent": (lambda: Bare(1, use=lambda x, p: (1 + x.abs()).pow(p)), "body.p", ("body.p",)),
+    "prelu": (lambda: nn.PReLU(4), "body.weight", ("body.weight",)),
+    "prelu_one": (lambda: nn.PReLU(), "body.weight", ("body.weight",)),
+    "clamped": (lambda: Bare(6, use=lambda x, p: x * p.clamp(max=0.5).exp()), "body", ("body.p",)),
+    "product": (lambda: Product((6,), (6,), use=lambda x, p, q: x + p * q), "body", ("body.p", "body.q")),
+    "two_at_once": (
+        lambda: Product((1, 6), (4, 6), use=lambda x, p, q: x + torch.tanh(p.expand(4, -1)) * torch.tanh(q)),
+        "body",
+        ("body.p", "body.q"),
+    ),
+    "factor_of_a_sum": (lambda: Product((6,), (6,), use=lambda x, p, q: (x + p) * q), "body.q", ("body.q",)),
+    "prompts": (
+        lambda: Product(
+            (1, 6),
+            (2, 6),
+            use=lambda x, p, q: torch.cat([torch.cat([p, q]).expand(x.shape[0], -1, -1), x], 1).cumsum(1),
+        ),
+        "body",
+        ("body.p", "body.q"),
+    ),
+    "distance_network": (DistanceNetwork, "body.mlp.0", ("body.mlp.0.weight", "body.mlp.0.bias")),
+    "distance_network_last": (DistanceNetwork, "body.mlp.2", ("body.mlp.2.weight",)),
+    "clamped_temperature": (DistanceNetwork, "body", ("body.scale",)),
+    "bias_of_frozen": (Biases, "body.frozen.bias", ("body.frozen.bias",)),
+    "bias_of_frozen_convolution": (Biases, "body.conv.bias", ("body.conv.bias",)),
+    "bias_of_two": (Biases, "body.left.bias", ("body.left.bias",)),
+    "bias_of_computed": (Biases, "body.normed.bias", ("body.normed.bias",)),
+    "bias_with_zeros": (Biases, "body.packed.bias", ("body.packed.bias",)),
     "batch_norm": (batch_norm, "body", ("body.weight", "body.bias")),
     "group_norm": (lambda: nn.GroupNorm(2, 4), "body", ("body.weight", "body.bias")),
     "instance_norm": (lambda: nn.InstanceNorm2d(4, affine=True), "body", ("body.weight", "body.bias")),
@@ -226,29 +312,53 @@ def test_coverage_and_gradient(name: str) -> None:
     treatment = {row.parameter: row.treatment for row in run.tables["coverage"]}
     assert {treatment[member] for member in BODIES[name][2]} == {"exact_only"}
     loss = nn.functional.cross_entropy(model(inputs), targets)
-    grads = dict(zip(dict(model.named_parameters()), torch.autograd.grad(loss, list(model.parameters())), strict=True))
+    trained = {key: parameter for key, parameter in model.named_parameters() if parameter.requires_grad}
+    grads = dict(zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True))
     own = sum(float(grads[member].square().sum()) for member in BODIES[name][2]) ** 0.5
     assert run.layers[BODIES[name][1]].attributes["gradient_norm"] == pytest.approx(own, rel=1e-10)
     whole = sum(float(grad.square().sum()) for grad in grads.values()) ** 0.5
     assert run.model.gradient_norm == pytest.approx(whole, rel=1e-10)
 
 
-def test_what_has_no_tap_says_why() -> None:
-    """A parameter that is multiplied with another one is not split between the two."""
+WITHOUT_TAP: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
+    "distances": (lambda: Bare(3, 6, use=lambda x, p: torch.cdist(x, p)), "body.p", "used by cdist"),
+    "weight_norm": (
+        lambda: torch.nn.utils.parametrizations.weight_norm(nn.Linear(6, 6)),
+        "body.parametrizations.weight.original0",
+        "the weight of a linear is computed from it (a parametrization)",
+    ),
+    "computed": (
+        lambda: Bare(6, 6, use=lambda x, p: x @ p.softmax(0)),
+        "body.p",
+        "the weight of a matmul is computed from it (softmax)",
+    ),
+    "computed_and_told": (
+        lambda: Bare(3, 6, use=lambda x, p: torch.cdist(x, p.exp())),
+        "body.p",
+        "what is computed from it (exp) is used by cdist",
+    ),
+    "repeated_letter": (
+        lambda: Bare(6, 6, use=lambda x, p: x * torch.einsum("ntd,ee->ntd", x, p)),
+        "body.p",
+        "read by einsum in a form that is no plain linear operation",
+    ),
+    "unread": (lambda: Bare(6, use=lambda x, p: x), "body.p", "does not reach it"),
+}
 
-    class Product(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Parameter(torch.randn(6)), nn.Parameter(torch.randn(6))
 
-        def forward(self, x: Tensor) -> Tensor:
-            return x + self.a * self.b
-
+@pytest.mark.parametrize("name", WITHOUT_TAP)
+def test_what_has_no_tap_says_why(name: str) -> None:
+    make, parameter, words = WITHOUT_TAP[name]
     torch.manual_seed(0)
-    run = curvscope.analyze(Tokens(Product()), (torch.randn(5, 4, 3), torch.randint(3, (5,))), loss="cross_entropy")
-    rows: dict[str, Any] = {row.parameter: row for row in run.tables["coverage"]}
-    assert rows["body.a"].treatment == rows["body.b"].treatment == "uncovered"
-    assert rows["body.a"].reason
+    body = make()
+    model = Tokens(body)
+    model.head = nn.LazyLinear(CLASSES)
+    inputs = torch.randn(EXAMPLES, 4, 3)
+    model(inputs)
+    run = curvscope.analyze(model, (inputs, torch.randint(3, (EXAMPLES,))), loss="cross_entropy")
+    row = next(row for row in run.tables["coverage"] if row.parameter == parameter)
+    assert row.treatment == "uncovered"
+    assert words in row.reason
 
 
 def test_estimates() -> None:
@@ -260,23 +370,23 @@ def test_estimates() -> None:
 
 
 def test_a_parameter_that_meets_no_example_is_given_up() -> None:
-    """Two parameters are combined before any example comes in: counted as uncovered, with its gradient in the norm."""
+    """It meets an input that belongs to no example: counted as uncovered, with its gradient in the norm."""
 
     class Inner(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.p, self.q = nn.Parameter(torch.randn(1, 6)), nn.Parameter(torch.randn(4, 6))
+            self.tokens, self.p = Tokens(nn.Identity()), nn.Parameter(torch.randn(1, 3))
 
-        def forward(self, x: Tensor) -> Tensor:
-            return x + torch.tanh(self.p.expand(4, -1)) * torch.tanh(self.q)
+        def forward(self, x: Tensor, places: Tensor) -> Tensor:
+            return self.tokens(x + torch.tanh(self.p * places))
 
     torch.manual_seed(0)
-    model, batch = Tokens(Inner()), (torch.randn(5, 4, 3), torch.randint(3, (5,)))
-    run = curvscope.analyze(model, batch, loss="cross_entropy", dtype="float64")
-    rows = {row.parameter: row for row in run.tables["coverage"]}
-    assert rows["body.p"].treatment == rows["body.q"].treatment == "uncovered"
-    assert "no example" in rows["body.p"].reason
-    loss = nn.functional.cross_entropy(model.double()(batch[0].double()), batch[1])
+    model, inputs, targets = Inner(), (torch.randn(5, 4, 3), torch.randn(4, 1)), torch.randint(3, (5,))
+    run = curvscope.analyze(model, (inputs, targets), loss="cross_entropy", dtype="float64")
+    row = next(row for row in run.tables["coverage"] if row.parameter == "p")
+    assert row.treatment == "uncovered"
+    assert "no example" in row.reason
+    loss = nn.functional.cross_entropy(model.double()(*(each.double() for each in inputs)), targets)
     grads = torch.autograd.grad(loss, list(model.parameters()))
     whole = sum(float(grad.square().sum()) for grad in grads) ** 0.5
     assert run.model.gradient_norm == pytest.approx(whole, rel=1e-9)

@@ -73,6 +73,12 @@ MODELS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "in_place": (InPlace, (6, 4)),
     "residual": (models.ResidualCNN, (4, 2, 8, 8)),
     "called_twice": (models.SharedTwice, (6, 4)),
+    "transposed_groups": (
+        lambda: nn.Sequential(
+            nn.ConvTranspose1d(4, 6, 3, stride=2, groups=2), nn.Tanh(), nn.Flatten(), nn.Linear(54, 3)
+        ),
+        (4, 4, 4),
+    ),
     "attention": (lambda: models.Pooled(models.PlainAttention(3), nn.Linear(3, 3)), (4, 3, 3)),
 }
 
@@ -176,6 +182,58 @@ def test_padding_is_found_and_left_out() -> None:
     assert row.padded == pytest.approx(1 - 14 / 20)
     assert row.positions == pytest.approx(14 / 5)
     assert run.layers["head"].row.padded == 0.0
+
+
+class MaskedHeads(nn.Module):
+    """`MaskedPool` with a weight for each of two heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Parameter(torch.randn(2, 3, 4)), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        h = torch.tanh(torch.einsum("nthd,hdk->nthk", x.unflatten(-1, (2, 3)), self.inner)).flatten(2)
+        return self.head((h * h * (mask / mask.sum(1, keepdim=True)).unsqueeze(-1)).sum(1))
+
+
+def test_padding_is_left_out_of_groups_too() -> None:
+    torch.manual_seed(0)
+    lengths = torch.tensor([4, 2, 3, 1, 4])
+    mask = torch.arange(4) < lengths[:, None]
+    x = torch.randn(5, 4, 6)
+    run = curvscope.analyze(MaskedHeads(), ((x, mask), torch.randint(3, (5,))), loss="cross_entropy", dtype="float64")
+    layer = run.layers["model"]
+    assert layer.row.padded == pytest.approx(1 - 14 / 20)
+    assert layer.row.positions == pytest.approx(14 / 5)
+    real = x.double()[mask].unflatten(-1, (2, 3))
+    means = (x.double() * mask[..., None]).sum(1).div(lengths[:, None]).unflatten(-1, (2, 3))
+    for flavour, rows in (("expand", real), ("reduce", means)):
+        want = torch.einsum("rhi,rhj->hij", rows, rows) / len(rows)
+        np.testing.assert_allclose(layer.factors[flavour].A, want.numpy(), rtol=1e-10)
+
+
+class SlicedAttention(nn.Module):
+    """Queries, keys and values by slices of one weight, as nn.MultiheadAttention takes them from several inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.head = nn.Linear(4, 12), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = zip((x, x.roll(1, 1), x), self.qkv.weight.chunk(3), self.qkv.bias.chunk(3), strict=True)
+        q, k, v = (nn.functional.linear(*part) for part in parts)
+        return self.head(torch.tanh((q @ k.mT).softmax(-1) @ v).mean(1))
+
+
+def test_keys_in_slices_of_a_packed_weight_are_told() -> None:
+    torch.manual_seed(0)
+    batch = (torch.randn(5, 6, 4), torch.randint(3, (5,)))
+    run = curvscope.analyze(SlicedAttention(), batch, loss="cross_entropy", dtype="float64")
+    assert run.layers["qkv"].row.positions == 18
+    assert run.coverage == 1.0
+    told = [row for row in run.findings if row.code == "CS101"]
+    assert [row.layer for row in told] == ["qkv"]
+    assert "middle third" in told[0].evidence
 
 
 def test_selection_changes_nothing_but_the_choice() -> None:

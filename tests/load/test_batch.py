@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from curvscope.errors import EXIT_BAD_INPUT, BatchError
 from curvscope.load.batch import load_batch
+from curvscope.load.batches import open_batches
 
 X = torch.arange(8.0).reshape(2, 4)
 Y = torch.tensor([0, 1])
@@ -76,7 +77,7 @@ def test_pairs(name: str, tmp_path: Path) -> None:
 
 
 def test_callable(factories: str) -> None:
-    batch = load_batch(f"{factories}:batch")
+    batch = open_batches(f"{factories}:batch").first()
     assert batch.inputs.args[0].shape == (2, 4)
 
 
@@ -151,7 +152,7 @@ def test_bad_batches_are_refused_in_words(name: str, tmp_path: Path) -> None:
 )
 def test_bad_callables(name: str, word: str, factories: str) -> None:
     with pytest.raises(BatchError, match=word):
-        load_batch(f"{factories}:{name}")
+        open_batches(f"{factories}:{name}")
 
 
 def test_an_additive_mask_is_no_fault() -> None:

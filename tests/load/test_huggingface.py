@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -86,6 +87,15 @@ def test_trainers_optimizer(tmp_path: Path) -> None:
     assert problem.optimizer.class_name == "AdamW"
     assert problem.optimizer.param_names == tuple(order)
     assert problem.step == 12
+    assert (problem.optimizer.clip, problem.optimizer.notes) == (None, ())
+
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    torch.save(scheduler.state_dict(), tmp_path / "scheduler.pt")
+    torch.save(SimpleNamespace(max_grad_norm=0.7), tmp_path / "training_args.bin")
+    again = load_checkpoint(tmp_path)
+    assert again.optimizer.clip is None
+    assert "sets the learning rate" in again.optimizer.notes[0]
+    assert load_checkpoint(tmp_path, trust=True).optimizer.clip == 0.7
 
 
 def change_config(folder: Path, **values: Any) -> None:

@@ -146,6 +146,8 @@ def test_options_alone() -> None:
     assert "--damping" in optimizer_settings(None, shapes, optimizer_options("kfac:lr=1")).problem
     known = optimizer_settings(None, shapes, optimizer_options("k-fac:lr=1,damping=0.01,flavour=reduce"))
     assert (known.problem, known.damping, known.label) == ("", 0.01, "K-FAC, lr 1, damping 0.01, reduce")
+    both = optimizer_options({"kind": "kfac:lr=1,flavour=reduce", "lr": 2.0, "damping": 0.1})
+    assert both == {"kind": "kfac", "lr": 2.0, "flavour": "reduce", "damping": 0.1}
     assert "name it with --optimizer" in optimizer_settings(None, shapes, optimizer_options("lr=0.1")).problem
 
 
@@ -216,3 +218,14 @@ def test_a_class_told_from_nadams_options() -> None:
     net = double_net()
     state, _ = match_optimizer(optim.NAdam(net.parameters()).state_dict(), list(net.named_parameters()))
     assert state.class_name == "NAdam"
+
+
+def test_an_unknown_class_named_by_the_user_keeps_its_numbers() -> None:
+    groups = [{"lr": 0.25, "momentum": 0.5, "params": [0]}]
+    state = OptimizerState(
+        "Muon", ("0.weight",), {"state": {0: {"L": torch.eye(5), "R": torch.eye(4)}}, "param_groups": groups}
+    )
+    assert "no stability threshold is known for Muon" in optimizer_settings(state, {"0.weight": (5, 4)}).problem
+    named = optimizer_settings(state, {"0.weight": (5, 4)}, optimizer_options("shampoo:damping=0.1"))
+    assert (named.problem, named.damping) == ("", 0.1)
+    assert (named.parameters["0.weight"].lr, named.parameters["0.weight"].momentum) == (0.25, 0.5)

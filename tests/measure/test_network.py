@@ -137,8 +137,41 @@ def test_a_layers_matrix_and_back(name: str) -> None:
             assert torch.equal(tensor, gradient[key])
 
 
+class Unread(nn.Module):
+    """A parameter that the forward pass does not reach."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.unread = nn.Linear(4, 3), nn.Parameter(torch.ones(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x)
+
+
+def test_parameters_that_are_not_reached_are_left_out() -> None:
+    torch.manual_seed(0)
+    _, network = graph_and_network(Unread(), torch.randn(5, 4), torch.randint(3, (5,)), "cross_entropy")
+    assert set(network.parameters) == {"head.weight", "head.bias"}
+    assert network.loss({"unread": torch.zeros(2)}) == network.loss()
+
+
+def test_the_quadratic_form_is_the_product_along_the_vector() -> None:
+    *_, network, _ = built("cnn")
+    vector = {key: torch.randn_like(p) for key, p in network.parameters.items()}
+    assert network.ggn_form()(vector) == pytest.approx(dot(vector, network.ggn_product()(vector)), rel=1e-12)
+
+
 def test_vectors() -> None:
     left = {"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([1.0])}
     assert norm({"a": left["a"]}) == 5.0
     assert dot(left, {"a": torch.tensor([1.0, 1.0])}) == 7.0
     assert torch.equal(combined(left, {"a": torch.tensor([1.0, 1.0])}, -2.0)["a"], torch.tensor([1.0, 2.0]))
+
+
+def test_a_parameter_that_is_never_read_is_no_part_of_the_network() -> None:
+    torch.manual_seed(0)
+    model = models.mlp(4, 5, 3).double()
+    model.unused = nn.Parameter(torch.ones(7, dtype=torch.float64))
+    _, network = graph_and_network(model, torch.randn(6, 4).double(), torch.randint(3, (6,)), "cross_entropy")
+    assert set(network.parameters) == set(dict(model.named_parameters())) - {"unused"}
+    assert set(network.gradient()) == set(network.parameters)

@@ -94,7 +94,7 @@ def test_a_layer_of_another_scale(factor: float, told: bool) -> None:
     with torch.no_grad():
         model[2].weight *= factor
     run = analyze(model, torch.randn(16, 4), torch.randint(3, (16,)))
-    expected = float(model[2].weight.square().sum(1).mean().sqrt())
+    expected = float(model[2].weight.detach().square().sum(1).mean().sqrt())
     assert rows(run, "weight_scale")["2"].value == pytest.approx(expected, rel=1e-5)
     assert [row.layer for row in run.findings if row.code == "CS211"] == (["2"] if told else [])
 

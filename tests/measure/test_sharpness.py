@@ -127,7 +127,7 @@ def test_kfac_is_the_dense_damped_kronecker_product(kind: str) -> None:
         full = torch.kron(torch.tensor(pair.B), torch.tensor(pair.A))
         # the positions of the matrix' entries, row by row with the bias last, in the flat order of the parameters
         weight = indices(names, network, [spec.weight]).view(network.parameters[spec.weight].shape)
-        weight = (weight.transpose(0, 1) if spec.transposed else weight).flatten(1)
+        weight = (weight.transpose(0, 1) if "transpose" in spec.kind else weight).flatten(1)
         bias = indices(names, network, [spec.bias])[:, None]
         at.append(torch.cat([weight, bias], dim=1).flatten())
         blocks.append(full + 0.3 * torch.eye(len(full), dtype=full.dtype))

@@ -146,12 +146,15 @@ def test_what_can_not_be_halved_says_so() -> None:
     assert "neither a mean nor a sum" in halves(other, seed=0)
 
 
-def test_the_rows_are_the_dense_numbers() -> None:
-    model, batch = problem()
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_rows_are_the_dense_numbers(reduction: str) -> None:
+    model, batch = problem(f"cross_entropy:reduction={reduction}")
     x, y = batch.network.tensors[0], batch.network.targets
-    top = dense_top(model, x, y)
+    top = dense_top(model, x, y, reduction)
     order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
-    tops = [dense_top(model, x[index], y[index]) for index in (order[:6], order[6:])]
+    # a sum's halves stand for twice as many examples
+    scale = 2.0 if reduction == "sum" else 1.0
+    tops = [scale * dense_top(model, x[index], y[index], reduction) for index in (order[:6], order[6:])]
     found = rows_of(batch, settings_of(batch, "sgd:lr=0.1"))
     network = {row.quantity: row for row in found if row.scope == "network"}
     assert network["hessian_top"].value == pytest.approx(top, rel=1e-8)
@@ -166,7 +169,7 @@ def test_the_rows_are_the_dense_numbers() -> None:
     assert sum(shares) == pytest.approx(1.0, rel=1e-9)
 
 
-@pytest.mark.parametrize(("times", "expected"), [(0.2, "below"), (5.0, "above"), (1.0, "undecided")])
+@pytest.mark.parametrize(("times", "expected"), [(0.2, "below"), (5.0, "above"), (0.97, "undecided")])
 def test_verdicts_follow_the_rate(times: float, expected: str) -> None:
     model, batch = problem()
     top = dense_top(model, batch.network.tensors[0], batch.network.targets)
@@ -232,6 +235,37 @@ def test_spent_time_is_told() -> None:
     assert "time" in governs.reason
     assert governs.verdict in ("above", "undecided")
     assert all(row.status in ("ok", "skipped", "not_converged", "not_assessed") for row in found)
+
+
+class Kinked(nn.Module):
+    """A norm at 0: its first derivative is 0, its second is not finite."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.net(x)
+        return y + (y - y.detach()).abs().pow(1.5)
+
+
+def test_a_curvature_that_is_not_finite_is_told_and_the_rest_goes_on() -> None:
+    torch.manual_seed(0)
+    run = curvscope.analyze(
+        Kinked(), (torch.randn(8, 4), torch.randint(3, (8,))), loss="cross_entropy", optimizer="sgd:lr=0.1"
+    )
+    row = run.tables["stability"][0]
+    assert (row.quantity, row.status) == ("preconditioned_sharpness", "not_assessed")
+    assert "NaN or infinite" in row.reason
+    assert "CS503" in {finding.code for finding in run.findings}
+    assert run.layers["net"].factors
+
+
+def test_a_memory_bound_is_kept_and_told() -> None:
+    _, batch = problem()
+    (row,) = rows_of(batch, settings_of(batch, "sgd:lr=0.1"), memory_bytes=1000)
+    assert (row.quantity, row.verdict) == ("preconditioned_sharpness", "not_assessed")
+    assert "over --memory" in row.reason
 
 
 @pytest.mark.parametrize(("norm", "words"), [(4.0, "steps are 0.5 times as long"), (1.0, "does not act here")])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -20,12 +20,14 @@ from curvscope.records import (
     SCHEMA_VERSION,
     TABLES,
     Array,
+    DampingRow,
     ErrorRow,
     ExampleRow,
     KroneckerFactors,
     Layer,
     LayerRow,
     ModelInfo,
+    RangeRow,
     Run,
     RunInfo,
     SourceRow,
@@ -166,6 +168,8 @@ def _layer(file: h5py.File, row: LayerRow, tables: dict[str, list[Any]]) -> Laye
         spectra={line.approximation: line for line in tables["spectra"] if line.layer == row.name},
         sources={line.approximation: line for line in tables["sources"] if line.layer == row.name},
         examples=[line for line in tables["examples"] if line.layer == row.name],
+        damping=[line for line in tables["damping"] if line.layer == row.name],
+        ranges=[line for line in tables["ranges"] if line.layer == row.name],
     )
 
 
@@ -180,6 +184,8 @@ class StoredLayer(Layer):
         spectra: Mapping[str, SpectrumRow],
         sources: Mapping[str, SourceRow],
         examples: list[ExampleRow],
+        damping: Sequence[DampingRow] = (),
+        ranges: Sequence[RangeRow] = (),
     ) -> None:
         self._group = group
         super().__init__(
@@ -198,6 +204,8 @@ class StoredLayer(Layer):
             spectra=spectra,
             sources=sources,
             examples=examples,
+            damping=damping,
+            ranges=ranges,
         )
 
     # Columns and blocks can be larger than everything else together: they are read anew rather than kept.

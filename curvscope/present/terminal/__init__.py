@@ -12,19 +12,30 @@ from curvscope.errors import UsageError
 from curvscope.present.terminal.layer_page import layer_page
 from curvscope.present.terminal.overview import overview
 from curvscope.present.terminal.page import Page
+from curvscope.present.terminal.steps import steps_page
 from curvscope.records import Run
 
 __all__ = ["render", "show"]
 
 
-def render(run: Run, console: Console, layer: str | None = None, path: str | os.PathLike[str] | None = None) -> None:
-    """Print the report, or one layer in full, in the width, colours and characters that `console` has.
+def render(
+    run: Run,
+    console: Console,
+    layer: str | None = None,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    steps: bool = False,
+) -> None:
+    """Print the report, one layer in full, or the steps of the whole network in full.
+
+    In the width, colours and characters that `console` has.
 
     Args:
         run: the run, from an analysis or from a file.
         console: where to print.
         layer: a layer's name, or a part of it that no other name has.
         path: the file the run is in, for the commands the report suggests.
+        steps: the steps of the whole network in full instead.
 
     Raises:
         UsageError: there is no layer of that name.
@@ -32,7 +43,9 @@ def render(run: Run, console: Console, layer: str | None = None, path: str | os.
     """
     page = Page(console, None if path is None else os.fspath(path))
     # a stored run reads what a page shows before any of it is printed
-    if layer is None:
+    if steps:
+        steps_page(page, run)
+    elif layer is None:
         for stored in run.layers.values():
             stored.spectrum.get("ggn")
         overview(page, run)

@@ -8,6 +8,7 @@ from rich.table import Table
 from curvscope.present.names import shorten
 from curvscope.present.numbers import count, number, percent
 from curvscope.present.sparkline import picture
+from curvscope.present.terminal.damping import layer_section
 from curvscope.present.terminal.page import STATUS_WORDS, Column, Page
 from curvscope.present.terminal.stability import stability_of_layer
 from curvscope.records import ErrorRow, Layer, Run, SpectrumRow
@@ -45,6 +46,7 @@ def layer_page(page: Page, run: Run, layer: Layer) -> None:
     _spectra(page, layer)
     stability_of_layer(page, run, layer.name)
     _picture(page, layer)
+    layer_section(page, layer)
     _factors(page, layer)
     _next(page, run, layer)
 

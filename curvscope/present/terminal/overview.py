@@ -14,8 +14,10 @@ from rich.table import Table
 from curvscope.present.names import shorten
 from curvscope.present.numbers import count, number, percent
 from curvscope.present.sparkline import sparkline
+from curvscope.present.terminal.damping import overview_section
 from curvscope.present.terminal.page import GAP, STATUS_WORDS, Column, Page
 from curvscope.present.terminal.stability import stability_section
+from curvscope.present.terminal.steps import steps_section
 from curvscope.records import CoverageRow, ErrorRow, FindingRow, Layer, Run
 
 FLAVOURS = ("expand", "reduce")
@@ -44,8 +46,10 @@ def overview(page: Page, run: Run) -> None:
     _layer_table(page, list(layers.values()))
     _legend(page, run, layers)
     _not_assessed(page, run, layers)
+    overview_section(page, list(layers.values()))
     stability_section(page, run)
     _coverage(page, run)
+    steps_section(page, run)
     _worth_a_look(page, run, layers)
     _notes(page, run)
     _next(page, run)

@@ -1,0 +1,124 @@
+"""Findings about damping (CS4xx), from tables/ranges and tables/damping alone.
+
+They speak of the better K-FAC. Which form of damping the optimizer uses is not known, so that too small and too large
+are said only where every form that could be assessed says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from curvscope.diagnose.titles import finding
+from curvscope.records import DampingRow, FindingRow, Layer, RangeRow
+
+# Recommended values of the layers this far apart: one global value serves none of them well.
+SPREAD = 100.0
+FORM_GAP = 0.25
+# A step that has become gradient descent is worth a word if this share of the best decrease is lost by it.
+LOST = 0.1
+
+Ranked = tuple[int, float, FindingRow]
+
+
+def of_layer(layer: Layer) -> list[Ranked]:
+    """At most one finding a code: severity rank (1 warning, 2 info), size of the effect, the row."""
+    name = f"kfac_{'reduce' if layer.row.better_flavour == 'reduce' else 'expand'}"
+    forms = [row for row in layer.ranges if row.approximation == name and row.status == "ok"]
+    if not forms:
+        return []
+    found: list[Ranked] = []
+    standings = {row.standing for row in forms}
+    first = forms[0]
+    if standings == {"too_small"}:
+        found.append(
+            (1, 0.5 + min(0.4, math.log10(max(1.0, first.low / first.current)) / 20), _too_small(layer, forms))
+        )
+    elif standings == {"too_large"} and first.gain > LOST:
+        row = finding(
+            "CS402",
+            "warning",
+            layer.name,
+            f"With damping {first.current:.2g} {_words(name)} has become gradient descent with rate 1 / damping (from "
+            f"{first.high:.2g} on so): its step reaches {1 - first.gain:.0%} of the decrease that damping "
+            f"{first.recommended:.2g} gives in the exact quadratic model.",
+            f"Lower the damping of this layer towards {first.recommended:.2g}.",
+        )
+        found.append((1, 0.3 * min(1.0, first.gain), row))
+    if first.form_gap > FORM_GAP:
+        place = first.recommended if math.isnan(first.current) else first.current
+        row = finding(
+            "CS404",
+            "info",
+            layer.name,
+            f"How damping is added to {_words(name)} matters here, as M + damping or split between the factors: at "
+            f"{place:.2g} {_gap(first.form_gap)}. The best values are {_recommended(forms)}.",
+            "Do not carry a damping over from one form to the other: tune each by its own safe range.",
+        )
+        found.append((2, min(1.0, first.form_gap) / 4, row))
+    return found
+
+
+def of_network(layers: Mapping[str, Layer]) -> list[Ranked]:
+    """Whether one damping can serve all layers."""
+    best: dict[str, float] = {}
+    for layer in layers.values():
+        name = f"kfac_{'reduce' if layer.row.better_flavour == 'reduce' else 'expand'}"
+        for found in layer.ranges:
+            if (found.approximation, found.form, found.status) == (name, "eigenbasis", "ok"):
+                best[layer.name] = found.recommended
+    if len(best) < 2:
+        return []
+    low, high = min(best, key=lambda name: best[name]), max(best, key=lambda name: best[name])
+    spread = best[high] / best[low]
+    if not spread > SPREAD:
+        return []
+    row = finding(
+        "CS403",
+        "info",
+        "",
+        f"The layers want very different damping: from {best[low]:.2g} ({low}) to {best[high]:.2g} ({high}), a factor "
+        f"of {spread:,.0f}.",
+        "Set damping for each layer, or relative to the mean of its curvature, rather than one value for all.",
+    )
+    return [(2, min(1.0, math.log10(spread) / 10), row)]
+
+
+def _too_small(layer: Layer, forms: list[RangeRow]) -> FindingRow:
+    row = forms[0]
+    step = next((one for one in layer.damping if _same(one, row) and "current" in one.mark), None)
+    words = f"With damping {row.current:.2g} {_words(row.approximation)} can't be trusted here"
+    if step is not None:
+        does = f"loses {step.predicted_decrease:.2g}" if step.predicted_decrease > 0 else "grows"
+        words += (
+            f": by its step the exact quadratic model {does}, {step.rho:.2g} times what K-FAC promises, where 1/4 is "
+            f"the least that is safe; the best length is {step.alpha_star:.2g} of the step"
+        )
+    if row.current <= row.noise_below:
+        words += ", and directions that the batch says nothing about are amplified"
+    return finding(
+        "CS401",
+        "warning",
+        layer.name,
+        words + ".",
+        f"Raise the damping of this layer to {row.recommended:.2g} (safe from {row.low:.2g}).",
+    )
+
+
+def _same(step: DampingRow, row: RangeRow) -> bool:
+    return (step.approximation, step.form) == (row.approximation, row.form)
+
+
+def _words(name: str) -> str:
+    return name.replace("kfac_", "K-FAC-")
+
+
+def _gap(gap: float) -> str:
+    """What a form gap says of the two steps."""
+    if gap > 1:
+        return "the step of one form lowers the exact quadratic model, that of the other raises it"
+    return f"one form's step lowers the exact quadratic model {gap:.0%} less than the other's"
+
+
+def _recommended(forms: list[RangeRow]) -> str:
+    return " and ".join(f"{row.recommended:.2g} ({row.form})" for row in forms)

@@ -1,0 +1,263 @@
+"""What an analysis will take in seconds: rates of this machine, one timed pass, and the operations of every measure.
+
+`--fisher auto` and `--dry-run` both estimate with `estimate`. Rates are measured in the process that will do the work,
+on matrices of the size that the measures see, in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from curvscope.extract.collector import Form
+from curvscope.extract.plan import LayerPlan, Plan
+from curvscope.graph.sites import LayerSpec
+
+# Lanczos steps that the largest eigenvalue of G - M and the nearest Kronecker product take as a rule.
+SPECTRAL_STEPS = 22
+NEAREST_STEPS = 6
+# A symmetric product is made by blocks of rows, see `curvscope.extract.symmetric`.
+SYMMETRIC = 5 / 8
+SIZE = 384
+# kron_best may always take this many operations; beyond it only as many as the other measures of the layer.
+NEAREST_FREE = 2e10
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Operations a second: products in float32 and float64, n^3 of an eigendecomposition, sorted numbers, bytes moved.
+
+    `skinny` is the float32 rate of products with one short side, as single positions and examples make them.
+    """
+
+    product32: float
+    product64: float
+    skinny: float
+    eigenvectors: float
+    eigenvalues: float
+    sorted: float
+    bytes: float
+
+
+@dataclass(frozen=True)
+class PassSeconds:
+    """One sweep over all data: what it takes once (forward, gradient, A), and for every column."""
+
+    once: float
+    column: float
+
+
+# Rates that any machine reaches, where none were measured.
+ASSUMED = Rates(5e10, 2.5e10, 1e10, 1e9, 4e9, 1e7, 5e9)
+
+
+def measured_rates(device: torch.device) -> Rates:
+    """The rates of this machine with the threads that torch has now; takes about a fifth of a second."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=dtype).to(device)
+
+    wide, narrow = random(SIZE, SIZE), random(SIZE, SIZE, dtype=torch.float32)
+    gradients, inputs = random(64, 64, 96, dtype=torch.float32), random(64, 64, 96, dtype=torch.float32)
+    symmetric = wide @ wide.T
+    cube, numbers = float(SIZE**3), random(2**16)
+    large = random(2**21)
+    return Rates(
+        product32=2 * cube / _seconds(lambda: narrow @ narrow, device),
+        product64=2 * cube / _seconds(lambda: wide @ wide, device),
+        skinny=2 * 64 * 64 * 96 * 96 / _seconds(lambda: torch.matmul(gradients.transpose(1, 2), inputs), device),
+        eigenvectors=cube / _seconds(lambda: torch.linalg.eigh(symmetric), device),
+        eigenvalues=cube / _seconds(lambda: torch.linalg.eigvalsh(symmetric), device),
+        sorted=2**16 / _seconds(lambda: numbers.sort(), device),
+        bytes=3 * 8 * 2**21 / _seconds(lambda: large * 2.0, device),
+    )
+
+
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    """The faster of two calls, after one that is not counted."""
+    best = float("inf")
+    for attempt in range(3):
+        _wait(device)
+        start = time.perf_counter()
+        call()
+        _wait(device)
+        if attempt:
+            best = min(best, time.perf_counter() - start)
+    return max(best, 1e-9)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@dataclass(frozen=True)
+class Load:
+    """One layer's sizes: P = d_out d_in of one group, N examples of R positions with K columns."""
+
+    spec: LayerSpec
+    plan: LayerPlan
+    examples: int
+    columns: int
+    positions: int
+    draws: bool
+    itemsize: int
+
+
+def estimate(loads: Sequence[Load], groups: int, passes: PassSeconds, rates: Rates) -> dict[str, float]:
+    """Seconds of all passes and of all measures, `{"passes": ..., "measure": ...}`."""
+    columns = loads[0].columns if loads else 0
+    kept = sum(keep_seconds(load, rates) for load in loads)
+    return {
+        "passes": groups * (passes.once + columns * passes.column) + kept,
+        "measure": sum(measure_seconds(load, rates) for load in loads),
+    }
+
+
+def keep_seconds(load: Load, rates: Rates) -> float:
+    """What keeping the columns adds to the passes."""
+    N, K, R, groups = load.examples, load.columns, load.positions, load.spec.groups
+    d_out, _, P = _sizes(load)
+    if load.plan.form is None:
+        return 0.0
+    if load.plan.form in ("outer", "factored"):
+        return 2.0 * load.itemsize * N * K * R * d_out / rates.bytes
+    made = 0.0 if load.spec.exact_only else 2.0 * groups * N * K * R * P / rates.skinny
+    if load.plan.form == "dense":
+        return made + 2.0 * groups * load.itemsize * N * K * P / rates.bytes
+    return made + groups * (2.0 * SYMMETRIC * N * K * P * P / rates.product64 + 24.0 * N * K * P / rates.bytes)
+
+
+def measure_seconds(load: Load, rates: Rates) -> float:
+    """Everything that is measured of one layer once its columns are there."""
+    spec, form = load.spec, load.plan.form
+    d_out, d_in, P = _sizes(load)
+    NK = load.examples * load.columns
+    flavours = 1 if load.positions == 1 else 2
+    factors = 0.0
+    if not spec.exact_only:
+        cubes = spec.groups * float(d_out**3 + d_in**3)
+        # extremes of the stored factors, then the eigenbasis that K-FAC and EKFAC share
+        factors = 2 * cubes / rates.eigenvalues + flavours * cubes / rates.eigenvectors
+        factors += flavours * spec.groups * P / rates.sorted
+    if form is None:
+        return factors
+    small = P if form == "formed" else NK
+    block = small**3 / rates.eigenvalues + _gram(load, rates) + P / rates.sorted
+    if load.draws:
+        return factors + spec.groups * (_gram(load, rates) + flavours * _contraction(load, rates))
+    if spec.exact_only:
+        return block
+    # G and K-FAC times a vector, and that vector against all before, twice
+    step = 1.3 * _product(load, rates) + 2.0 * P * (d_out + d_in) / rates.product64
+    step += 2 * SPECTRAL_STEPS * 8.0 * P / rates.bytes
+    every = flavours * (_rotation(load, rates) + P / rates.sorted + SPECTRAL_STEPS * step)
+    return factors + spec.groups * (block + every + _nearest(load, rates))
+
+
+def _sizes(load: Load) -> tuple[int, int, int]:
+    """d_out and d_in (with the bias) of one group, and P."""
+    d_out, d_in = load.spec.d_out // load.spec.groups, load.spec.d_in + (load.spec.bias is not None)
+    return d_out, d_in, d_out * d_in
+
+
+def _gram(load: Load, rates: Rates) -> float:
+    """V^T V, or nothing where G itself is kept."""
+    d_out, d_in, P = _sizes(load)
+    NK = load.examples * load.columns
+    if load.plan.form == "formed":
+        return 0.0
+    if load.plan.form == "outer":
+        return 2.0 * (NK**2 * d_out + load.examples**2 * d_in) / rates.product64 + 32.0 * NK**2 / rates.bytes
+    outer = 2.0 * NK * load.positions * P / rates.skinny if load.plan.form == "factored" else 0.0
+    return outer + 2.0 * SYMMETRIC * NK**2 * P / rates.product64 + 32.0 * NK * P / rates.bytes
+
+
+def _rotation(load: Load, rates: Rates) -> float:
+    """EKFAC's diagonal."""
+    d_out, d_in, P = _sizes(load)
+    N, NK, R = load.examples, load.examples * load.columns, load.positions
+    if load.plan.form == "formed":
+        return 2.0 * P * P * (d_in + d_out) / rates.product64 + 2.0 * P * (d_in + d_out) * d_in / rates.product64
+    if load.plan.form == "dense":
+        return 2.0 * NK * P * (d_in + d_out) / rates.skinny + 2.0 * load.itemsize * NK * P / rates.bytes
+    turned = 2.0 * (NK * R * d_out**2 + N * R * d_in**2 + N * P) / rates.product32
+    if load.plan.form == "outer":
+        return turned
+    return turned + 2.0 * NK * R * P / rates.skinny + 4.0 * load.itemsize * NK * P / rates.bytes
+
+
+def _product(load: Load, rates: Rates) -> float:
+    """G times one vector."""
+    d_out, _, P = _sizes(load)
+    N, NK, R = load.examples, load.examples * load.columns, load.positions
+    if load.plan.form == "formed":
+        return 8.0 * P * P / rates.bytes
+    if load.plan.form == "dense":
+        return 2.0 * load.itemsize * NK * P / rates.bytes
+    return 4.0 * N * R * P / rates.product32 + 2.0 * load.itemsize * NK * R * d_out / rates.bytes
+
+
+def _contraction(load: Load, rates: Rates) -> float:
+    """Sum V A V^T over the columns."""
+    d_out, d_in, P = _sizes(load)
+    N, NK, R = load.examples, load.examples * load.columns, load.positions
+    if load.plan.form == "formed":
+        return 8.0 * P * P / rates.bytes
+    if load.plan.form == "dense":
+        return 2.0 * NK * P * (d_in + d_out) / rates.skinny
+    weighted = 2.0 * NK * R * R * d_out / rates.skinny if R > 1 else 0.0
+    return 2.0 * (N * R * d_in**2 + N * R * R * d_in + NK * R * d_out**2) / rates.product64 + weighted
+
+
+def _nearest(load: Load, rates: Rates) -> float:
+    """kron_best, where it is not skipped for its cost."""
+    d_out, d_in, _ = _sizes(load)
+    form = load.plan.form
+    assert form is not None
+    cost, others = nearest_operations(form, d_out, d_in, load.examples * load.columns, load.positions)
+    return 0.0 if cost > max(NEAREST_FREE, others) else 2 * NEAREST_STEPS * _contraction(load, rates)
+
+
+def nearest_operations(form: Form, d_out: int, d_in: int, NK: int, positions: int) -> tuple[float, float]:
+    """Operations of the iteration that finds kron_best, and of all other measures of the same block."""
+    P = d_out * d_in
+    if form in ("outer", "formed"):
+        return 0.0, 0.0
+    if form == "factored":
+        iteration = 4.0 * NK * positions * d_out * (d_out + positions)
+        turns = 2.0 * NK * positions * (d_out * d_out + P)
+    else:
+        iteration = 4.0 * NK * P * (d_out + d_in)
+        turns = 2.0 * NK * P * (d_out + d_in)
+    return 10 * iteration, 4.0 * NK * NK * P + 4.0 * turns
+
+
+def loads_of(
+    specs: Mapping[str, LayerSpec],
+    plan: Plan | Mapping[str, LayerPlan],
+    positions: Mapping[str, int],
+    *,
+    examples: int,
+    columns: int,
+    draws: bool,
+    itemsize: int,
+) -> list[Load]:
+    """The sizes of all planned layers; `positions` are those of sites."""
+    layers = plan.layers if isinstance(plan, Plan) else plan
+    return [
+        Load(
+            specs[name],
+            layer,
+            examples,
+            columns,
+            1 if specs[name].exact_only else sum(positions[site.target] for site in specs[name].sites),
+            draws,
+            itemsize,
+        )
+        for name, layer in layers.items()
+    ]

@@ -1,0 +1,207 @@
+"""Putting the extracts of several pieces of data together: what adds is added, columns stand side by side."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from curvscope.extract.collector import Columns, Extract
+
+
+class MergedColumns:
+    """The columns of all examples, written into place piece by piece: one copy of them is held, never two.
+
+    Pieces with fewer columns an example than `count` leave zeros, and so do those with fewer positions.
+    """
+
+    def __init__(self, examples: int, count: int) -> None:
+        self.examples = examples
+        self.count = count
+        self.start = 0
+        self.form: str | None = None
+        self.parts: dict[str, Tensor] = {}
+
+    def add(self, columns: Columns) -> None:
+        """The columns of the next `columns.examples` examples."""
+        self.form = columns.form
+        if columns.form == "formed":
+            assert columns.block is not None
+            known = self.parts.get("block")
+            if known is None:
+                self.parts["block"] = columns.block
+                if columns.examples == self.examples:
+                    self.parts |= _rows(columns)
+            elif known.data_ptr() != columns.block.data_ptr():  # else the sweep went on adding to it
+                known += columns.block
+        elif columns.examples == self.examples and columns.count == self.count:
+            self.parts = _tensors(columns) | _rows(columns)
+        else:
+            for name, tensor in _tensors(columns).items():
+                self._write(name, tensor)
+        self.start += columns.examples
+
+    def _write(self, name: str, tensor: Tensor) -> None:
+        """Values and gradients [K, N, ...], inputs [N, R, d_in]; gradients and inputs have R behind N."""
+        lead = [] if name == "inputs" else [self.count]
+        rest = list(tensor.shape[len(lead) + 1 :])
+        known = self.parts.get(name)
+        if known is None:
+            known = self.parts[name] = tensor.new_zeros(*lead, self.examples, *rest)
+        wider = len(lead) + 1
+        if name != "values" and rest[0] > known.shape[wider]:  # longer examples than before
+            grown = tensor.new_zeros(*lead, self.examples, *rest)
+            grown[..., : known.shape[wider], :] = known
+            known = self.parts[name] = grown
+        stop = self.start + tensor.shape[len(lead)]
+        if name == "inputs":
+            known[self.start : stop, : rest[0]] = tensor
+        elif name == "gradients":
+            known[: tensor.shape[0], self.start : stop, : rest[0]] = tensor
+        else:
+            known[: tensor.shape[0], self.start : stop] = tensor
+
+    def rescale(self, factor: float) -> None:
+        """Columns times `factor`."""
+        for name, tensor in self.parts.items():
+            if name not in ("inputs", "row_inputs"):
+                tensor *= factor**2 if name == "block" else factor
+
+    def result(self) -> Columns:
+        """All of them."""
+        assert self.form is not None
+        return Columns(self.form, self.examples, self.count, **self.parts)  # type: ignore[arg-type]
+
+
+class Merged:
+    """One layer's extracts, added up over the pieces: A weighted by rows or examples, B, gradient and draws as sums."""
+
+    def __init__(self, examples: int, count: int) -> None:
+        self.examples = examples
+        self.count = count
+        self.total: Extract | None = None
+        self.weights: dict[str, float] = {}
+        self.rows = 0.0
+        self.columns: list[MergedColumns] = []
+        self.grouped = False
+        self.unmasked: dict[str, Tensor] | None = None
+
+    def add(self, extract: Extract) -> None:
+        """The next piece."""
+        given = extract.columns
+        if given is not None:
+            self.grouped = isinstance(given, list)
+            each = given if isinstance(given, list) else [given]
+            if extract.examples == self.examples:
+                # all at once; where positions are kept apart, there are more columns' examples than examples
+                self.columns = [MergedColumns(one.examples, one.count) for one in each]
+            self.columns = self.columns or [MergedColumns(self.examples, self.count) for _ in each]
+            for merged, one in zip(self.columns, each, strict=True):
+                merged.add(one)
+        extract = dataclasses.replace(extract, columns=None)
+        if extract.examples == self.examples:
+            self.total = extract
+            return
+        real = extract.positions * extract.examples
+        rows = real / (1 - extract.padded)
+        # what belongs to single rows is not put together over pieces; sums over examples are
+        extract = dataclasses.replace(extract, mean_input=None, real=None)
+        if self.total is None:
+            self.total, self.rows = extract, rows
+            self.weights = {"expand": real, "reduce": float(extract.examples), "all": rows}
+            self.unmasked = extract.unmasked or None
+            return
+        before, self.rows = self.total, self.rows + rows
+        old = dict(self.weights)
+        for name, more in (("expand", real), ("reduce", float(extract.examples)), ("all", rows)):
+            self.weights[name] = old[name] + more
+        new = {"expand": real, "reduce": float(extract.examples), "all": rows}
+
+        def mean(kind: str, a: Tensor, b: Tensor) -> Tensor:
+            whole = self.weights[kind]
+            return a * (old[kind] / whole) + b * (new[kind] / whole)
+
+        factors = {}
+        for name, (A, B) in extract.factors.items():
+            known = before.factors[name]
+            factors[name] = mean("reduce" if name.startswith("reduce") else "expand", known[0], A), known[1] + B
+        if extract.unmasked and self.unmasked is None:
+            self.unmasked = _all_rows(before)  # nothing looked like padding so far
+        if self.unmasked is not None:
+            mine = _all_rows(extract)
+            self.unmasked = {
+                name: mean("reduce" if name.startswith("reduce") else "all", A, mine[name])
+                for name, A in self.unmasked.items()
+            }
+        examples = before.examples + extract.examples
+        real_so_far = self.weights["expand"]
+        self.total = dataclasses.replace(
+            before,
+            examples=examples,
+            positions=real_so_far / examples,
+            padded=1 - real_so_far / self.rows if real_so_far < self.rows else 0.0,
+            factors=factors,
+            gradient=_sum(before.gradient, extract.gradient),
+            example_squares=_joined(before.example_squares, extract.example_squares),
+            probe_B={name: _drawn(before.probe_B[name], B) for name, B in extract.probe_B.items()},
+        )
+
+    def rescale(self, factor: float) -> None:
+        """Everything so far in a unit `factor` times the old one."""
+        for merged in self.columns:
+            merged.rescale(factor)
+        if self.total is not None:
+            square = factor**2
+            self.total = dataclasses.replace(
+                self.total,
+                factors={name: (A, B * square) for name, (A, B) in self.total.factors.items()},
+                probe_B={name: B * square for name, B in self.total.probe_B.items()},
+                unit=self.total.unit * factor,
+            )
+
+    def result(self, padded: bool) -> Extract:
+        """The layer's extract over all data; `padded` says whether rows that look like padding are."""
+        assert self.total is not None
+        columns = [merged.result() for merged in self.columns]
+        extract = dataclasses.replace(
+            self.total, columns=(columns if self.grouped else columns[0]) if columns else None, unmasked={}
+        )
+        if padded or self.unmasked is None or extract.padded == 0.0:
+            return extract
+        factors = {name: (self.unmasked[name], B) for name, (_, B) in extract.factors.items()}
+        return dataclasses.replace(extract, factors=factors, positions=self.rows / extract.examples, padded=0.0)
+
+
+def _all_rows(extract: Extract) -> dict[str, Tensor]:
+    """A of all rows, whether they look like padding or not."""
+    return extract.unmasked or {name: A for name, (A, _) in extract.factors.items()}
+
+
+def _rows(columns: Columns) -> dict[str, Tensor]:
+    found = {"row_inputs": columns.row_inputs, "row_gradients": columns.row_gradients}
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def _tensors(columns: Columns) -> dict[str, Tensor]:
+    found = {"inputs": columns.inputs, "gradients": columns.gradients, "values": columns.values}
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def _joined(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """One after the other, where both are known."""
+    return None if a is None or b is None else torch.cat([a, b])
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
+
+
+def _drawn(a: Tensor, b: Tensor) -> Tensor:
+    """Draws of two pieces; a piece in which no term counts has one column of zeros."""
+    if a.shape[0] == b.shape[0]:
+        return a + b
+    small, large = sorted((a, b), key=len)
+    total = large.clone()
+    total[: len(small)] += small
+    return total

@@ -1,0 +1,501 @@
+"""The data of an analysis, handed out in pieces of examples: one batch or many, whole or cut to fit a memory bound.
+
+Every sum over examples is a sum over pieces. `share` is what makes a piece's loss its part of the whole loss, see
+`curvscope.load.reduction`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from curvscope.errors import BatchError, CurvscopeError, LossError, out_of_memory
+from curvscope.extract.footprint import bytes_an_example
+from curvscope.extract.plan import ACTIVATIONS_SHARE
+from curvscope.extract.roots import exact_columns
+from curvscope.graph.export import FlatInputs, flatten_inputs
+from curvscope.graph.graph_inputs import batch_vector, edge_lists, owners
+from curvscope.graph.ownership import verify_graphs
+from curvscope.graph.prepare import Prepared
+from curvscope.graph.shadow import moved
+from curvscope.graph.trial import refused
+from curvscope.graph.verify import Independent, Layouts, verify
+from curvscope.load import check_targets
+from curvscope.load.class_axis import class_axis
+from curvscope.load.problem import Batch, Loss, Problem
+from curvscope.load.reduction import averages, denominator, has_terms
+
+# Verifying the layouts holds about this many times what a pass over the same examples does.
+VERIFYING = 3
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some examples of one batch, ready to be swept.
+
+    Attributes:
+        name: what errors call the batch.
+        tensors: the inputs, flat, on the device.
+        targets: what the loss compares the outputs with.
+        layouts: the verified layouts; `outputs` is empty.
+        start: how many examples came before.
+        share: `L = sum share L_piece`.
+        counts: whether any term of the loss is in it; if none is, L_piece has no value.
+    """
+
+    name: str
+    tensors: list[Tensor]
+    targets: Any
+    layouts: Layouts
+    start: int
+    share: float
+    counts: bool = True
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """One batch, flat and on the device."""
+
+    name: str
+    flat: FlatInputs
+    tensors: list[Tensor]
+    axes: tuple[int | None, ...]
+    examples: int
+    targets: Any
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What one look at all batches tells: sizes for the plan, and what the loss divides by.
+
+    Attributes:
+        examples: N of all batches together.
+        batches: how many there are.
+        columns: K of the exact root, that of the batch that has most.
+        positions: site -> most rows an example.
+        total: what a mean divides by; 0 for a sum.
+        seconds: of a forward pass over everything.
+        largest: the examples of the largest batch.
+    """
+
+    examples: int
+    batches: int
+    columns: int
+    positions: dict[str, int]
+    total: float
+    seconds: float
+    largest: int
+
+
+class Pieces:
+    """All examples of all batches in pieces of at most `size` (None: whole batches); iterating reads them anew."""
+
+    def __init__(self, problem: Problem, prepared: Prepared, device: torch.device, dtype: torch.dtype) -> None:
+        self.loss = problem.loss
+        self.graph = prepared.graph
+        self.size: int | None = None
+        self.many = problem.batches is not None
+        self._prepared = prepared
+        self._device = device
+        self._dtype = dtype
+        self._first = Batch(problem.inputs, problem.targets, "the batch")
+        self._batches: Iterable[Batch] = [self._first] if problem.batches is None else problem.batches
+        self._layouts: dict[tuple[tuple[int, ...], ...], Layouts] = {}
+        self._survey: Survey | None = None
+        self.example_bytes = 0
+        self._divisible = True
+        if self.many and prepared.index is not None:
+            raise BatchError(
+                "A batch of graphs is taken alone: which rows belong to which graph is established for one batch.",
+                where=f"several batches, --example-index {prepared.index}",
+                remedy="Join the graphs into one batch, or analyze the batches one by one.",
+            )
+
+    @property
+    def survey(self) -> Survey:
+        """What `look` found."""
+        assert self._survey is not None
+        return self._survey
+
+    def fit(self, budget: int) -> int | None:
+        """Sets `size` so that a pass over a piece takes its share of `budget` bytes; how many examples to verify.
+
+        None, and pieces as large as batches, where the graph takes one number of examples only.
+        """
+        loaded = self._load(self._first)
+        few = min(2, loaded.examples)
+        if not self._prepared.any_size or loaded.examples == few:
+            return None
+        tensors = [
+            tensor if axis is None else tensor.narrow(axis, 0, few)
+            for tensor, axis in zip(loaded.tensors, loaded.axes, strict=True)
+        ]
+        try:
+            self.example_bytes = bytes_an_example(self.graph, tensors, few)
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            if out_of_memory(error):
+                raise
+            raise refused(error, loaded.flat) from error
+        size = max(1, int(budget * ACTIVATIONS_SHARE) // max(1, self.example_bytes))
+        if size >= loaded.examples and not self.many:
+            return None
+        self.size = size
+        return max(2, size // VERIFYING)
+
+    def activations(self) -> int:
+        """Bytes that a pass over the largest piece takes, where they were measured."""
+        largest = self.survey.largest if self.size is None else min(self.size, self.survey.largest)
+        return self.example_bytes * largest
+
+    def share(self) -> float:
+        """The part of all examples that the largest piece holds; 0 where there is one piece, that has no copy."""
+        largest = self.survey.largest if self.size is None else min(self.size, self.survey.largest)
+        return largest / self.survey.examples if self.in_pieces() else 0.0
+
+    def verify(self, examples: int | None = None) -> Layouts:
+        """The layouts of the first batch, with its outputs; of its first examples only where a number is given.
+
+        Raises:
+            LayoutError, ModelError, BatchError: see `curvscope.graph.verify`.
+        """
+        loaded = self._load(self._first)
+        count = loaded.examples if examples is None or not self._prepared.any_size else min(examples, loaded.examples)
+        return self._verified(loaded, count)
+
+    def look(self, layouts: Layouts, seconds: float) -> Loss:
+        """Surveys all batches; the loss comes back with its class axis settled.
+
+        Args:
+            layouts: of the first batch, as `verify` returned them.
+            seconds: of a forward pass over the examples that these are of.
+
+        Raises:
+            BatchError, LossError: targets that do not suit the loss, with the batch they are in; no term counts in any.
+        """
+        examples, batches, columns, total, largest = 0, 0, 0, 0.0, 0
+        positions: dict[str, int] = {}
+        for loaded in self._loaded():
+            batches += 1
+            with self.named(loaded.name):
+                known = self._of_shape(loaded)
+                outputs = _outputs(known, loaded.examples)
+                if self.loss.name == "callable" and batches == 1:
+                    check_targets(self.loss, layouts.outputs, self._targets_of(loaded, layouts))
+                elif self.loss.name != "callable" and (has_terms(self.loss, loaded.targets) or not self.many):
+                    self.loss = check_targets(self.loss, outputs, loaded.targets)
+                    self._check_weights(known)
+                    if self.loss.settings["reduction"] == "mean":
+                        total += denominator(self.loss, outputs, loaded.targets)
+                if has_terms(self.loss, loaded.targets) or not self.many:
+                    columns = max(columns, exact_columns(self.loss, outputs, known.output, loaded.targets))
+            examples, largest = examples + loaded.examples, max(largest, loaded.examples)
+            for site, rows in known.positions.items():
+                positions[site] = max(positions.get(site, 0), rows)
+        if columns == 0 and self.many:
+            raise BatchError(
+                "No batch has a target that counts: the loss has no term.",
+                where="targets of all batches",
+                remedy="Check ignore_index and the class weights against the targets.",
+            )
+        each = seconds / layouts.examples
+        self._survey = Survey(examples, batches, columns, positions, total, each * examples, largest)
+        return self.loss
+
+    def settle(self, layouts: Layouts) -> None:
+        """For a callable loss: whether it adds or averages over examples.
+
+        Raises:
+            LossError: neither, or it can't be told, and there are several pieces.
+        """
+        try:
+            self._settle(layouts)
+        except LossError:
+            if self.in_pieces():
+                raise
+            self._divisible = False
+
+    @property
+    def axes(self) -> tuple[int | None, ...]:
+        """The example axis of every input, None where it has none."""
+        return self._prepared.axes
+
+    def whole(self) -> Piece | None:
+        """The one batch in one piece, however many pieces the passes take it in; None where there are several."""
+        if self.survey.batches > 1:
+            return None
+        (loaded,) = self._loaded()
+        layouts = replace(self._of_shape(loaded), examples=loaded.examples)
+        return Piece(loaded.name, loaded.tensors, loaded.targets, layouts, 0, 1.0)
+
+    def apart(self, independent: Independent | None) -> None:
+        """From now on the layouts say how positions are kept apart."""
+        self._layouts = {shape: replace(known, independent=independent) for shape, known in self._layouts.items()}
+
+    def halve(self) -> bool:
+        """Makes pieces of half as many examples, where there are any smaller ones."""
+        now = self.survey.largest if self.size is None else min(self.size, self.survey.largest)
+        if now == 1 or not self._prepared.any_size or not self._divisible:
+            return False
+        self.size = now // 2
+        return True
+
+    def _settle(self, layouts: Layouts) -> None:
+        if self.loss.name != "callable":
+            return
+        outputs, layout = layouts.outputs, layouts.output
+        for number, loaded in enumerate(self._loaded()):
+            part = self._targets_of(loaded, layouts) if number == 0 else loaded.targets
+            if number == 0 and layouts.examples > 1 and self._can_split(loaded, layouts):
+                low = max(1, layouts.examples // 3)
+                cuts = [(0, low), (low, layouts.examples)]
+                parts = [
+                    (layout.take(outputs, *cut), self._take_targets(loaded, layouts, *cut), cut[1] - cut[0])
+                    for cut in cuts
+                ]
+                self._set_total(averages(self.loss, parts, (outputs, part)))
+                return
+            if number == 0:
+                first = (outputs, part, loaded.examples)
+                continue
+            with torch.no_grad(), self.named(loaded.name):
+                more = self.graph.run(*loaded.tensors)
+            joined = torch.cat([outputs, more], dim=layout.axis)
+            both = pytree.tree_map(
+                lambda a, b: torch.cat([a, b]) if isinstance(a, Tensor) and a.ndim else a, first[1], loaded.targets
+            )
+            self._set_total(averages(self.loss, [first, (more, loaded.targets, loaded.examples)], (joined, both)))
+            return
+
+    def count(self) -> int:
+        """About how many pieces there are: exactly, where batches are of one size."""
+        survey = self.survey
+        each = -(-survey.examples // survey.batches)
+        return survey.batches * (1 if self.size is None else -(-each // min(self.size, each)))
+
+    def in_pieces(self) -> bool:
+        """Whether there is more than one piece."""
+        return self.survey.batches > 1 or (self.size is not None and self.size < self.survey.examples)
+
+    def __iter__(self) -> Iterator[Piece]:
+        """The pieces, read anew.
+
+        Raises:
+            BatchError: a batch can't be read or is another one than before.
+        """
+        survey, start = self.survey, 0
+        for loaded in self._loaded():
+            with self.named(loaded.name):
+                layouts = self._of_shape(loaded)
+                step = loaded.examples
+                if self.size is not None and self.size < step and self._can_split(loaded, layouts):
+                    step = self.size
+            for low in range(0, loaded.examples, step):
+                high = min(low + step, loaded.examples)
+                yield self._piece(loaded, layouts, low, high, start + low, survey)
+            start += loaded.examples
+
+    def _piece(self, loaded: _Loaded, layouts: Layouts, low: int, high: int, start: int, survey: Survey) -> Piece:
+        count = high - low
+        tensors, targets = loaded.tensors, loaded.targets
+        if count < loaded.examples:
+            tensors = [
+                tensor if axis is None else tensor.narrow(axis, low, count)
+                for tensor, axis in zip(loaded.tensors, loaded.axes, strict=True)
+            ]
+            targets = self._take_targets(loaded, layouts, low, high)
+        counts = has_terms(self.loss, targets)
+        share = 1.0
+        if survey.total and self.loss.name == "callable":
+            share = count / survey.examples
+        elif survey.total:
+            share = denominator(self.loss, _outputs(layouts, count), targets) / survey.total if counts else 0.0
+        elif not counts:
+            share = 0.0
+        return Piece(loaded.name, tensors, targets, replace(layouts, examples=count), start, share, counts)
+
+    def _set_total(self, mean: bool) -> None:
+        self._survey = replace(self.survey, total=float(self.survey.examples) if mean else 0.0)
+
+    def _loaded(self) -> Iterator[_Loaded]:
+        for batch in self._batches:
+            with self.named(batch.source):
+                loaded = self._load(batch)
+            yield loaded
+
+    def _load(self, batch: Batch) -> _Loaded:
+        """The batch as the graph takes it.
+
+        Raises:
+            BatchError: it has other inputs than the first one.
+        """
+        flat = flatten_inputs(batch.inputs)
+        first = self._prepared.flat
+        same = flat.names == first.names and flat.spec == first.spec
+        same = same and all(_alike(a, b) for a, b in zip(flat.leaves, first.leaves, strict=True))
+        if not same:
+            raise BatchError(
+                f"Its inputs are not built like those of the first batch: {_described(flat)}, where the first has "
+                f"{_described(first)}.",
+                where=batch.source,
+                remedy="Give batches with the same arguments, dtypes and numbers of axes throughout.",
+            )
+        axes = self._prepared.axes
+        counts = {t.shape[axis] for t, axis in zip(flat.tensors, axes, strict=True) if axis is not None} or {1}
+        if len(counts) != 1:
+            raise BatchError(
+                f"The numbers of examples disagree: {_described(flat)}.",
+                where=batch.source,
+                remedy="Give every input of a batch the same number of examples; name their axis with --example-axis "
+                "where it is not the first.",
+            )
+        (examples,) = counts
+        if self._prepared.index is not None:
+            examples = self._prepared.examples
+        fixed = None
+        if not self._prepared.any_size and examples != self._prepared.examples:
+            fixed = "a fixed number of examples"
+        if not self._prepared.any_shape and _sizes(flat, axes) != _sizes(first, self._prepared.axes):
+            fixed = "inputs of one shape (beside the examples)"
+        if fixed is not None:
+            raise BatchError(
+                f"The model's graph takes {fixed}: the first batch has {_described(first)}, this one "
+                f"{_described(flat)}.",
+                where=batch.source,
+                remedy="Give batches of equal shapes (pad the sequences to one length), or analyze them one by one.",
+            )
+        tensors = [moved(tensor, self._device, self._dtype) for tensor in flat.tensors]
+        targets = moved(batch.targets, self._device, self._dtype)
+        return _Loaded(batch.source, flat, tensors, axes, examples, targets)
+
+    @staticmethod
+    def _shape(loaded: _Loaded) -> tuple[tuple[int, ...], ...]:
+        return _sizes(loaded.flat, loaded.axes)
+
+    def _of_shape(self, loaded: _Loaded) -> Layouts:
+        """The layouts that hold for batches of this shape, verified once."""
+        shape = self._shape(loaded)
+        if shape not in self._layouts:
+            self._verified(loaded, loaded.examples)
+        return self._layouts[shape]
+
+    def _verified(self, loaded: _Loaded, count: int) -> Layouts:
+        tensors = [
+            tensor if axis is None else tensor.narrow(axis, 0, count)
+            for tensor, axis in zip(loaded.tensors, loaded.axes, strict=True)
+        ]
+        if count == 1 and self.many and self._prepared.any_size:
+            # one example tells no axis: two copies do
+            count = 2
+            tensors = [
+                tensor if axis is None else torch.cat([tensor, tensor], dim=axis)
+                for tensor, axis in zip(tensors, loaded.axes, strict=True)
+            ]
+        try:
+            layouts = self._layouts_of(loaded, tensors, count)
+        except CurvscopeError:
+            raise
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            if out_of_memory(error):
+                raise
+            raise refused(error, loaded.flat) from error
+        if count > loaded.examples:
+            layouts = replace(layouts, examples=1, outputs=layouts.output.take(layouts.outputs, 0, 1))
+        # the shape is all that is kept of the outputs
+        outputs = layouts.outputs.new_zeros(()).expand(layouts.outputs.shape)
+        self._layouts[self._shape(loaded)] = replace(layouts, outputs=outputs)
+        return layouts
+
+    def _layouts_of(self, loaded: _Loaded, tensors: list[Tensor], count: int) -> Layouts:
+        vector = batch_vector(loaded.flat.names, tensors, self._prepared.index)
+        if vector is None or count == 1:
+            return verify(self.graph, tensors, loaded.axes, count)
+        edges = edge_lists(loaded.flat.names, tensors, len(vector))
+        return verify_graphs(self.graph, tensors, owners(tensors, edges, vector, count))
+
+    def _targets_of(self, loaded: _Loaded, layouts: Layouts) -> Any:
+        """The targets of the examples that the layouts' outputs are of."""
+        if layouts.examples >= loaded.examples:
+            return loaded.targets
+        return self._take_targets(loaded, layouts, 0, layouts.examples)
+
+    def _can_split(self, loaded: _Loaded, layouts: Layouts) -> bool:
+        """Whether examples can be taken out of a batch: the graph takes any number, and targets follow the outputs."""
+        if not self._prepared.any_size:
+            return False
+        if self.loss.name != "callable":
+            return not self._weighs_examples(layouts)
+        size = layouts.output.inner * loaded.examples
+        leaves = [leaf for leaf in pytree.tree_leaves(loaded.targets) if isinstance(leaf, Tensor)]
+        plain = layouts.output.axis == 0 and layouts.output.outer == 1
+        return plain and all(leaf.ndim > 0 and leaf.shape[0] == size for leaf in leaves)
+
+    def _take_targets(self, loaded: _Loaded, layouts: Layouts, low: int, high: int) -> Any:
+        """The targets of some examples: they lie as in the outputs, whose class axis indices do not have."""
+        layout, targets = layouts.output, loaded.targets
+        if self.loss.name in ("cross_entropy", "causal_lm") and not targets.is_floating_point():
+            axis = class_axis(self.loss.name, self.loss.settings, _outputs(layouts, loaded.examples), targets)
+            layout = replace(layout, axis=layout.axis - (axis < layout.axis))
+        return pytree.tree_map(lambda leaf: layout.take(leaf, low, high) if isinstance(leaf, Tensor) else leaf, targets)
+
+    def _weighs_examples(self, layouts: Layouts) -> bool:
+        """Whether weights of the loss are those of single examples."""
+        settings, outputs = self.loss.settings, layouts.outputs
+        weights = [settings.get(key) for key in ("weight", "pos_weight") if self.loss.name == "bce_with_logits"]
+        return any(w is not None and w.ndim == outputs.ndim and w.shape[layouts.output.axis] > 1 for w in weights)
+
+    def _check_weights(self, layouts: Layouts) -> None:
+        """Refuse weights of single examples where there are several batches.
+
+        Raises:
+            BatchError: a weight of bce_with_logits has an axis of examples.
+        """
+        if self.many and self._weighs_examples(layouts):
+            raise BatchError(
+                "The loss has weights for each example of one batch, and there are several batches.",
+                where=f"loss {self.loss.label}",
+                remedy="Give weights of outputs only, or one batch.",
+            )
+
+    @contextlib.contextmanager
+    def named(self, name: str) -> Iterator[None]:
+        """Errors inside say which of several batches they are about."""
+        try:
+            yield
+        except CurvscopeError as error:
+            if self.many and name not in error.where:
+                raise type(error)(error.what, where=f"{name}; {error.where}", remedy=error.remedy) from error
+            raise
+
+
+def _outputs(layouts: Layouts, examples: int) -> Tensor:
+    """A stand-in for the outputs of that many examples: their shape, dtype and device, and no memory."""
+    if examples == layouts.examples:
+        return layouts.outputs
+    shape = list(layouts.outputs.shape)
+    shape[layouts.output.axis] = layouts.output.outer * examples * layouts.output.inner
+    return layouts.outputs.new_zeros(()).expand(shape)
+
+
+def _sizes(flat: FlatInputs, axes: Sequence[int | None]) -> tuple[tuple[int, ...], ...]:
+    """The shapes of the inputs without their example axes."""
+    pairs = zip(flat.tensors, axes, strict=True)
+    return tuple(tuple(size for i, size in enumerate(tensor.shape) if i != axis) for tensor, axis in pairs)
+
+
+def _alike(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.ndim == b.ndim and a.dtype == b.dtype
+    return type(a) is type(b) and bool(a == b)
+
+
+def _described(flat: FlatInputs) -> str:
+    return ", ".join(
+        f"{name}: {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+        for name, tensor in zip(flat.names, flat.tensors, strict=True)
+    )

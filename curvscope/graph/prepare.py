@@ -1,0 +1,129 @@
+"""From a problem to the graph that all passes run, and the batch sizes that this graph takes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from curvscope.graph.eager import build_eager
+from curvscope.graph.export import ExportFailure, FlatInputs, example_axes_of, export_model, flatten_inputs
+from curvscope.graph.functional import Graph, build
+from curvscope.graph.graph_inputs import edge_lists
+from curvscope.graph.shadow import moved, shadow
+from curvscope.graph.trial import try_forward
+from curvscope.load.problem import Problem
+from curvscope.settings import Settings
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The graph with what is known of its inputs.
+
+    Attributes:
+        graph: the functional graph, or the eager fallback.
+        flat: the first batch's inputs, flat.
+        axes: the example axis of every input tensor, None where it has none.
+        examples: N of the first batch.
+        any_size: whether other numbers of examples run through the graph.
+        any_shape: whether other sizes along the further axes that differ between batches do.
+        index: the input that holds the graph of every node, for batches of graphs.
+        notes: what could not be done as wished.
+    """
+
+    graph: Graph
+    flat: FlatInputs
+    axes: tuple[int | None, ...]
+    examples: int
+    any_size: bool
+    any_shape: bool
+    notes: tuple[str, ...]
+    index: str | None = None
+
+
+def prepare(
+    problem: Problem,
+    settings: Settings,
+    device: torch.device,
+    dtype: torch.dtype,
+    free_axes: Mapping[str, Collection[int]] | None = None,
+) -> Prepared:
+    """The functional graph of a problem's model in `dtype` on `device`, or the eager fallback where export refuses it.
+
+    `free_axes` are axes beside the example axis whose sizes differ between batches, by input.
+
+    Raises:
+        BatchError: the model refuses the batch.
+        ModelError: it has no linear layer, or none is left.
+    """
+    flat = flatten_inputs(problem.inputs)
+    index = problem.example_index
+    axes, examples = example_axes_of(flat.names, flat.tensors, problem.example_axes, index)
+    options: dict[str, Any] = {"layers": settings.layers, "skip": settings.skip}
+    notes = _precision_notes(problem, dtype) + _whole_graph_notes(flat, axes, index)
+    if not isinstance(problem.model, nn.Module):
+        dynamic = bool(problem.model.range_constraints)
+        graph = build(problem.model, device=device, dtype=dtype, dynamic=dynamic, **options)
+        return Prepared(graph, flat, axes, examples, dynamic and index is None, False, notes, index)
+    twin = shadow(problem.model, device=device, dtype=dtype)
+    tensors = tuple(moved(tensor, device, dtype) for tensor in flat.tensors)
+    try_forward(twin, flat, tensors)
+    try:
+        exported = export_model(
+            problem.model,
+            problem.inputs,
+            problem.example_axes,
+            example_index=index,
+            device=device,
+            dtype=dtype,
+            free_axes=free_axes,
+        )
+    except ExportFailure as failure:
+        graph = build_eager(twin, flat, tensors, str(failure), **options)
+        told = f"torch.export refused the model, so only its own linear modules are seen: {failure}"
+        return Prepared(graph, flat, axes, examples, index is None, index is None, (*notes, told), index)
+    graph = build(exported.program, device=device, dtype=dtype, dynamic=exported.dynamic, **options)
+    return Prepared(graph, flat, axes, examples, exported.dynamic, exported.free, (*notes, *exported.notes), index)
+
+
+def _precision_notes(problem: Problem, dtype: torch.dtype) -> tuple[str, ...]:
+    """Says so where the checkpoint's own precision is not the run's."""
+    kinds = {p.dtype for p in problem.model.parameters() if p.is_floating_point()}
+    low = sorted(str(kind).removeprefix("torch.") for kind in kinds if torch.finfo(kind).bits < 32)
+    wanted = str(dtype).removeprefix("torch.")
+    return (f"Weights stored as {', '.join(low)} are computed in {wanted}.",) if low else ()
+
+
+def _whole_graph_notes(flat: FlatInputs, axes: Sequence[int | None], example_index: str | None) -> tuple[str, ...]:
+    """Says so where a graph was taken for one example."""
+    edges = ", ".join(flat.names[position] for position in edge_lists(flat.names, flat.tensors))
+    if example_index is not None or not edges or any(axis is not None for axis in axes):
+        return ()
+    return (
+        f"The inputs are a graph (edges in input {edges}), and the whole of it is one example. In a batch of graphs "
+        "--example-index names the input that holds the graph of every node.",
+    )
+
+
+def varying_axes(problem: Problem) -> dict[str, set[int]]:
+    """Beside the examples, the axes along which the inputs of several batches have different sizes, by input.
+
+    Raises:
+        BatchError: a batch can't be read or used.
+    """
+    first = flatten_inputs(problem.inputs)
+    axes, _ = example_axes_of(first.names, first.tensors, problem.example_axes, problem.example_index)
+    found: dict[str, set[int]] = {}
+    for batch in problem.batches or ():
+        flat = flatten_inputs(batch.inputs)
+        if flat.names != first.names:
+            continue
+        for name, tensor, known, axis in zip(first.names, flat.tensors, first.tensors, axes, strict=True):
+            sizes = enumerate(zip(tensor.shape, known.shape, strict=False))
+            differing = {i for i, (size, other) in sizes if i != axis and size != other}
+            if differing and tensor.ndim == known.ndim:
+                found.setdefault(name, set()).update(differing)
+    return found

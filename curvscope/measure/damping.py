@@ -1,0 +1,381 @@
+"""tables/damping and tables/ranges of one layer: what each damping would have done with each approximation.
+
+The exact step and all approximations' steps come from one eigendecomposition a matrix (`curvscope.measure.damped`). The
+grid is relative to the mean eigenvalue of the block over all P of them, tr G / P, and goes on in decades until it has
+passed the largest one: beyond that even a wrong approximation lets the exact quadratic model decrease.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from curvscope.curvature.block import Block
+from curvscope.curvature.kronecker import Approximation
+from curvscope.curvature.rotated import rotated
+from curvscope.measure.condition import flops, preconditioned_condition
+from curvscope.measure.damped import Damped, ExactSteps, ExactSums, StepSums, mean_ratio, step_sums
+from curvscope.measure.ranges import Curve, Values, range_row, refined, with_form_gaps
+from curvscope.records import NAN, DampingRow, RangeRow
+
+RELATIVE_GRID = tuple(10.0**exponent for exponent in range(-8, 3))
+# The eigenvectors of larger blocks take minutes, their eigenvalues a third of that.
+LARGEST = 4096
+# All conditions of a layer may take this many operations together.
+CONDITION_FREE = 2e10
+USE_EIGENBASIS = "pi is undefined, a factor being zero: use the eigenbasis form"
+
+
+@dataclass(frozen=True)
+class DampingWishes:
+    """What the damping stage needs beyond the columns.
+
+    Attributes:
+        current: layer to the optimizer's own damping, in the loss's own scale.
+        decay: layer to the L2 weight decay that the optimizer adds to the gradient.
+        weights: parameters by name, for the layers that have decay.
+        remarks: layer to what limits its rows.
+        always: also where it takes long (large blocks; every condition).
+    """
+
+    current: Mapping[str, float] = field(default_factory=dict)
+    decay: Mapping[str, float] = field(default_factory=dict)
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+    remarks: Mapping[str, str] = field(default_factory=dict)
+    always: bool = False
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One layer with everything that its damped steps depend on.
+
+    Attributes:
+        blocks: the exact block of each group, in the columns' unit.
+        approximations: name to the approximation of each group.
+        blind: approximations whose B is zero but for rounding.
+        gradient: dL/dW, [d_out, d_in(+1)].
+        scale: what turns the columns' unit into the loss's.
+        dtype: the one the factors were summed in.
+        current: the optimizer's own damping; None if unknown.
+        decay, weights: L2 weight decay and the weights [d_out, d_in(+1)] it pulls on.
+        seed: of Lanczos' first vectors.
+        always: compute every condition, whatever it costs.
+        remark: what limits every row of tables/ranges.
+    """
+
+    layer: str
+    blocks: Sequence[Block]
+    approximations: Mapping[str, Sequence[Approximation]]
+    blind: frozenset[str]
+    gradient: Tensor
+    scale: float
+    dtype: torch.dtype
+    current: float | None = None
+    decay: float = 0.0
+    weights: Tensor | None = None
+    seed: int = 0
+    always: bool = False
+    remark: str = ""
+
+
+def not_assessed(layer: str, reason: str, status: str = "not_assessed") -> list[DampingRow]:
+    """The one row of a layer whose damped steps are not known."""
+    return [DampingRow(layer, "ggn", "eigenbasis", status=status, reason=reason)]
+
+
+def why_skipped(blocks: Sequence[Block], always: bool) -> str:
+    """Why the stage is skipped: eigenvectors of a block this large take minutes; empty if it isn't."""
+    small = max(min(block.parameters, block.total_columns) for block in blocks)
+    if always or small <= LARGEST:
+        return ""
+    return f"eigenvectors of a block of min(P, N K) = {small} take minutes; --measure damping computes them"
+
+
+def damping_tables(subject: Subject) -> tuple[list[DampingRow], list[RangeRow]]:
+    """Both tables' rows of one layer: the grid's values, the optimizer's own and the recommended one of each form.
+
+    Numbers are those of `DampingRow` and `RangeRow`, in float64 from columns of the run's dtype. Degenerate layers are
+    answered in rows that say why they are not assessed.
+    """
+    return _Stage(subject).tables()
+
+
+@dataclass
+class _Variant:
+    """One approximation in one form, in every group, with its steps over ascending damping."""
+
+    name: str
+    form: str
+    matrices: list[Damped]
+    damping: Values = field(default_factory=lambda: np.zeros(0))
+    rows: list[DampingRow] = field(default_factory=list)
+    curve: Curve | None = None
+
+
+class _Stage:
+    """The work on one layer."""
+
+    def __init__(self, subject: Subject) -> None:
+        self.subject = subject
+        self.parameters = sum(block.parameters for block in subject.blocks)
+        self.mean = subject.scale * sum(block.trace for block in subject.blocks) / self.parameters
+        self.rank = sum(min(block.parameters, block.total_columns) for block in subject.blocks)
+        outputs = [block.d_out for block in subject.blocks]
+        pull: Sequence[Tensor | None] = [None] * len(outputs)
+        if subject.decay and subject.weights is not None:
+            pull = (subject.decay * subject.weights.double()).split(outputs)
+        self.decay = subject.decay if subject.weights is not None else 0.0
+        self.exact = [
+            ExactSteps(block, gradient, pull=add, decay=self.decay / subject.scale)
+            for block, gradient, add in zip(subject.blocks, subject.gradient.split(outputs), pull, strict=True)
+        ]
+        # below this the eigenvalues of G are rounding of the columns' own dtype
+        eps = torch.finfo(subject.dtype).eps
+        self.unresolved = subject.scale * eps * max(float(block.eigenpairs[0][-1]) for block in subject.blocks)
+
+    def tables(self) -> tuple[list[DampingRow], list[RangeRow]]:
+        """All rows."""
+        layer, current = self.subject.layer, self.subject.current
+        grid = self._relative_grid() * self.mean
+        damping = np.unique(np.append(grid, [] if current is None else [current]))
+        if not len(damping):
+            reason = "the exact block is zero on this batch, so there is no scale for damping"
+            return not_assessed(layer, reason), []
+        variants, refused = self._variants()
+        exact = self._exact(damping)
+        rows = self._exact_rows(damping, exact)
+        for variant, sums in zip(variants, self._steps(variants, [damping] * len(variants)), strict=True):
+            self._fill(variant, damping, sums, exact)
+        self._recommend(variants)
+        self._conditions(variants)
+        ranges = self._ranges(variants)
+        for variant in variants:
+            rows += variant.rows
+        for variant, reason in refused:
+            rows.append(DampingRow(layer, variant.name, variant.form, status="not_assessed", reason=reason))
+            ranges.append(RangeRow(layer, variant.name, variant.form, status="not_assessed", reason=reason))
+        return rows, ranges
+
+    def _relative_grid(self) -> Values:
+        """The default grid with as many decades more as reach G's largest eigenvalue; empty for a zero block."""
+        if not self.mean > 0:
+            return np.zeros(0)
+        top = self.subject.scale * max(float(exact.values[-1]) for exact in self.exact if exact.values.numel())
+        more = math.ceil(math.log10(top / self.mean)) - round(math.log10(RELATIVE_GRID[-1]))
+        return np.array([*RELATIVE_GRID, *(RELATIVE_GRID[-1] * 10.0**step for step in range(1, more + 1))])
+
+    def _variants(self) -> tuple[list[_Variant], list[tuple[_Variant, str]]]:
+        """Every approximation in every form it has, and the forms that are undefined, with the reason."""
+        subject = self.subject
+        found, refused = [], []
+        for name, groups in subject.approximations.items():
+            matrices = [rotated(one, subject.dtype) for one in groups]
+            found.append(_Variant(name, "eigenbasis", [Damped(matrix) for matrix in matrices]))
+            if not name.startswith("kfac"):
+                continue
+            damped = []
+            for matrix in matrices:
+                assert matrix.lam_A is not None and matrix.lam_B is not None
+                traces = [(float(lam.sum()), lam.numel()) for lam in (matrix.lam_A, matrix.lam_B)]
+                pi = mean_ratio(*traces[0], *traces[1])
+                damped.append(None if pi is None else Damped(matrix, pi))
+            factored = _Variant(name, "factored", [one for one in damped if one is not None])
+            if name in subject.blind or None in damped:
+                refused.append((factored, USE_EIGENBASIS))
+            else:
+                found.append(factored)
+        return found, refused
+
+    def _grid(self, damping: Values) -> Tensor:
+        """Damping in the columns' unit."""
+        device = self.subject.blocks[0].device
+        return torch.as_tensor(damping / self.subject.scale, dtype=torch.float64, device=device)
+
+    def _exact(self, damping: Values) -> ExactSums:
+        """The exact steps' sums over all groups."""
+        first, *others = [one.sums(self._grid(damping)) for one in self.exact]
+        for other in others:
+            first = first + other
+        return first
+
+    def _steps(self, variants: Sequence[_Variant], damping: Sequence[Values]) -> list[StepSums]:
+        """Every variant's sums over all groups, each over its own damping."""
+        grids = [self._grid(values) for values in damping]
+        total: list[StepSums] = []
+        for group, exact in enumerate(self.exact):
+            each = step_sums(exact, [variant.matrices[group] for variant in variants], grids)
+            total = each if not total else [a + b for a, b in zip(total, each, strict=True)]
+        return total
+
+    def _exact_rows(self, damping: Values, exact: ExactSums) -> list[DampingRow]:
+        """The block itself as the reference."""
+        rx, xx, xGx = (_array(value) for value in (exact.rx, exact.xx, exact.xGx))
+        dimension = _array(exact.dimension)
+        shift = (damping + self.decay) / self.subject.scale
+        decay = self.decay / self.subject.scale
+        distance = np.maximum(shift**2 * xx - 2 * shift * rx + exact.rr, 0.0)
+        rows = []
+        for i, value in enumerate(damping):
+            decrease = rx[i] - (xGx[i] + decay * xx[i]) / 2
+            numbers: dict[str, Any] = {"effective_dimension": dimension[i]}
+            if exact.rr > 0:
+                numbers |= {
+                    "angle_degrees": 0.0,
+                    "length_ratio": 1.0,
+                    "predicted_decrease": decrease / self.subject.scale,
+                    "decrease_share": 1.0,
+                    "rho": 1.0,
+                    "angle_to_gradient_degrees": _degrees(rx[i], xx[i], exact.rr),
+                    "gradient_distance": (distance[i] / exact.rr) ** 0.5,
+                    "alpha_star": rx[i] / (xGx[i] + shift[i] * xx[i]),
+                    "condition": 1.0,
+                }
+            rows.append(self._row("ggn", "eigenbasis", value, numbers, exact.rr))
+        return rows
+
+    def _row(
+        self, name: str, form: str, damping: float, numbers: Mapping[str, float], rr: float, reason: str = ""
+    ) -> DampingRow:
+        """One row with its marks, and in words what limits it."""
+        status, notes = "ok", [reason] if reason else []
+        if reason:
+            status = "not_assessed"
+        elif rr == 0:
+            status, notes = "not_assessed", ["the layer's gradient is zero, so there is no step"]
+        elif damping + self.decay < self.unresolved and self.subject.dtype != torch.float64:
+            notes.append("below the rounding of float32 columns: --dtype float64 tells more")
+        return DampingRow(
+            self.subject.layer,
+            name,
+            form,
+            damping=float(damping),
+            relative=float(damping / self.mean) if self.mean > 0 else NAN,
+            mark="current" if damping == self.subject.current else "",
+            **{key: float(value) for key, value in numbers.items()},
+            status=status,
+            reason="; ".join(notes),
+        )
+
+    def _fill(self, variant: _Variant, damping: Values, sums: StepSums, exact: ExactSums) -> None:
+        """The variant's rows and curve."""
+        scale, rr = self.subject.scale, exact.rr
+        rp, pp, pGp, pMp, px, distance, dimension = (_array(value) for value in vars(sums).values())
+        rx, xx, xGx = (_array(value) for value in (exact.rx, exact.xx, exact.xGx))
+        shift, decay = (damping + self.decay) / scale, self.decay / scale
+        least = min(float(one.matrix.scale.min()) for one in variant.matrices)
+        valid = (shift > -2 * least) & np.isfinite(pp) & np.isfinite(pGp) & (rr > 0)
+        with np.errstate(all="ignore"):
+            bend = pGp + decay * pp
+            decrease, best = rp - bend / 2, rx - (xGx + decay * xx) / 2
+            promised = rp - (pMp + decay * pp) / 2
+            columns = {
+                "angle_degrees": np.array([_degrees(*three) for three in zip(px, pp, xx, strict=True)]),
+                "length_ratio": np.sqrt(pp / xx),
+                "predicted_decrease": decrease / scale,
+                "decrease_share": decrease / best,
+                "rho": decrease / promised,
+                "angle_to_gradient_degrees": np.array([_degrees(a, b, rr) for a, b in zip(rp, pp, strict=True)]),
+                "gradient_distance": np.sqrt(distance / rr) if rr > 0 else distance,
+                "alpha_star": rp / (pGp + shift * pp),
+            }
+        for i, value in enumerate(damping):
+            numbers = {key: column[i] for key, column in columns.items()} if valid[i] else {}
+            indefinite = shift[i] <= -2 * least
+            numbers |= {} if indefinite else {"effective_dimension": dimension[i]}
+            reason = f"M has eigenvalues down to {least * scale:.1e}: with this damping it is not safely positive"
+            variant.rows.append(self._row(variant.name, variant.form, value, numbers, rr, reason if indefinite else ""))
+
+        def known(column: Values) -> Values:
+            return np.where(valid, column, NAN)
+
+        new = Curve(
+            damping,
+            known(rp / scale),
+            known(bend / scale),
+            known(columns["rho"]),
+            known(columns["gradient_distance"]),
+            known(dimension),
+            known(columns["alpha_star"]),
+        )
+        variant.curve = new if variant.curve is None else _merged(variant.curve, new)
+
+    def _recommend(self, variants: Sequence[_Variant]) -> None:
+        """Compute each variant's steps at the best damping between the grid's, and mark the best of all."""
+        places = [None if variant.curve is None else refined(variant.curve) for variant in variants]
+        chosen = [(variant, np.array([place])) for variant, place in zip(variants, places, strict=True) if place]
+        if chosen:
+            found = self._steps([variant for variant, _ in chosen], [place for _, place in chosen])
+            for (variant, place), sums in zip(chosen, found, strict=True):
+                self._fill(variant, place, sums, self._exact(place))
+        tried = {id(variant): float(place[0]) for variant, place in chosen}
+        for variant in variants:
+            rows = sorted(variant.rows, key=lambda row: row.damping)
+            best = max(rows, key=lambda row: _or_nothing(row.predicted_decrease))
+            # an interpolated value that turned out no better than the grid's is of no use
+            rows = [row for row in rows if row is best or row.mark or row.damping != tried.get(id(variant))]
+            if _or_nothing(best.predicted_decrease) > 0:
+                mark = ", ".join(filter(None, (best.mark, "recommended")))
+                rows = [dataclasses.replace(row, mark=mark) if row is best else row for row in rows]
+            variant.rows = rows
+
+    def _conditions(self, variants: Sequence[_Variant]) -> None:
+        """The condition at the marked values, as far as the layer's budget goes."""
+        cost = sum(flops(exact) for exact in self.exact)
+        left = math.inf if self.subject.always else CONDITION_FREE
+        for variant in variants:
+            for i, row in enumerate(variant.rows):
+                if not row.mark or row.status != "ok":
+                    continue
+                if cost > left:
+                    remark = f"condition: skipped, about {cost / 1e9:.0f} GFLOP; --measure damping computes it"
+                    value = NAN
+                else:
+                    left -= cost
+                    value, remark = preconditioned_condition(
+                        self.exact, variant.matrices, row.damping / self.subject.scale, seed=self.subject.seed
+                    )
+                reason = "; ".join(filter(None, (row.reason, remark)))
+                status = "not_converged" if "residual" in remark else row.status
+                variant.rows[i] = dataclasses.replace(row, condition=value, status=status, reason=reason)
+
+    def _ranges(self, variants: Sequence[_Variant]) -> list[RangeRow]:
+        """tables/ranges: one row a variant."""
+        current = NAN if self.subject.current is None else self.subject.current
+        curves = {(variant.name, variant.form): variant.curve for variant in variants if variant.curve is not None}
+        rows = [
+            range_row(curves[variant.name, variant.form], variant.rows, current, self.rank, self.subject.remark)
+            for variant in variants
+        ]
+        return with_form_gaps(rows, curves)
+
+
+def _merged(first: Curve, second: Curve) -> Curve:
+    """Both curves' values, by ascending damping."""
+    order = np.argsort(np.concatenate([first.damping, second.damping]), kind="stable")
+    return Curve(
+        *(np.concatenate(pair)[order] for pair in zip(vars(first).values(), vars(second).values(), strict=True))
+    )
+
+
+def _or_nothing(value: float) -> float:
+    """The value, or minus infinity where there is none."""
+    return -math.inf if math.isnan(value) else value
+
+
+def _array(values: Tensor) -> Values:
+    return values.cpu().numpy()
+
+
+def _degrees(inner: float, left: float, right: float) -> float:
+    """The angle between two vectors from their inner product and squares; NaN where one is zero."""
+    if not (left > 0 and right > 0):
+        return NAN
+    # rounding may take a cosine beyond 1
+    return math.degrees(math.acos(min(1.0, max(-1.0, inner / (left * right) ** 0.5))))

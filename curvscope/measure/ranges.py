@@ -1,0 +1,209 @@
+"""What a curve over damping says: the safe range, the best value, and where noise is amplified.
+
+The Levenberg-Marquardt rule (arXiv:1503.05671, section 6.5) compares the decrease that a model promises with the one
+that comes: below 1/4 the damping has to grow. Here the promise is the approximation's, and what comes is the exact
+quadratic model's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from curvscope.records import NAN, DampingRow, RangeRow
+
+Values = npt.NDArray[np.float64]
+
+TRUSTED = 0.25
+PLAIN = 0.1
+NOISY_DIMENSION = 0.9
+NOISY_ALPHA = 0.25
+GOLDEN = (5**0.5 - 1) / 2
+NEIGHBOURS = 5
+
+
+UNUSABLE = "no damping of the grid lowers the exact quadratic model"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One approximation's steps over ascending damping; NaN where a value was not assessed.
+
+    `slope` is g.p and `bend` p.Gp + decay p.p, so that the decrease is slope - bend / 2.
+    """
+
+    damping: Values
+    slope: Values
+    bend: Values
+    rho: Values
+    distance: Values
+    dimension: Values
+    alpha: Values
+
+    @property
+    def decrease(self) -> Values:
+        """What the exact quadratic model, without damping, loses by each step."""
+        return self.slope - self.bend / 2
+
+
+def safe_range(curve: Curve) -> tuple[float, float, str]:
+    """(low, high, remark): from low on rho >= 1/4; up to high the distance to the gradient's step is >= 1/10.
+
+    NaN: as far as the grid goes. Edges are interpolated between neighbours, in the logarithm of damping. Where low >
+    high there is no safe range.
+    """
+    known = np.isfinite(curve.rho) & np.isfinite(curve.distance)
+    damping, rho, distance = curve.damping[known], curve.rho[known], curve.distance[known]
+    if not len(damping):
+        return NAN, NAN, ""
+    low = high = NAN
+    bad = np.flatnonzero(rho < TRUSTED)
+    if len(bad):
+        last = int(bad[-1])
+        if last + 1 == len(damping):
+            return float(damping[last]), NAN, "no damping of the grid is large enough for this approximation"
+        low = _crossing(damping[last : last + 2], rho[last : last + 2], TRUSTED)
+    curved = np.flatnonzero(distance >= PLAIN)
+    if not len(curved):
+        return low, float(damping[0]), "at every damping of the grid the step is plain gradient descent"
+    first = int(curved[-1])
+    if first + 1 < len(damping):
+        high = _crossing(damping[first : first + 2], np.log(distance[first : first + 2]), math.log(PLAIN))
+    if low > high:
+        return low, high, "no safe range: where the approximation can be trusted, its step is plain gradient descent"
+    return low, high, ""
+
+
+def _crossing(damping: Values, values: Values, level: float) -> float:
+    """The damping at which the line through two points over log damping meets the level."""
+    first, second = (float(value) for value in values)
+    if not (math.isfinite(first) and math.isfinite(second)) or first == second:
+        return float(damping[1])
+    share = (level - first) / (second - first)
+    return float(damping[0] * (damping[1] / damping[0]) ** share)
+
+
+def noise_below(curve: Curve, rank: int) -> float:
+    """The largest damping with an effective dimension near `rank` = min(P, N K) and alpha* < 1/4; NaN if none."""
+    noisy = (curve.dimension >= NOISY_DIMENSION * rank) & (curve.alpha < NOISY_ALPHA)
+    return float(curve.damping[noisy].max()) if noisy.any() else NAN
+
+
+def refined(curve: Curve) -> float | None:
+    """The damping of the largest decrease, between the grid's values; None where the best one is at an end.
+
+    Golden section on polynomials through the nearest five values of log slope and log bend over log damping, both of
+    which are smooth there. The decrease at the result is for the caller to compute.
+    """
+    known = np.isfinite(curve.decrease) & (curve.slope > 0) & (curve.bend > 0)
+    damping, decrease = curve.damping[known], curve.decrease[known]
+    if len(damping) < 3:
+        return None
+    best = int(np.argmax(decrease))
+    if best in (0, len(damping) - 1):
+        return None
+    places = np.log(damping)
+    near = np.sort(np.argsort(abs(places - places[best]), kind="stable")[:NEIGHBOURS])
+    slope = _polynomial(places[near], np.log(curve.slope[known][near]))
+    bend = _polynomial(places[near], np.log(curve.bend[known][near]))
+    found = golden_section(
+        lambda place: math.exp(slope(place)) - math.exp(bend(place)) / 2, places[best - 1], places[best + 1]
+    )
+    return math.exp(found)
+
+
+def golden_section(function: Callable[[float], float], low: float, high: float, tolerance: float = 5e-3) -> float:
+    """The place of the largest value of a unimodal function between two ends, to within the tolerance."""
+    left, right = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
+    at_left, at_right = function(left), function(right)
+    while high - low > tolerance:
+        if at_left < at_right:
+            low, left, at_left = left, right, at_right
+            right = low + GOLDEN * (high - low)
+            at_right = function(right)
+        else:
+            high, right, at_right = right, left, at_left
+            left = high - GOLDEN * (high - low)
+            at_left = function(left)
+    return (low + high) / 2
+
+
+def _polynomial(places: Values, values: Values) -> Callable[[float], float]:
+    """The polynomial through the points, in Newton's form."""
+    xs, coefficients = places.tolist(), values.tolist()
+    for step in range(1, len(xs)):
+        for i in range(len(xs) - 1, step - 1, -1):
+            coefficients[i] = (coefficients[i] - coefficients[i - 1]) / (xs[i] - xs[i - step])
+
+    def at(place: float) -> float:
+        value = 0.0
+        for x, coefficient in zip(reversed(xs), reversed(coefficients), strict=True):
+            value = value * (place - x) + coefficient
+        return float(value)
+
+    return at
+
+
+def range_row(curve: Curve, rows: Sequence[DampingRow], current: float, rank: int, remark: str = "") -> RangeRow:
+    """One row of tables/ranges from an approximation's rows of tables/damping and its curve.
+
+    `current` is the optimizer's own damping or NaN, `rank` is min(P, N K), `remark` joins the row's reason.
+    """
+    marked = {mark: row for row in rows for mark in row.mark.split(", ") if mark}
+    best, own = marked.get("recommended"), marked.get("current")
+    row = RangeRow(rows[0].layer, rows[0].approximation, rows[0].form, current=current)
+    if best is None:
+        reason = next((one.reason for one in rows if one.status == "not_assessed"), UNUSABLE)
+        return dataclasses.replace(row, status="not_assessed", reason=reason)
+    low, high, limit = safe_range(curve)
+    notes = [words for words in (remark, limit) if words]
+    assessed = curve.damping[np.isfinite(curve.decrease)]
+    for end, place in (("smallest", assessed.min()), ("largest", assessed.max())):
+        if best.damping == place:
+            notes.append(f"the {end} damping of the grid is the best")
+    known = own is not None and not math.isnan(own.predicted_decrease)
+    return dataclasses.replace(
+        row,
+        low=low,
+        high=high,
+        recommended=best.damping,
+        decrease=best.predicted_decrease,
+        gain=1 - own.predicted_decrease / best.predicted_decrease if own is not None and known else NAN,
+        noise_below=noise_below(curve, rank),
+        standing=standing(current, low, high) if known else "",
+        reason="; ".join(notes),
+    )
+
+
+def standing(current: float, low: float, high: float) -> str:
+    """Where a damping is: too_small, safe or too_large; too small counts before too large."""
+    return "too_small" if current < low else "too_large" if current > high else "safe"
+
+
+def with_form_gaps(rows: Sequence[RangeRow], curves: Mapping[tuple[str, str], Curve]) -> list[RangeRow]:
+    """The rows with `form_gap` where both forms are known.
+
+    At the current damping, or the one recommended for the eigenbasis; between computed values the decrease is taken
+    linear in the logarithm of damping.
+    """
+    places = {row.approximation: row.recommended for row in rows if row.form == "eigenbasis"}
+    found = []
+    for row in rows:
+        both = [curves.get((row.approximation, form)) for form in ("eigenbasis", "factored")]
+        place = places.get(row.approximation, NAN) if math.isnan(row.current) else row.current
+        at = [_decrease_at(curve, place) for curve in both if curve is not None and not math.isnan(place)]
+        gap = 1 - min(at) / max(at) if len(at) == 2 and max(at) > 0 else NAN
+        found.append(dataclasses.replace(row, form_gap=gap))
+    return found
+
+
+def _decrease_at(curve: Curve, damping: float) -> float:
+    known = np.isfinite(curve.decrease)
+    if not known.any():
+        return NAN
+    return float(np.interp(math.log(damping), np.log(curve.damping[known]), curve.decrease[known]))

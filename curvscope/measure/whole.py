@@ -1,0 +1,407 @@
+"""The stage of whole-network steps: dampings to try, steps of every approximation, and the rows that come out.
+
+It has two halves. `begin` runs before the layers are measured and decides the dampings, so that the exact blocks' steps
+can be kept while their columns are there; `WholeNetwork.finish` takes the steps afterwards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from curvscope.extract.cost import ASSUMED
+from curvscope.graph.functional import Graph
+from curvscope.measure.network import Network
+from curvscope.measure.parts import EXACT, Keeper, LayerPart
+from curvscope.measure.recommend import GRADIENT_COSINE, LOWER, RAISE, holds_from, lowest
+from curvscope.measure.steps import NOISE_FACTOR, Objective, Step, joint_step
+from curvscope.records import NAN, GlobalDampingRow, StepRow
+
+SERIES = (
+    ("kfac_expand", "eigenbasis"),
+    ("kfac_reduce", "eigenbasis"),
+    ("ekfac_expand", "eigenbasis"),
+    ("ekfac_reduce", "eigenbasis"),
+    (EXACT, "eigenbasis"),
+    ("kfac_expand", "factored"),
+    ("kfac_reduce", "factored"),
+)
+# Decades above the mean eigenvalue. The best step's damping is of the size of the network's largest eigenvalues, not
+# of the mean: with fewer examples than parameters most eigenvalues are zero.
+DECADES = range(-1, 6)
+EXTRA_DECADES = 2
+PROBES = 4
+FACTORS = (0.1, 1.0, 10.0, 100.0, 1000.0)
+# Passes of the whole stage, in forward passes: per series 10 dampings with a product with J (three), 18 for the
+# recommendation, 3 line searches of 8, 9 for dampings of each layer's own.
+FORWARD_PASSES = len(SERIES) * (10 * 4 + 18 + 24 + 9)
+STEPS_A_SERIES = 41
+SHARE_OF_TIME = 0.2
+SHARE_OF_MEMORY = 0.25
+
+
+def estimated_seconds(graph: Graph, forward_seconds: float) -> float:
+    """What the stage takes, from the seconds of one forward pass: the passes, and the products that make the steps."""
+    solves = sum(
+        4.0 * spec.parameters * (spec.d_in + spec.d_out // spec.groups)
+        for spec in graph.chosen()
+        if not spec.exact_only
+    )
+    return FORWARD_PASSES * forward_seconds + len(SERIES) * STEPS_A_SERIES * solves / ASSUMED.product64
+
+
+def kept_bytes(graph: Graph, itemsize: int) -> int:
+    """What is kept of all layers until the steps are taken: bases and right sides, and steps of the exact blocks."""
+    nodes = 2 * (len(DECADES) + 1 + 2 * EXTRA_DECADES) + 1
+    total = 0
+    for spec in graph.chosen():
+        d_in = spec.d_in + (spec.bias is not None)
+        bases = 0 if spec.exact_only else 2 * 8 * (spec.groups * d_in**2 + spec.d_out**2 // spec.groups)
+        total += bases + spec.parameters * (4 * 8 + nodes * itemsize)
+    return total
+
+
+@dataclass
+class WholeNetwork:
+    """Steps of the whole network at chosen dampings.
+
+    Attributes:
+        objective: the loss with the optimizer's L2 decay around the present parameters.
+        mean: the mean eigenvalue of the network's GGN, tr G / P, from `PROBES` random probes.
+        grid: the dampings to try, decades.
+        current: the optimizer's own damping, or None.
+        keeper: what takes each layer's share while the layers are measured.
+        fisher: how the loss Hessian's root was taken.
+        why_no_steps: why no steps are taken; empty where they are.
+    """
+
+    objective: Objective
+    mean: float
+    grid: tuple[float, ...]
+    current: float | None
+    keeper: Keeper
+    fisher: str
+    why_no_steps: str = ""
+    rows: list[StepRow] = field(default_factory=list)
+    summaries: list[GlobalDampingRow] = field(default_factory=list)
+
+    @property
+    def parts(self) -> list[LayerPart]:
+        """The layers that were kept."""
+        return list(self.keeper.parts.values())
+
+    def finish(self) -> tuple[list[StepRow], list[GlobalDampingRow]]:
+        """The rows of tables/steps and tables/global_damping."""
+        if self.why_no_steps:
+            return no_steps(self.why_no_steps)
+        for approximation, form in SERIES:
+            reason = self._refusal(approximation)
+            twin = approximation.replace("reduce", "expand")
+            if reason:
+                self.rows.append(_no_step(approximation, form, reason))
+                self.summaries.append(_no_summary(approximation, form, reason))
+            elif twin != approximation and all(part.positions == 1 for part in self.parts if part.inverses):
+                # one position an example: both flavours are the same matrix
+                rows = [row for row in self.rows if (row.approximation, row.form) == (twin, form)]
+                self.rows += [dataclasses.replace(row, approximation=approximation, passes=0) for row in rows]
+                whole = [row for row in self.summaries if (row.approximation, row.form) == (twin, form)]
+                self.summaries += [dataclasses.replace(row, approximation=approximation, passes=0) for row in whole]
+            else:
+                self._series(approximation, form)
+        return self.rows, self.summaries
+
+    def _refusal(self, approximation: str) -> str:
+        """Why an approximation has no steps; empty where it has."""
+        if not any(part.inverses for part in self.parts):
+            return "no layer with Kronecker factors was measured"
+        if self.objective.flat:
+            return "the gradient is zero: every damped step is zero"
+        if not math.isfinite(self.mean) or self.mean <= 0:
+            return "the network's GGN is zero on this batch: a damped step is the gradient over the damping"
+        damping = self.grid[0]
+        missing = [part.spec.name for part in self.parts if part.step(approximation, "eigenbasis", damping) is None]
+        missing = [name for name in missing if self.keeper.parts[name].inverses]
+        if not missing:
+            return ""
+        what = "the exact block" if approximation == EXACT else "EKFAC's diagonal"
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        if self.fisher in ("probe", "mc"):
+            return f"{what} needs exact columns; these are draws: --fisher exact"
+        if approximation == EXACT and self.fisher == "empirical":
+            return "the columns are those of the empirical Fisher, not of the GGN: --fisher exact"
+        return f"{what} of {missing[0]}{more} is not known, or its steps were too many to keep"
+
+    def _joint(self, approximation: str, form: str, damping: float | Mapping[str, float]) -> dict[str, Tensor]:
+        given = damping if isinstance(damping, Mapping) else {part.spec.name: damping for part in self.parts}
+        shapes = {name: p.shape for name, p in self.objective.network.parameters.items()}
+        return joint_step(self.parts, shapes, approximation, form, given)
+
+    def _series(self, approximation: str, form: str) -> None:
+        """Rows and summary of one approximation and form."""
+        network = self.objective.network
+        start = network.passes
+        judged: dict[float, Step] = {}
+        spent: dict[float, int] = {}
+
+        def judge(damping: float) -> Step:
+            if damping not in judged:
+                before = network.passes
+                judged[damping] = self.objective.judged(self._joint(approximation, form, damping))
+                spent[damping] = network.passes - before
+            return judged[damping]
+
+        def change(damping: float) -> float:
+            if damping in judged:
+                return judged[damping].actual
+            return self.objective.change(self._joint(approximation, form, damping))
+
+        asked = [*self.grid, *([self.current] if self.current is not None else [])]
+        for damping in asked:
+            judge(damping)
+        best, tried = lowest(change, self.grid, extend=EXTRA_DECADES)
+        if self.current is not None and judged[self.current].actual < tried[best]:
+            best = self.current
+        judge(best)
+        self._narrow(judge, judged)
+        nearest = min(range(len(self.grid)), key=lambda index: abs(math.log(self.grid[index] / best)))
+        # line searches along the steps of one form tell enough
+        searched = self.grid[max(0, min(nearest - 1, len(self.grid) - 3)) :][:3] if form == "eigenbasis" else ()
+        for damping in sorted(judged):
+            role = "recommended" if damping == best else "grid" if damping in self.grid else "boundary"
+            role = "current" if damping == self.current else role
+            self.rows.append(
+                self._row(approximation, form, damping, role, judged[damping], spent[damping], damping in searched)
+            )
+        self.summaries.append(self._summary(approximation, form, best, judged, start))
+
+    def _narrow(self, judge: Callable[[float], Step], judged: Mapping[float, Step]) -> None:
+        """Judge two steps more around the lower end of the safe range, each in the middle of what is left."""
+        for _ in range(2):
+            safe = {damping: self._safe(step) for damping, step in judged.items() if self._audible(step)}
+            low = holds_from(safe)
+            below = max((damping for damping in safe if damping < low), default=NAN)
+            if math.isnan(below) or low / below < 1.5:
+                return
+            judge(math.sqrt(low * below))
+
+    @staticmethod
+    def _safe(step: Step) -> bool:
+        return step.predicted < 0 and step.rho >= RAISE
+
+    def _row(
+        self, approximation: str, form: str, damping: float, role: str, step: Step, passes: int, search: bool
+    ) -> StepRow:
+        """One line of tables/steps."""
+        before = self.objective.network.passes
+        row = StepRow(
+            approximation,
+            form,
+            damping,
+            role,
+            relative_damping=damping / self.mean,
+            predicted_change=step.predicted,
+            actual_change=step.actual,
+            rho=step.rho if self._audible(step) else NAN,
+            step_norm=step.norm,
+            angle_to_gradient_degrees=math.degrees(math.acos(max(-1.0, min(1.0, step.cosine)))),
+            status="estimated" if self.fisher in ("probe", "mc") else "ok",
+        )
+        reasons = self._reasons(approximation, form, damping, step)
+        if not self._audible(step):
+            reasons.append("rho: the changes are within rounding of the loss")
+        if search:
+            found = self.objective.search(step)
+            row = dataclasses.replace(
+                row,
+                best_step_length=found.best_length,
+                best_length_change=found.best_change,
+                model_length=found.model_length,
+            )
+            if found.holds:
+                reasons.append("the model holds up to the longest step tried")
+        spent = passes + self.objective.network.passes - before
+        return dataclasses.replace(row, passes=spent, reason="; ".join(reasons))
+
+    def _summary(
+        self, approximation: str, form: str, best: float, judged: Mapping[float, Step], start: int
+    ) -> GlobalDampingRow:
+        step = judged[best]
+        audible = {damping: one for damping, one in judged.items() if self._audible(one)}
+        safe_from = holds_from({d: self._safe(one) for d, one in audible.items()})
+        safe = {d: one.actual for d, one in audible.items() if d >= safe_from}
+        row = GlobalDampingRow(
+            approximation,
+            form,
+            damping=best,
+            relative_damping=best / self.mean,
+            change=step.actual,
+            predicted_change=step.predicted,
+            rho=step.rho if self._audible(step) else NAN,
+            safe_from=safe_from,
+            safe_damping=min(safe, key=lambda d: safe[d], default=NAN),
+            safe_change=min(safe.values(), default=NAN),
+            lowerable_from=holds_from({d: one.predicted < 0 and one.rho > LOWER for d, one in audible.items()}),
+            gradient_from=holds_from({d: one.cosine >= GRADIENT_COSINE for d, one in judged.items()}),
+            status="estimated" if self.fisher in ("probe", "mc") else "ok",
+        )
+        reasons = self._reasons(approximation, form, best, step)
+        if step.actual >= 0:
+            reasons.append("no damping tried lowers the objective")
+            row = dataclasses.replace(row, damping=NAN, relative_damping=NAN, status="not_assessed")
+        elif not best >= row.safe_from:
+            reasons.append("the best step lies below the safe range: the quadratic model does not predict its decrease")
+        if self.current is not None:
+            row = dataclasses.replace(row, current=self.current, current_change=judged[self.current].actual)
+        own = self._own_dampings(approximation)
+        if form == "eigenbasis" and own:
+            factor, together = self._per_layer(approximation, best, own)
+            row = dataclasses.replace(
+                row,
+                per_layer_predicted=together.predicted,
+                per_layer_change=together.actual,
+                per_layer_factor=factor,
+            )
+        passes = self.objective.network.passes - start
+        return dataclasses.replace(row, passes=passes, reason="; ".join(reasons))
+
+    def _own_dampings(self, approximation: str) -> dict[str, float]:
+        """Layer -> the damping of the grid at which its own exact block predicts the largest decrease."""
+        found: dict[str, float] = {}
+        for part in self.parts:
+            own = {damping: value for (name, damping), value in part.decrease.items() if name == approximation}
+            if own:
+                found[part.spec.name] = min(own, key=lambda damping: own[damping])
+        return found
+
+    def _per_layer(self, approximation: str, best: float, own: Mapping[str, float]) -> tuple[float, Step]:
+        """The best common factor on the layers' own dampings (around `FACTORS`), and the joint step with it."""
+
+        def vector(factor: float) -> dict[str, Tensor]:
+            given = {part.spec.name: best for part in self.parts} | {name: d * factor for name, d in own.items()}
+            return self._joint(approximation, "eigenbasis", given)
+
+        factor, changes = lowest(
+            lambda f: self.objective.change(vector(f)), FACTORS, extend=0, middles=False, halvings=2
+        )
+        return factor, self.objective.model(vector(factor), changes[factor])
+
+    def _audible(self, step: Step) -> bool:
+        """Whether the predicted change is well above the rounding of a change of the loss."""
+        return abs(step.predicted) > NOISE_FACTOR * self.objective.rounding
+
+    def _reasons(self, approximation: str, form: str, damping: float, step: Step) -> list[str]:
+        """What limits a step, a clause each."""
+        reasons = []
+        if self.fisher == "empirical":
+            reasons.append("factors of the empirical Fisher")
+        parameters = self.objective.network.parameters
+        still = sum(p.numel() for name, p in parameters.items() if name not in step.vector)
+        if still:
+            total = sum(p.numel() for p in parameters.values())
+            reasons.append(f"{still} of {total} parameters have no curvature here and stay where they are")
+        kind, _, flavour = approximation.partition("_")
+        if kind == "kfac":
+            noisy = [
+                part.spec.name
+                for part in self.parts
+                if any(one.noise > 0.1 * damping for one in part.inverses.get(flavour, ()))
+            ]
+            if noisy:
+                reasons.append(
+                    f"rounding of the factors is not small against this damping ({noisy[0]}): --dtype float64"
+                )
+        if form == "factored":
+            undefined = [
+                part.spec.name for part in self.parts if any(one.pi is None for one in part.inverses.get(flavour, ()))
+            ]
+            if undefined:
+                more = f" and {len(undefined) - 1} more" if len(undefined) > 1 else ""
+                reasons.append(f"{undefined[0]}{more}: a factor is zero, so eigenbasis damping is used there")
+        if approximation == EXACT and any(p.exact and damping not in p.exact for p in self.parts):
+            reasons.append("interpolated between kept steps, within 1 % in every eigendirection")
+        return reasons
+
+
+def no_steps(reason: str) -> tuple[list[StepRow], list[GlobalDampingRow]]:
+    """The rows of a run without steps."""
+    return [_no_step(*series, reason) for series in SERIES], [_no_summary(*series, reason) for series in SERIES]
+
+
+def _no_step(approximation: str, form: str, reason: str) -> StepRow:
+    return StepRow(approximation, form, NAN, "grid", status="not_assessed", reason=reason)
+
+
+def _no_summary(approximation: str, form: str, reason: str) -> GlobalDampingRow:
+    return GlobalDampingRow(approximation, form, status="not_assessed", reason=reason)
+
+
+def begin(
+    graph: Graph,
+    network: Network,
+    rates: Mapping[str, float],
+    current: float | None,
+    *,
+    fisher: str,
+    seed: int,
+    memory_bytes: int,
+    why_no_steps: str = "",
+) -> WholeNetwork:
+    """Decide the dampings and get ready to keep the layers' shares.
+
+    Args:
+        graph: the functional graph, whose chosen layers will be measured.
+        network: the loss around its parameters.
+        rates: the optimizer's L2 decay by parameter.
+        current: the optimizer's own damping, where it has one.
+        fisher: how the loss Hessian's root is taken.
+        seed: of the probes for the mean eigenvalue.
+        memory_bytes: what the whole run may take.
+        why_no_steps: a reason to take none, for instance their cost.
+    """
+    objective = Objective(network, rates)
+    current = current if current is not None and current > 0 else None
+    mean = 0.0
+    if not why_no_steps and not objective.flat:
+        try:
+            mean = mean_eigenvalue(objective, seed)
+        except (RuntimeError, NotImplementedError) as error:
+            # an operation without a second derivative
+            why_no_steps = f"products with the network's GGN fail: {str(error).splitlines()[0]}"
+    unit = 10.0 ** round(math.log10(mean)) if mean > 0 and math.isfinite(mean) else 1.0
+    grid = tuple(unit * 10.0**decade for decade in DECADES)
+    # one decade more than the search may reach
+    first, last = DECADES[0] - EXTRA_DECADES - 1, DECADES[-1] + EXTRA_DECADES + 1
+    nodes = {unit * 10.0 ** (half / 2) for half in range(2 * first + 1, 2 * last, 2)}
+    nodes |= {unit * 10.0**decade for decade in range(first, last + 1)}
+    dtype = next(iter(network.parameters.values())).dtype
+    if not why_no_steps and kept_bytes(graph, dtype.itemsize) > SHARE_OF_MEMORY * memory_bytes:
+        why_no_steps = "what steps need of every layer exceeds a quarter of --memory: raise it"
+    keeper = Keeper(
+        objective.gradient,
+        network.parameters,
+        objective.rates,
+        () if why_no_steps else tuple(sorted(nodes | ({current} if current else set()))),
+        () if why_no_steps else grid,
+        eps=torch.finfo(dtype).eps,
+    )
+    return WholeNetwork(objective, mean, grid, current, keeper, fisher, why_no_steps)
+
+
+def mean_eigenvalue(objective: Objective, seed: int) -> float:
+    """Tr G / P over all trained parameters that the loss reaches, from `PROBES` probes with random signs."""
+    parameters = objective.network.parameters
+    device = next(iter(parameters.values())).device
+    generator = torch.Generator(device=device).manual_seed(seed)
+    total = 0.0
+    for _ in range(PROBES):
+        signs = {
+            name: torch.randint(0, 2, p.shape, generator=generator, device=device).to(p.dtype).mul(2).sub(1)
+            for name, p in parameters.items()
+        }
+        total += objective.form(signs)
+    return total / PROBES / sum(p.numel() for p in parameters.values())

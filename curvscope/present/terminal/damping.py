@@ -1,0 +1,147 @@
+"""Damping on the report's pages: a strip a layer on the first one, every form and value on a layer's own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from rich.text import Text
+
+from curvscope.present.names import shorten
+from curvscope.present.numbers import number
+from curvscope.present.strip import strip
+from curvscope.present.terminal.page import GAP, STATUS_WORDS, Column, Page
+from curvscope.records import DampingRow, Layer, RangeRow
+
+STANDING_WORDS = {"too_small": "too small", "safe": "safe", "too_large": "too large", "": ""}
+STANDING_STYLES = {"too_small": "red", "safe": "green", "too_large": "yellow", "": "dim"}
+GRID_COLUMNS = (
+    ("relative", "rel. to\nmean", 8),
+    ("angle_degrees", "angle\nto exact", 9),
+    ("length_ratio", "length\nratio", 6),
+    ("decrease_share", "decrease\nshare", 10),
+    ("rho", "\nrho", 7),
+    ("effective_dimension", "eff.\ndim.", 4),
+    ("angle_to_gradient_degrees", "angle\nto grad.", 5),
+    ("alpha_star", "\nalpha*", 3),
+    ("condition", "condi-\ntion", 2),
+)
+
+
+def chosen(layer: Layer) -> str:
+    """The K-FAC that the pages speak of: the better one."""
+    return f"kfac_{'reduce' if layer.row.better_flavour == 'reduce' else 'expand'}"
+
+
+def overview_section(page: Page, layers: Sequence[Layer]) -> None:
+    """A strip for each layer: safe range, best value, and where the optimizer stands."""
+    found = [(layer, _range(layer, chosen(layer), "eigenbasis")) for layer in layers]
+    known = [(layer, row) for layer, row in found if row is not None]
+    if not known:
+        return
+    page.heading("damping of the better K-FAC")
+    standing = any(row.standing for _, row in known)
+    columns = [
+        Column("from 1e-8 of the\nmean eigenvalue up", [(_strip(page, *one), "cyan") for one in known], 50, left=True),
+        Column("safe\nfrom", [(_edge(page, row.low, row), "") for _, row in known], 8),
+        Column("safe\nto", [(_edge(page, row.high, row), "") for _, row in known], 7),
+        Column("\nbest", [(page.measured(row.recommended), "bold") for _, row in known], 9),
+    ]
+    if standing:
+        places = [(STANDING_WORDS[row.standing], STANDING_STYLES[row.standing]) for _, row in known]
+        columns.append(Column("\nnow", places, 6, left=True))
+    names = [page.safe(layer.name) for layer, _ in known]
+    longest = max(len(name) for name in names)
+    columns = page.fitting(columns, page.width - 2 - GAP - min(longest, max(12, page.width // 4)))
+    width = max(10, min(longest, page.width - 2 - GAP - page.needed(columns)))
+    short = [(name, "") for name in shorten(names, width, page.ellipsis)]
+    page.table([Column("\nlayer", short, worth=100, left=True), *columns])
+    cross = "x" if page.ascii_only else "×"
+    words = f"strip: how much the exact quadratic model loses by K-FAC's step, a factor of 10 a step; {cross}: it grows"
+    words += "; [ ] the safe range"
+    now = {row.current for _, row in known if not math.isnan(row.current)}
+    if len(now) == 1:
+        words += f"; | the optimizer's damping, {number(now.pop())}"
+    elif now:
+        words += "; | the optimizer's damping"
+    page.lines([page.text(words + ".", "dim")])
+
+
+def layer_section(page: Page, layer: Layer) -> None:
+    """Every approximation and form in a line, then the better K-FAC's steps value by value."""
+    if not layer.damping and not layer.ranges:
+        return
+    page.heading("damping")
+    if layer.ranges:
+        _ranges(page, layer)
+    for form in ("eigenbasis", "factored"):
+        name = chosen(layer) if layer.factors else "diag"
+        rows = [row for row in layer.damping if (row.approximation, row.form) == (name, form)]
+        if any(not math.isnan(row.damping) for row in rows):
+            page.console.print()
+            page.lines([page.text(f"{name}, {form} form, against the exact damped step", "bold")])
+            _grid(page, rows)
+    rest = [row for row in layer.damping if math.isnan(row.damping) and not layer.ranges]
+    page.lines([_reason(page, "", row) for row in rest])
+
+
+def _ranges(page: Page, layer: Layer) -> None:
+    rows = list(layer.ranges)
+    better = chosen(layer)
+    names = [(row.approximation + ("*" if row.approximation == better else ""), "") for row in rows]
+    columns = [
+        Column("\napproximation", names, 100, left=True),
+        Column("\nform", [(row.form, "") for row in rows], 90, left=True),
+        Column("\nstrip", [(_strip(page, layer, row), "cyan") for row in rows], 20, left=True),
+        Column("safe\nfrom", [(_edge(page, row.low, row), "") for row in rows], 9),
+        Column("safe\nto", [(_edge(page, row.high, row), "") for row in rows], 8),
+        Column("\nbest", [(page.measured(row.recommended), "bold") for row in rows], 10),
+    ]
+    if any(row.standing for row in rows):
+        words = [(STANDING_WORDS[row.standing] or page.dash, STANDING_STYLES[row.standing]) for row in rows]
+        columns.append(Column("\nnow", words, 7, left=True))
+        columns.append(Column("\ngain", [(page.measured(row.gain), "") for row in rows], 6))
+    columns.append(Column("form\ngap", [(page.measured(row.form_gap), "") for row in rows], 3))
+    page.table(columns)
+    lines = []
+    for reason in dict.fromkeys(row.reason for row in rows if row.reason):
+        concerned = [row for row in rows if row.reason == reason]
+        who = ", ".join(f"{row.approximation} {row.form}" for row in concerned)
+        lines.append(_reason(page, "all " if len(concerned) == len(rows) > 1 else f"{who} ", concerned[0]))
+    page.lines(lines)
+
+
+def _grid(page: Page, rows: Sequence[DampingRow]) -> None:
+    marks = [(row.mark.replace("recommended", "best").replace("current", "now"), "bold") for row in rows]
+    columns = [Column("\ndamping", [(page.measured(row.damping), "") for row in rows], 100)]
+    columns.append(Column("\n", marks, 99, left=True))
+    for name, header, worth in GRID_COLUMNS:
+        columns.append(Column(header, [(page.measured(getattr(row, name)), "") for row in rows], worth))
+    page.table(columns)
+    lines = []
+    for reason in dict.fromkeys(row.reason for row in rows if row.reason):
+        concerned = [row for row in rows if row.reason == reason]
+        lines.append(_reason(page, f"{len(concerned)} of {len(rows)} ", concerned[0]))
+    page.lines(lines)
+
+
+def _reason(page: Page, who: str, row: DampingRow | RangeRow) -> Text:
+    words = f"{page.dash} {who}{STATUS_WORDS.get(row.status, row.status)}: "
+    line = page.text(words, "" if row.status == "ok" else "yellow")
+    line.append(page.safe(row.reason), style="dim")
+    return line
+
+
+def _range(layer: Layer, approximation: str, form: str) -> RangeRow | None:
+    wanted = (approximation, form)
+    return next((row for row in layer.ranges if (row.approximation, row.form) == wanted), None)
+
+
+def _strip(page: Page, layer: Layer, found: RangeRow) -> str:
+    rows = [row for row in layer.damping if (row.approximation, row.form) == (found.approximation, found.form)]
+    return strip(rows, found, ascii_only=page.ascii_only) or page.dash
+
+
+def _edge(page: Page, value: float, row: RangeRow) -> str:
+    """An edge of the safe range; a dash where there is none within the grid."""
+    return page.dash if row.low > row.high else page.measured(value)

@@ -1,0 +1,179 @@
+"""Damped steps of the whole network and the evidence: a section of the first page, and a page of their own."""
+
+from __future__ import annotations
+
+import math
+
+from rich.text import Text
+
+from curvscope.present.numbers import count, number
+from curvscope.present.terminal.page import STATUS_WORDS, Column, Page
+from curvscope.records import EvidenceRow, GlobalDampingRow, Run, StepRow
+
+NAMES = {
+    "kfac_expand": "K-FAC-expand",
+    "kfac_reduce": "K-FAC-reduce",
+    "ekfac_expand": "EKFAC-expand",
+    "ekfac_reduce": "EKFAC-reduce",
+    "ggn": "exact blocks",
+}
+ROLE_WORDS = {"grid": "", "recommended": "lowest loss", "current": "the optimizer's", "boundary": ""}
+SECTION_COLUMNS = ("predicted", "actual", "rho", "best length")
+
+
+def steps_section(page: Page, run: Run) -> None:
+    """What one damped step of all layers does, for the better K-FAC; the others in a line each."""
+    summaries = [row for row in run.tables.get("global_damping", []) if row.status in ("ok", "estimated")]
+    weights = _evidence_line(page, run)
+    reasons = {row.reason for row in run.tables.get("global_damping", [])}
+    if not summaries and not weights and not reasons:
+        return
+    page.heading("one damped step of all layers")
+    lines: list[Text] = []
+    if summaries:
+        products = [row for row in summaries if row.form == "eigenbasis" and row.approximation.startswith("kfac")]
+        better = min(products or summaries, key=lambda row: row.change)
+        rows = [row for row in run.tables["steps"] if _key(row) == _key(better)]
+        _table(page, rows, better, wanted=SECTION_COLUMNS)
+        lines += _words(page, better)
+        others = [
+            f"{_name(row)} {number(row.damping)} ({_signed(row.change)})"
+            for row in summaries
+            if _key(row) != _key(better) and not _copied(row)
+        ]
+        if others:
+            lines.append(page.text(f"Lowest with other curvature: {', '.join(others)}.", "dim"))
+    else:
+        lines.append(page.text(f"{page.dash} not assessed: ", "yellow").append(page.safe(min(reasons)), style="dim"))
+    page.lines([*lines, *weights])
+    if page.path is not None and summaries:
+        page.command("curvscope", "show", page.path, "--steps")
+
+
+def steps_page(page: Page, run: Run) -> None:
+    """Every approximation's steps in full, and the evidence."""
+    for summary in run.tables["global_damping"]:
+        rows = [row for row in run.tables["steps"] if _key(row) == _key(summary)]
+        page.heading(f"{NAMES.get(summary.approximation, summary.approximation)}, {summary.form} damping")
+        if summary.status in ("ok", "estimated"):
+            _table(page, rows, summary)
+            page.lines(_words(page, summary))
+            page.lines([page.text(f"{count(summary.passes, 'forward or backward pass', 'passes')}.", "dim")])
+        said: dict[str, None] = dict.fromkeys(row.reason for row in (summary, *rows) if row.reason)
+        page.lines(
+            [
+                page.text(f"{page.dash} {STATUS_WORDS.get(summary.status, summary.status)}: {reason}", "dim")
+                for reason in said
+            ]
+        )
+    _evidence(page, run.tables["evidence"])
+
+
+def _key(row: StepRow | GlobalDampingRow) -> tuple[str, str]:
+    return row.approximation, row.form
+
+
+def _copied(row: GlobalDampingRow) -> bool:
+    """Whether it is the other flavour of the same matrix, which took no passes of its own."""
+    return row.passes == 0
+
+
+def _name(row: GlobalDampingRow) -> str:
+    return NAMES.get(row.approximation, row.approximation) + (" (factored)" if row.form == "factored" else "")
+
+
+def _signed(value: float) -> str:
+    return ("+" if value > 0 else "") + number(value)
+
+
+def _table(page: Page, rows: list[StepRow], summary: GlobalDampingRow, wanted: tuple[str, ...] = ()) -> None:
+    """A row a damping; those below the safe range are dim."""
+
+    def cells(name: str, signed: bool = False) -> list[tuple[str, str]]:
+        values = [getattr(row, name) for row in rows]
+        return [(page.dash if math.isnan(v) else _signed(v) if signed else number(v), "") for v in values]
+
+    marks = [(ROLE_WORDS.get(row.role, row.role), "") for row in rows]
+    columns = {
+        "predicted": Column("predicted\nchange", cells("predicted_change", True), worth=8),
+        "actual": Column("actual\nchange", cells("actual_change", True), worth=10),
+        "rho": Column("\nrho", cells("rho"), worth=9),
+        "best length": Column("best\nlength", cells("best_step_length"), worth=5),
+        "best change": Column("change\nthere", cells("best_length_change", True), worth=4),
+        "model length": Column("model\nholds to", cells("model_length"), worth=3),
+        "norm": Column("\n||step||", cells("step_norm"), worth=2),
+        "angle": Column("angle to\n-gradient", cells("angle_to_gradient_degrees"), worth=2),
+        "relative": Column("over mean\neigenvalue", cells("relative_damping"), worth=1),
+    }
+    shown = [column for name, column in columns.items() if not wanted or name in wanted]
+    safe = [not math.isnan(summary.safe_from) and row.damping >= summary.safe_from for row in rows]
+    page.table(
+        [Column("\ndamping", cells("damping"), worth=100), *shown, Column("\n", marks, worth=7, left=True)],
+        ["" if inside else "dim" for inside in safe],
+    )
+
+
+def _words(page: Page, row: GlobalDampingRow) -> list[Text]:
+    """The recommendation, the safe range, the gain of dampings a layer, the optimizer's own."""
+    lines = []
+    if math.isnan(row.damping):
+        lines.append(page.text(f"{_name(row)}: no damping that was tried lowers the loss.", "yellow"))
+    else:
+        words = f"{_name(row)}: lowest loss at damping {number(row.damping)} ({_signed(row.change)}"
+        lines.append(page.text(words + (f", rho {number(row.rho)})." if not math.isnan(row.rho) else ").")))
+    if math.isnan(row.safe_from):
+        lines.append(page.text("No damping that was tried is safe (rho at least 1/4, a decrease predicted)."))
+    else:
+        words = f"Safe from {number(row.safe_from)} on (rows that are not dim): a decrease is predicted, and rho is at "
+        words += f"least 1/4. Lowest there at {number(row.safe_damping)} ({_signed(row.safe_change)})."
+        lines.append(page.text(words))
+    if not math.isnan(row.gradient_from):
+        lines.append(
+            page.text(f"From {number(row.gradient_from)} on the step is within 18 degrees of the plain gradient's.")
+        )
+    if not math.isnan(row.current):
+        words = f"The optimizer's own damping is {number(row.current)}: {_signed(row.current_change)}."
+        lines.append(page.text(words, "bold" if row.current < row.safe_from or math.isnan(row.safe_from) else ""))
+    if not math.isnan(row.per_layer_change) and row.change < 0:
+        gain = row.per_layer_change / row.change - 1
+        words = f"A damping for each layer from its own block, times {number(row.per_layer_factor)}: "
+        words += f"{_signed(row.per_layer_change)}, {abs(gain):.0%} {'more' if gain > 0 else 'less'} than one for all."
+        lines.append(page.text(words, "dim"))
+    return lines
+
+
+def _evidence_line(page: Page, run: Run) -> list[Text]:
+    """The weight decay that each spectrum suggests."""
+    best = [row for row in run.tables.get("evidence", []) if row.role == "maximum" and row.status != "not_assessed"]
+    if not best:
+        return []
+    values: dict[str, list[str]] = {}
+    for row in best:
+        values.setdefault(number(row.weight_decay), []).append(NAMES.get(row.approximation, row.approximation))
+    each = ", ".join(f"{value} ({', '.join(names)})" for value, names in values.items())
+    return [page.text(f"Laplace evidence is highest at an L2 weight decay (not AdamW's) of {each}.")]
+
+
+def _evidence(page: Page, rows: list[EvidenceRow]) -> None:
+    """Log evidence over prior precision, an approximation a column, with what was assumed."""
+    if not rows:
+        return
+    page.heading("Laplace log evidence of the training set")
+    for name in dict.fromkeys(row.approximation for row in rows):
+        own = sorted(
+            (r for r in rows if r.approximation == name and r.status != "not_assessed"), key=lambda r: r.precision
+        )
+        if not own:
+            continue
+        marks = [("maximum" if row.role == "maximum" else "", "") for row in own]
+        page.table(
+            [
+                Column(f"{NAMES.get(name, name)}\nprecision", [(number(row.precision), "") for row in own], worth=9),
+                Column("L2 weight\ndecay", [(number(row.weight_decay), "") for row in own], worth=8),
+                Column("log\nevidence", [(number(row.log_evidence, 5), "") for row in own], worth=10),
+                Column("effective\nparameters", [(number(row.effective_parameters), "") for row in own], worth=5),
+                Column("\n", marks, worth=7, left=True),
+            ]
+        )
+    reasons: dict[str, None] = dict.fromkeys(row.reason for row in rows if row.reason)
+    page.lines([page.text(f"{page.dash} {reason}", "dim") for reason in reasons])

@@ -1,0 +1,76 @@
+"""Every CS4xx on both sides of its threshold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pytest
+
+from curvscope.diagnose import damping
+from curvscope.records import DampingRow, Layer, LayerRow, RangeRow
+
+NAN = math.nan
+
+
+def layer(ranges: Sequence[RangeRow], name: str = "one", better: str = "expand") -> Layer:
+    row = LayerRow(name, "linear", 4, 3, True, 1, 15, 6, 5.0, 12, better)
+    step = DampingRow(name, f"kfac_{better}", "eigenbasis", 1e-3, mark="current", predicted_decrease=-2.0, rho=-4.0)
+    return Layer(row, damping=[step], ranges=ranges)
+
+
+def found_range(form: str = "eigenbasis", approximation: str = "kfac_expand", **fields: float | str) -> RangeRow:
+    given = {"current": 1e-3, "low": 0.01, "high": 10.0, "recommended": 0.1, "decrease": 1.0, "gain": 0.5} | fields
+    return RangeRow("one", approximation, form, **given)  # type: ignore[arg-type]
+
+
+def codes(one: Layer) -> list[str]:
+    return [row.code for _, _, row in damping.of_layer(one)]
+
+
+def test_too_small_needs_every_form() -> None:
+    small, safe = found_range(standing="too_small"), found_range("factored", standing="safe")
+    assert codes(layer([small, found_range("factored", standing="too_small")])) == ["CS401"]
+    assert codes(layer([small, safe])) == []
+    # a form that is undefined has no say
+    undefined = RangeRow("one", "kfac_expand", "factored", status="not_assessed", reason="pi")
+    assert codes(layer([small, undefined])) == ["CS401"]
+
+
+def test_too_small_in_words() -> None:
+    row = damping.of_layer(layer([found_range(standing="too_small", noise_below=1e-3)]))[0][2]
+    assert "grows" in row.evidence
+    assert "amplified" in row.evidence
+    assert "0.1" in row.remedy
+    calm = damping.of_layer(layer([found_range(standing="too_small", noise_below=9e-4)]))[0][2]
+    assert "amplified" not in calm.evidence
+
+
+@pytest.mark.parametrize(("gain", "said"), [(0.101, True), (0.1, False), (NAN, False)])
+def test_too_large_counts_where_something_is_lost(gain: float, said: bool) -> None:
+    assert codes(layer([found_range(standing="too_large", gain=gain)])) == (["CS402"] if said else [])
+
+
+@pytest.mark.parametrize(("gap", "said"), [(0.251, True), (0.25, False), (NAN, False)])
+def test_forms_that_differ(gap: float, said: bool) -> None:
+    forms = [found_range(form, form_gap=gap, standing="safe") for form in ("eigenbasis", "factored")]
+    assert codes(layer(forms)) == (["CS404"] if said else [])
+
+
+def test_only_the_better_flavour_speaks() -> None:
+    other = found_range(approximation="kfac_expand", standing="too_small")
+    own = found_range(approximation="kfac_reduce", standing="safe")
+    assert codes(layer([other, own], better="reduce")) == []
+    assert codes(layer([other, own], better="expand")) == ["CS401"]
+
+
+@pytest.mark.parametrize(("factor", "said"), [(100.1, True), (99.9, False)])
+def test_spread(factor: float, said: bool) -> None:
+    layers = {name: layer([found_range(recommended=value)], name) for name, value in (("a", 0.1), ("b", 0.1 * factor))}
+    assert [row.code for _, _, row in damping.of_network(layers)] == (["CS403"] if said else [])
+    assert damping.of_network({"a": layers["a"]}) == []
+
+
+def test_nothing_known_nothing_said() -> None:
+    assert codes(layer([])) == []
+    assert codes(layer([found_range(current=NAN, gain=NAN)])) == []

@@ -1,0 +1,131 @@
+"""The strip of a layer's damping, and the damping sections of the report."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+
+import pytest
+from rich.cells import cell_len
+from rich.console import Console
+
+from curvscope.present.meanings import meaning
+from curvscope.present.strip import strip
+from curvscope.present.terminal import render
+from curvscope.records import TABLES, DampingRow, RangeRow, Run
+from tests.synthetic import LAYERS, make_run
+
+
+def rows(decreases: list[float], off_grid: float | None = None) -> list[DampingRow]:
+    """A grid from 1e-8 of a mean eigenvalue of 2, with one more value if wanted."""
+    found = [
+        DampingRow("l", "kfac_expand", "eigenbasis", 2 * 10.0 ** (i - 8), 10.0 ** (i - 8), predicted_decrease=value)
+        for i, value in enumerate(decreases)
+    ]
+    if off_grid is not None:
+        found.append(
+            DampingRow("l", "kfac_expand", "eigenbasis", off_grid, off_grid / 2, "current", predicted_decrease=9.0)
+        )
+    return found
+
+
+def found_range(**fields: float) -> RangeRow:
+    return RangeRow("l", "kfac_expand", "eigenbasis", **fields)
+
+
+@pytest.mark.parametrize(
+    ("decreases", "fields", "drawn"),
+    [
+        ([-1.0, 0.0, 2.0, 8.0, 4.0], {"low": 2e-6, "high": 3e-5}, "××[▃█]▅"),
+        ([-1.0, 0.0, 2.0, 8.0, 4.0], {"low": 1e-6, "high": 3e-5, "current": 5e-8}, "×|×[▃█]▅"),
+        ([1.0, 2.0], {}, "[▅█]"),
+        ([1.0, 2.0], {"low": 1.0, "high": 0.1}, "▅█"),
+        ([1.0, math.nan], {"current": 1.0}, "[█–]|"),
+        ([math.nan, math.nan], {}, "[––]"),
+        ([], {}, ""),
+    ],
+)
+def test_strip(decreases: list[float], fields: dict[str, float], drawn: str) -> None:
+    assert strip(rows(decreases), found_range(**fields)) == drawn
+
+
+def test_strip_of_values_off_the_grid_has_no_cell_for_them() -> None:
+    assert strip(rows([1.0, 2.0], off_grid=5e-8), found_range(current=5e-8)) == "[▅|█]"
+
+
+def test_strip_without_a_range_has_no_brackets() -> None:
+    unknown = dataclasses.replace(found_range(), status="not_assessed")
+    assert strip(rows([-1.0, -2.0]), unknown) == "××"
+
+
+def test_strip_in_ascii() -> None:
+    drawn = strip(rows([-1.0, 2.0, 8.0, math.nan]), found_range(current=1e-7), ascii_only=True)
+    assert drawn == "[x|-#?]"
+
+
+def page(run: Run, layer: str | None = None, *, width: int = 100, encoding: str = "utf-8", color: bool = False) -> str:
+    raw = io.BytesIO()
+    file = io.TextIOWrapper(raw, encoding=encoding, write_through=True)
+    render(run, Console(file=file, width=width, no_color=not color), layer, "run.h5")
+    return raw.getvalue().decode(encoding)
+
+
+def section(text: str, start: str, end: str) -> list[str]:
+    lines = text.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith(start))
+    last = next(i for i, line in enumerate(lines[first + 1 :], first + 1) if line.startswith(end))
+    return [line.rstrip() for line in lines[first:last]]
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 140])
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_one_line_a_layer_at_every_width(width: int, encoding: str) -> None:
+    lines = section(page(make_run(), width=width, encoding=encoding), "damping of", "parameters")
+    assert all(cell_len(line) <= width for line in lines)
+    bracketed = [line for line in lines if "[" in line and "[ ]" not in line]
+    assert len(bracketed) == sum(spec[6] is not None for spec in LAYERS)
+
+
+def test_overview_at_80_columns() -> None:
+    lines = section(page(make_run(), width=80), "damping of", "parameters")
+    assert lines[1].split()[:3] == ["from", "1e-8", "of"]
+    assert lines[4].startswith(" stem.conv")
+    assert lines[4].endswith("safe")
+    assert "|" in lines[4]
+    assert "the optimizer's damping, 0.0300" in " ".join(lines)
+
+
+def test_overview_without_exact_columns_has_no_section() -> None:
+    assert "damping of" not in page(make_run("probe"))
+
+
+def test_overview_without_a_current_value() -> None:
+    run = make_run()
+    for layer in run.layers.values():
+        layer.ranges = [dataclasses.replace(row, current=math.nan, standing="") for row in layer.ranges]
+    lines = section(page(run), "damping of", "parameters")
+    assert not any("|" in line for line in lines)
+    assert "now" not in lines[2]
+
+
+def test_layer_page_has_every_form_and_value() -> None:
+    text = page(make_run(), "stem.conv", width=140)
+    lines = section(text, "damping", "factors")
+    named = [line.split()[:2] for line in lines if "eigenbasis " in line[:40] or "factored " in line[:40]]
+    assert ["kfac_expand", "factored"] in named
+    assert ["kfac_reduce*", "eigenbasis"] in named
+    assert ["diag", "eigenbasis"] in named
+    assert sum(" now " in line for line in lines) >= 2
+    assert sum(" best " in line and "safe" not in line for line in lines) >= 2
+    assert sum("1.0e-8" in line for line in lines) == 2
+
+
+def test_layer_page_says_why_there_is_nothing() -> None:
+    lines = section(page(make_run(), "wide", width=140), "damping", "factors")
+    assert any("not assessed" in line and "min(P, N K)" in line for line in lines)
+
+
+@pytest.mark.parametrize("table", ["damping", "ranges"])
+def test_every_column_has_a_meaning(table: str) -> None:
+    assert all(meaning(table, column) for column in TABLES[table].__dataclass_fields__)
