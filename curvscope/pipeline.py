@@ -90,9 +90,10 @@ def analyze(
             which the estimated time stays under `time` seconds, the bytes under `memory`, and min(P, N K) <= 8192.
         samples: draws of probe and mc (default 8; error bars take 4, EKFAC's 6).
         layers, skip: globs of layer names to keep, to leave out.
-        measure: "spectral" for the relative spectral error of all approximations, "kron_best" and "damping" to compute
-            them always, "steps" for damped steps of the whole network even where they take long, "stability" for
-            sharpness by layer and on halves of the batch also where no optimizer is known.
+        measure: "spectral" for the relative spectral error of all approximations, "kron_best", "split" (what K-FAC's
+            error comes from) and "damping" to compute them always, "steps" for damped steps of the whole network even
+            where they take long, "stability" for sharpness by layer and on halves of the batch also where no optimizer
+            is known.
         device: auto, cpu or cuda.
         dtype: float32 or float64, the arithmetic of the network's passes; reductions run in float64 either way.
         memory: bound on the tool's own peak, bytes or "8GiB"; default half of what is free.
@@ -315,8 +316,7 @@ def _analyzed(given: _Given, run_on: torch.device) -> Run:
                     whole.targets,
                     passes.pieces.axes,
                     ready.layouts.output,
-                    survey.examples,
-                    {name: layer.factors for name, layer in measured.items()},
+                    measured,
                     squared_gradient**0.5,
                     Wanted(
                         seed=settings.seed,
@@ -331,6 +331,7 @@ def _analyzed(given: _Given, run_on: torch.device) -> Run:
         stability = assessed or stability
         notes += stability.notes
         report("stability", "", 1, 1)
+    table = [*stability.rows, *(row for layer in measured.values() for row in layer.signs)]
     with timed(seconds, "findings"):
         coverage = [
             CoverageRow(use.parameter, use.layer, use.count, use.treatment, reason=use.reason) for use in graph.uses
@@ -353,7 +354,7 @@ def _analyzed(given: _Given, run_on: torch.device) -> Run:
             optimizer=stability.optimizer,
             learning_rate=stability.learning_rate,
         )
-        findings = rules.find(info, measured, coverage, stability.rows)
+        findings = rules.find(info, measured, coverage, table, stability.examples)
         notes += _padding_note(measured)
     return Run(
         info=RunInfo(
@@ -378,7 +379,9 @@ def _analyzed(given: _Given, run_on: torch.device) -> Run:
             "damping": [row for layer in measured.values() for row in layer.damping],
             "ranges": [row for layer in measured.values() for row in layer.ranges],
             **of_network,
-            "stability": stability.rows,
+            "stability": table,
+            "sources": [row for layer in measured.values() for row in layer.sources.values()],
+            "examples": [*stability.examples, *(row for layer in measured.values() for row in layer.examples)],
             "findings": findings,
         },
         notes=[*problem.notes, *notes],

@@ -293,6 +293,41 @@ class StabilityRow:
     reason: str = ""
 
 
+@dataclass(frozen=True)
+class SourceRow:
+    """Why one K-FAC errs at one layer: `relative` = ||E|| / ||G||, E = G - M, and what it is made of.
+
+    E is the sum of three matrices: curvature that depends on the inputs' deviation from their mean (`spread`), on where
+    they lie along it (`mean`), and positions of one example adding up coherently (`cross`). The columns are their
+    shares <T, E> / ||E||^2; they sum to 1 and may be negative (`measure.split`).
+    """
+
+    layer: str
+    approximation: str
+    relative: float = NAN
+    spread: float = NAN
+    mean: float = NAN
+    cross: float = NAN
+    status: str = "ok"
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class ExampleRow:
+    """One of the examples that carry most of the top curvature, of a layer or ("") of the network.
+
+    `curvature_share` is the example's part of u^T G u, u the top eigenvector (of the layer's block; for the network the
+    direction that the stability verdict speaks of); `gradient_share` its part of the sum of squared gradient norms.
+    """
+
+    layer: str
+    example: int
+    curvature_share: float = NAN
+    gradient_share: float = NAN
+    status: str = "ok"
+    reason: str = ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class FindingRow:
     """One thing worth knowing: code, severity (info, warning, error), layer ("" = network), evidence, remedy.
@@ -325,6 +360,8 @@ Row = (
     | GlobalDampingRow
     | EvidenceRow
     | StabilityRow
+    | SourceRow
+    | ExampleRow
     | FindingRow
 )
 
@@ -339,6 +376,8 @@ TABLES: dict[str, type[Row]] = {
     "global_damping": GlobalDampingRow,
     "evidence": EvidenceRow,
     "stability": StabilityRow,
+    "sources": SourceRow,
+    "examples": ExampleRow,
     "findings": FindingRow,
 }
 
@@ -375,6 +414,10 @@ class Layer:
         tokens: of an embedding: the U inputs that occur in the batch, ascending, over which A of reduce runs, and in a
             layer of one role also the columns, the block and its eigenvectors; else None.
         attributes: raw extremes and solver facts, stored as attributes of the layer's group.
+        sources: approximation name ("kfac_expand", "kfac_reduce") to its `SourceRow`.
+        signs: its lines in tables/stability that need its columns or rows.
+        examples: its lines in tables/examples.
+        example_gradients: squared norms of the examples' parts of its gradient, [N], of a fresh analysis (not stored).
         damping: its lines in tables/damping.
         ranges: its lines in tables/ranges.
     """
@@ -389,6 +432,10 @@ class Layer:
     block: Array | None = None
     tokens: Array | None = None
     attributes: Mapping[str, Any] = field(default_factory=dict)
+    sources: Mapping[str, SourceRow] = field(default_factory=dict)
+    signs: list[StabilityRow] = field(default_factory=list)
+    examples: list[ExampleRow] = field(default_factory=list)
+    example_gradients: Array | None = None
     damping: Sequence[DampingRow] = ()
     ranges: Sequence[RangeRow] = ()
 

@@ -10,7 +10,7 @@ from curvscope.errors import UsageError
 
 APPROXIMATIONS = ("kfac_expand", "kfac_reduce", "ekfac_expand", "ekfac_reduce", "kron_best", "diag")
 FISHERS = ("auto", "exact", "probe", "mc", "empirical")
-MEASURES = ("errors", "spectra", "spectral", "kron_best", "damping", "steps", "stability")
+MEASURES = ("errors", "spectra", "spectral", "kron_best", "split", "damping", "steps", "stability")
 DUMPS = ("factors", "spectra", "columns", "blocks")
 DTYPES = ("float32", "float64")
 DEVICES = ("auto", "cpu", "cuda")
@@ -26,9 +26,10 @@ class Settings:
         layers: glob patterns of layer names to keep; empty keeps all.
         skip: glob patterns of layer names to leave out.
         measure: extra measures beside the default ones: "spectral" (relative spectral error of every
-            approximation, not only of the two K-FACs), "kron_best" (compute it even where it dominates), "damping"
-            (steps and conditions of layers even where they take long), "steps" (of the whole network even where they
-            take long), "stability" (sharpness by layer and on halves even without an optimizer).
+            approximation, not only of the two K-FACs), "kron_best" (compute it even where it dominates), "split" (what
+            K-FAC's error comes from, likewise), "damping" (steps and conditions of layers even where they take long),
+            "steps" (of the whole network even where they take long), "stability" (sharpness by layer and on halves even
+            without an optimizer).
         device: auto, cpu or cuda.
         dtype: float32 or float64, the arithmetic of the network's own passes.
         memory_bytes: bound on the tool's own peak (None: half of what is free).

@@ -13,6 +13,7 @@ from curvscope.records import (
     DampingRow,
     ErrorRow,
     EvidenceRow,
+    ExampleRow,
     FindingRow,
     GlobalDampingRow,
     KroneckerFactors,
@@ -21,6 +22,7 @@ from curvscope.records import (
     ModelInfo,
     RangeRow,
     RunInfo,
+    SourceRow,
     SpectrumRow,
     StabilityRow,
     StepRow,
@@ -110,6 +112,11 @@ def _layer(rng: np.random.Generator, spec: tuple[Any, ...], fisher: str, dumped:
         "expand/A/lambda_min": -1.3e-9, "expand/A/lambda_max": 31.5, "expand/B/lambda_min": 0.0,
         "expand/B/lambda_max": 2.5, "state": "converged", "eigensolver": "eigh float64",
     }  # fmt: skip
+    layer.sources = {
+        "kfac_expand": SourceRow(name, "kfac_expand", expand or NAN, 0.25, 0.15, 0.6),
+        "kfac_reduce": SourceRow(name, "kfac_reduce", status="skipped", reason="too dear"),
+    }
+    layer.examples = [ExampleRow(name, 2, 0.55, NAN)]
     if dumped:
         layer.kept_columns = rng.normal(size=(EXAMPLES * 9, d_out, inputs)).astype(np.float32)
         matrix = layer.kept_columns.reshape(EXAMPLES * 9, -1)
@@ -281,6 +288,8 @@ def make_run(fisher: str = "exact", *, dumped: bool = False, findings: bool = Tr
         "global_damping": _summaries(),
         "evidence": _evidence(),
         "stability": _stability(made),
+        "sources": [row for layer in made for row in layer.sources.values()],
+        "examples": [ExampleRow("", 3, 0.62, 0.41), *(row for layer in made for row in layer.examples)],
         "findings": [f for f in found if f.layer in ("", *(layer.name for layer in made))] if findings else [],
     }
     return Run(

@@ -113,8 +113,8 @@ def analyze(
             parser=one_of(MEASURES),
             metavar="NAME",
             help="What to measure although it is left out by default: spectral (relative spectral error of "
-            "all approximations), kron_best and damping (also where they take longest), steps (of the whole network, "
-            "also where they take long), stability (by layer and on halves also without an optimizer); "
+            "all approximations), kron_best, split and damping (also where they take longest), steps (of the whole "
+            "network, also where they take long), stability (by layer and on halves also without an optimizer); "
             "may be repeated.",
             rich_help_panel=CURVATURE,
         ),

@@ -10,6 +10,7 @@ import typer
 
 from curvscope._version import __version__
 from curvscope.cli.analyze import analyze
+from curvscope.cli.explain import explain
 from curvscope.cli.export import export
 from curvscope.cli.guard import drop_output, report, unprintable
 from curvscope.cli.show import show
@@ -26,6 +27,7 @@ app = typer.Typer(
 app.command(no_args_is_help=True)(analyze)
 app.command(no_args_is_help=True)(show)
 app.command(no_args_is_help=True)(export)
+app.command()(explain)
 
 
 def _print_version(wanted: bool) -> None:

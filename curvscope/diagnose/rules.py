@@ -13,9 +13,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from curvscope.diagnose import damping
+from curvscope.diagnose.causes import ordered
+from curvscope.diagnose.signs import sign_findings
 from curvscope.diagnose.stability import stability_findings
-from curvscope.diagnose.titles import finding
-from curvscope.records import CoverageRow, ErrorRow, FindingRow, Layer, ModelInfo, StabilityRow
+from curvscope.diagnose.titles import Found, finding
+from curvscope.records import CoverageRow, ErrorRow, ExampleRow, FindingRow, Layer, ModelInfo, StabilityRow
 
 LARGE_ERROR = 0.5
 TRACE_OFF = 2.0
@@ -23,6 +25,13 @@ FLAVOUR_GAP = 1.5
 UNCOVERED_SHARE = 0.05
 BLIND_TRACE = 1e-6
 KEY_SHARE = 1e-3
+KRONECKER_OPTIMIZERS = ("K-FAC", "Shampoo")
+SOURCE_WORDS = {
+    "spread": "curvature that depends on the inputs' deviation from their mean",
+    "mean": "the inputs' mean",
+    "cross": "positions of an example adding up",
+}
+MAIN_SHARE = 0.5
 
 
 def find(
@@ -30,8 +39,9 @@ def find(
     layers: Mapping[str, Layer],
     coverage: Sequence[CoverageRow],
     stability: Sequence[StabilityRow] = (),
+    examples: Sequence[ExampleRow] = (),
 ) -> list[FindingRow]:
-    """The findings, the most serious first; within a severity the largest effect first. Ranks count from 1."""
+    """The findings, likely root causes first and what they cause behind them (`causes.ordered`)."""
     ranked: list[tuple[int, float, FindingRow]] = []
     for layer in layers.values():
         ranked += _of_layer(layer)
@@ -39,8 +49,25 @@ def find(
     ranked += damping.of_network(layers)
     ranked += _of_network(model, coverage)
     ranked += stability_findings(model, stability)
-    ranked.sort(key=lambda item: (item[0], -item[1]))
-    return [dataclasses.replace(row, rank=number) for number, (_, _, row) in enumerate(ranked, 1)]
+    made = [Found(_for_optimizer(row, model), size) for _, size, row in ranked if _concerns(row, model)]
+    return ordered([*made, *sign_findings(stability, examples)], stability)
+
+
+def _for_optimizer(row: FindingRow, model: ModelInfo) -> FindingRow:
+    """How well a Kronecker product fits is no concern of an optimizer that uses none; of one not known it may be."""
+    if row.code.startswith("CS1") and row.severity == "warning" and not _kronecker(model):
+        return dataclasses.replace(row, severity="info")
+    return row
+
+
+def _concerns(row: FindingRow, model: ModelInfo) -> bool:
+    """K-FAC's damping is nothing to those who have none."""
+    return not row.code.startswith("CS4") or _kronecker(model)
+
+
+def _kronecker(model: ModelInfo) -> bool:
+    """Whether the optimizer uses Kronecker factors, for all that is known."""
+    return model.optimizer.partition(",")[0] in ("", *KRONECKER_OPTIMIZERS)
 
 
 def _of_layer(layer: Layer) -> list[tuple[int, float, FindingRow]]:
@@ -103,7 +130,7 @@ def _of_layer(layer: Layer) -> list[tuple[int, float, FindingRow]]:
             "warning",
             name,
             f"Neither flavour is close to the exact block: relative errors {expand.rel_frobenius:.2f} (expand) and "
-            f"{reduce.rel_frobenius:.2f} (reduce){limit}.",
+            f"{reduce.rel_frobenius:.2f} (reduce){limit}.{_source(layer, expand, reduce)}",
             remedy,
         )
         found.append((1, best, row))
@@ -142,6 +169,19 @@ def _of_layer(layer: Layer) -> list[tuple[int, float, FindingRow]]:
 def _roles(layer: Layer) -> bool:
     """Whether its weight is used in several roles, so that there is no EKFAC."""
     return any(factors.role for factors in layer.factors.values())
+
+
+def _source(layer: Layer, expand: ErrorRow, reduce: ErrorRow) -> str:
+    """What most of the better K-FAC's error comes from, in a sentence; empty where that is not known."""
+    better = "kfac_expand" if expand.rel_frobenius <= reduce.rel_frobenius else "kfac_reduce"
+    row = layer.sources.get(better)
+    if row is None or math.isnan(row.spread):
+        return ""
+    shares = {name: float(getattr(row, name)) for name in SOURCE_WORDS}
+    first = max(shares, key=lambda name: shares[name])
+    if shares[first] < MAIN_SHARE:
+        return ""
+    return f" {min(shares[first], 1.0):.0%} of {better.removeprefix('kfac_')}'s error comes from {SOURCE_WORDS[first]}."
 
 
 def _times(factor: float) -> str:

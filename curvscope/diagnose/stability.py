@@ -53,16 +53,25 @@ def _above(
         if growth is not None and growth.status == "ok"
         else ""
     )
+    early = network.get("early_moments")
+    fades = early is not None and sharpness.low <= sharpness.threshold * early.value
+    severity = "error" if sharpness.low > FAR_ABOVE * sharpness.threshold else "warning"
+    if fades and early is not None:
+        severity = "info"
+        grows = (
+            f" That holds for this step alone ({early.reason}): P grows {early.value:.2g} times as the bias correction "
+            "of the momentum fades, and the sharpness falls below the threshold with it."
+        )
     row = finding(
         "CS501",
-        "error" if sharpness.low > FAR_ABOVE * sharpness.threshold else "warning",
+        severity,
         layer,
         f"{model.optimizer}: sharpness {_spread(model, sharpness)} is above the threshold "
         f"{sharpness.threshold:.3g}.{grows}{blame}",
         " ".join(filter(None, (_rate(network), _damping(model), "On mini-batches the limit can be lower."))),
-        confidence=0.9,
+        confidence=0.4 if fades else 0.9,
     )
-    return (0 if row.severity == "error" else 1), 10 + ratio, row
+    return ("error", "warning", "info").index(row.severity), 10 + ratio, row
 
 
 def _near(model: ModelInfo, sharpness: StabilityRow, network: dict[str, StabilityRow]) -> FindingRow:

@@ -1,25 +1,19 @@
-"""What every code stands for, in a few words, and the rows that carry it."""
+"""Findings as rules make them: a row with its code's title, and the size of the effect that ranks it."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+from curvscope.diagnose.catalog import CATALOG
 from curvscope.records import FindingRow
 
-TITLES = {
-    "CS101": "K-FAC-reduce is blind",
-    "CS102": "no K-FAC is close",
-    "CS103": "the K-FAC flavours differ",
-    "CS104": "K-FAC's trace is off",
-    "CS201": "no curvature",
-    "CS301": "parameters not covered",
-    "CS302": "eval mode hides something",
-    "CS401": "damping too small",
-    "CS402": "damping makes it gradient descent",
-    "CS403": "no one damping fits all layers",
-    "CS404": "the form of damping matters",
-    "CS501": "unstable at this learning rate",
-    "CS502": "near the stability threshold",
-    "CS503": "stability not assessed",
-}
+
+@dataclass(frozen=True)
+class Found:
+    """A finding before all are put in order; of two of one code the larger `size` comes first."""
+
+    row: FindingRow
+    size: float = 0.0
 
 
 def finding(code: str, severity: str, layer: str, evidence: str, remedy: str, confidence: float = 1.0) -> FindingRow:
@@ -28,8 +22,15 @@ def finding(code: str, severity: str, layer: str, evidence: str, remedy: str, co
         code=code,
         severity=severity,
         layer=layer,
-        title=TITLES[code],
+        title=CATALOG[code].title,
         evidence=evidence,
         remedy=remedy,
         confidence=confidence,
     )
+
+
+def found(
+    code: str, severity: str, layer: str, evidence: str, remedy: str, *, size: float, confidence: float = 1.0
+) -> Found:
+    """`finding` with its size."""
+    return Found(finding(code, severity, layer, evidence, remedy, confidence), size)

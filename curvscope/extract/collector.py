@@ -16,6 +16,8 @@ from curvscope.graph.verify import Layouts
 
 Form = Literal["outer", "factored", "dense", "formed"]
 BUFFERED_ROWS = 1024
+# Numbers of single examples' gradients that are formed at once.
+SQUARED_NUMBERS = 2**22
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ class Columns:
     """A layer's GGN columns v[n, k] in whichever form is cheapest to keep.
 
     outer and factored keep `inputs` [N, R, d_in(+1)] and `gradients` [K, N, R, d_out] (outer is R = 1); dense keeps
-    `values` [K, N, d_out, d_in(+1)]; formed keeps `block` = G itself, [P, P] in float64, where P < N K.
+    `values` [K, N, d_out, d_in(+1)]; formed keeps `block` = G itself, [P, P] in float64, where P < N K. Beside those
+    two, `row_inputs` and `row_gradients` are what factored would keep, where they are small.
     """
 
     form: Form
@@ -33,6 +36,8 @@ class Columns:
     gradients: Tensor | None = None
     values: Tensor | None = None
     block: Tensor | None = None
+    row_inputs: Tensor | None = None
+    row_gradients: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,9 @@ class Extract:
     number of real positions an example; `padded` the share of rows found to be padding. Columns, B and `probe_B` are in
     multiples of `unit` (`Root.unit`); the gradient is not. With groups, factors have a leading axis of groups and there
     are columns for each. `unmasked` holds A of all rows where some look like padding and data that comes later may tell
-    otherwise.
+    otherwise. `example_squares` [N] are the squared norms of the examples' parts of the gradient. `mean_input` [d_in]
+    (with groups [groups, d_in]) is the mean of the real rows without the bias's 1, None where the data came in pieces;
+    `real` [N, R] tells real rows from others, None where all are real.
 
     For an embedding `tokens` [U] says which inputs the columns, the gradient and A of reduce run over, those that occur
     in the data; A of expand, which is diagonal, is a vector over all inputs. A weight of several `roles` has an
@@ -61,6 +68,9 @@ class Extract:
     columns: Columns | list[Columns] | None
     probe_B: dict[str, Tensor] = field(default_factory=dict)
     unit: float = 1.0
+    example_squares: Tensor | None = None
+    mean_input: Tensor | None = None
+    real: Tensor | None = None
     unmasked: dict[str, Tensor] = field(default_factory=dict)
     tokens: Tensor | None = None
     roles: dict[str, Extract] = field(default_factory=dict)
@@ -142,6 +152,10 @@ class Collector:
         self.reduce: _Buffered | None = None
         self.draws: dict[str, list[Tensor]] = {"expand": [], "reduce": []}
         self.gradient: Tensor | None = None
+        self.kept: list[Tensor] = []
+        self.whole_examples = layouts.examples
+        self.squares: Tensor | None = None
+        self.keeps_rows = False
         self.gradients: Tensor | None = None
         self.values: Tensor | None = None
         self.block: GramSum | None = None
@@ -169,6 +183,7 @@ class Collector:
         g = self._g()
         if self.column is None:
             self.gradient = self._weight_gradient(g)
+            self.squares = self._example_squares(g)
             return
         single = g.shape[1] == 1
         total = g[:, 0] if single else g.sum(1)
@@ -202,6 +217,27 @@ class Collector:
             weight = torch.bmm(g.transpose(1, 2), a).sum(0)
         return torch.cat([weight, g.sum((0, 1)).unsqueeze(1)], dim=1) if self.spec.bias else weight
 
+    def _example_squares(self, g: Tensor) -> Tensor:
+        """The squared norm of every example's part of the gradient, [N] float64."""
+        return example_squares(
+            self._a().unflatten(0, (self.whole_examples, -1)).flatten(1, 2),
+            g.unflatten(0, (self.whole_examples, -1)).flatten(1, 2),
+            bias=self.spec.bias is not None,
+        )
+
+    def _mean_input(self, real: Tensor | None, counts: Tensor) -> Tensor | None:
+        """The mean of the real rows, [d_in] float64."""
+        a = self._a()
+        held = a if real is None else a * real.unsqueeze(-1)
+        return held.sum((0, 1), dtype=torch.float64) / float(counts.sum())
+
+    def rows_bytes(self) -> int:
+        """What the rows of a dense or formed layer take; 0 where there is nothing to keep beside the columns."""
+        if self.form not in ("dense", "formed"):
+            return 0
+        a = self._a()
+        return a.element_size() * a.shape[0] * a.shape[1] * (a.shape[2] + self.count * self.spec.d_out)
+
     def _a(self) -> Tensor:
         """The layer's rows of all calls, [N, R, d_in]."""
         if self._joined is None:
@@ -226,6 +262,8 @@ class Collector:
             assert self.column is not None
             self.gradients[self.column] = g
             return
+        if self.keeps_rows:
+            self.kept.append(g)
         shape = self.examples, g.shape[-1], self._width()
         if self.form == "dense":
             if self.values is None:
@@ -281,7 +319,14 @@ class Collector:
         found = Extract(
             self.spec, examples, mean_positions(counts), padded, factors, self.gradient, self._columns(), draws
         )
-        return replace(found, unmasked=unmasked, tokens=self._tokens())
+        return replace(
+            found,
+            unmasked=unmasked,
+            tokens=self._tokens(),
+            example_squares=self.squares,
+            mean_input=self._mean_input(real, counts) if self.factors else None,
+            real=real,
+        )
 
     def _tokens(self) -> Tensor | None:
         return None
@@ -313,14 +358,35 @@ class Collector:
     def _columns(self) -> Columns | None:
         if self.form is None:
             return None
+        if self.form in ("outer", "factored"):
+            return Columns(self.form, self.examples, self.count, inputs=self._inputs(), gradients=self.gradients)
+        kept = {"row_inputs": self._inputs(), "row_gradients": torch.stack(self.kept)} if self.kept else {}
         if self.form == "dense":
-            return Columns("dense", self.examples, self.count, values=self.values)
-        if self.form == "formed":
-            assert self.block is not None
-            return Columns("formed", self.examples, self.count, block=self.block.result())
-        return Columns(self.form, self.examples, self.count, inputs=self._inputs(), gradients=self.gradients)
+            return Columns("dense", self.examples, self.count, values=self.values, **kept)
+        assert self.block is not None
+        return Columns("formed", self.examples, self.count, block=self.block.result(), **kept)
 
     def _inputs(self) -> Tensor:
         """The inputs of all columns, [N, R, width]."""
         a = self._a()
         return a if self.spec.bias is None else torch.cat([a, a.new_ones(*a.shape[:2], 1)], dim=-1)
+
+
+def example_squares(a: Tensor, g: Tensor, *, bias: bool) -> Tensor:
+    """||sum_r g[n, r] a[n, r]^T||^2 of every example [N], float64, from a [N, R, d_in] and g [N, R, d_out].
+
+    With R^2 (d_in + d_out) < R d_in d_out from inner products of rows, else from the products themselves, a few
+    examples at a time.
+    """
+    examples, positions, d_in = a.shape
+    d_out = g.shape[-1]
+    if positions * (d_in + d_out) < d_in * d_out or positions == 1:
+        inner = torch.bmm(a, a.transpose(1, 2)) + float(bias)
+        return (inner * torch.bmm(g, g.transpose(1, 2))).sum((1, 2), dtype=torch.float64)
+    step = max(1, SQUARED_NUMBERS // (d_in * d_out))
+    parts = []
+    for low in range(0, examples, step):
+        product = torch.bmm(g[low : low + step].transpose(1, 2), a[low : low + step])
+        parts.append(product.flatten(1).square().sum(1, dtype=torch.float64))
+    total = torch.cat(parts)
+    return total + g.sum(1).square().sum(1, dtype=torch.float64) if bias else total

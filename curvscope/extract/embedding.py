@@ -73,6 +73,14 @@ class EmbeddingCollector(Collector):
         gradient = g.new_zeros(self._width(), g.shape[-1])
         return gradient.index_add_(0, self._places().flatten(), g.flatten(0, 1)).T
 
+    def _example_squares(self, g: Tensor) -> Tensor:
+        places = self._places()
+        same = places.unsqueeze(2) == places.unsqueeze(1)  # inner products of one-hot rows
+        return (same * torch.bmm(g, g.transpose(1, 2))).sum((1, 2), dtype=torch.float64)
+
+    def _mean_input(self, real: Tensor | None, counts: Tensor) -> Tensor | None:
+        return None
+
     def _fill(self, column: Tensor, g: Tensor, total: Tensor) -> None:
         places = self._places().unsqueeze(1).expand(-1, g.shape[-1], -1)
         column.zero_().scatter_add_(2, places, g.transpose(1, 2))

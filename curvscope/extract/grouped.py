@@ -6,12 +6,13 @@ one of each group: curvature between groups belongs, like that between layers, t
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from curvscope.extract.collector import Collector, Columns, Extract, mean_positions
+from curvscope.extract.collector import Collector, Columns, Extract, example_squares, mean_positions
 
 
 class GroupedCollector(Collector):
@@ -34,6 +35,9 @@ class GroupedCollector(Collector):
             if self.spec.bias is not None:
                 weight = torch.cat([weight, total.sum(1).unsqueeze(-1)], dim=-1)
             self.gradient = weight.flatten(0, 1)
+            self.squares = sum(
+                example_squares(a[i], g[i], bias=self.spec.bias is not None) for i in range(self.spec.groups)
+            )  # type: ignore[assignment]
             return
         if self.factors:
             rows = g.flatten(1, 2)
@@ -91,4 +95,8 @@ class GroupedCollector(Collector):
         elif self.values is not None:
             columns = [Columns("dense", examples, self.count, values=each) for each in self.values]
         padded = 1.0 - int(counts.sum()) / (examples * positions if there is None else int(there.sum()))
-        return Extract(self.spec, examples, mean_positions(counts), padded, factors, self.gradient, columns, draws)
+        inputs = self._split(self._a())
+        inputs = inputs if real is None else inputs * real.unsqueeze(-1)
+        mean = inputs.sum((1, 2), dtype=torch.float64) / int(counts.sum())
+        found = Extract(self.spec, examples, mean_positions(counts), padded, factors, self.gradient, columns, draws)
+        return dataclasses.replace(found, example_squares=self.squares, mean_input=mean, real=real)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
 from torch import Tensor
 
 from curvscope.extract.collector import Columns, Extract
@@ -30,10 +31,12 @@ class MergedColumns:
             known = self.parts.get("block")
             if known is None:
                 self.parts["block"] = columns.block
+                if columns.examples == self.examples:
+                    self.parts |= _rows(columns)
             elif known.data_ptr() != columns.block.data_ptr():  # else the sweep went on adding to it
                 known += columns.block
         elif columns.examples == self.examples and columns.count == self.count:
-            self.parts = _tensors(columns)
+            self.parts = _tensors(columns) | _rows(columns)
         else:
             for name, tensor in _tensors(columns).items():
                 self._write(name, tensor)
@@ -62,7 +65,7 @@ class MergedColumns:
     def rescale(self, factor: float) -> None:
         """Columns times `factor`."""
         for name, tensor in self.parts.items():
-            if name != "inputs":
+            if name not in ("inputs", "row_inputs"):
                 tensor *= factor**2 if name == "block" else factor
 
     def result(self) -> Columns:
@@ -105,6 +108,8 @@ class Merged:
             return
         real = extract.positions * extract.examples
         rows = real / (1 - extract.padded) if extract.padded < 1 else 0.0
+        # what belongs to single rows is not put together over pieces; sums over examples are
+        extract = dataclasses.replace(extract, mean_input=None, real=None)
         if self.total is None:
             self.total, self.rows = extract, rows
             self.weights = {"expand": real, "reduce": float(extract.examples), "all": rows}
@@ -141,6 +146,7 @@ class Merged:
             padded=1 - real_so_far / self.rows if real_so_far < self.rows else 0.0,
             factors=factors,
             gradient=_sum(before.gradient, extract.gradient),
+            example_squares=_joined(before.example_squares, extract.example_squares),
             probe_B={name: _drawn(before.probe_B[name], B) for name, B in extract.probe_B.items()},
         )
 
@@ -183,9 +189,19 @@ def _all_rows(extract: Extract) -> dict[str, Tensor]:
     return extract.unmasked or {name: A for name, (A, _) in extract.factors.items()}
 
 
+def _rows(columns: Columns) -> dict[str, Tensor]:
+    found = {"row_inputs": columns.row_inputs, "row_gradients": columns.row_gradients}
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
 def _tensors(columns: Columns) -> dict[str, Tensor]:
     found = {"inputs": columns.inputs, "gradients": columns.gradients, "values": columns.values}
     return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def _joined(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """One after the other, where both are known."""
+    return None if a is None or b is None else torch.cat([a, b])
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:

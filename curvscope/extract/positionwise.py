@@ -148,7 +148,6 @@ class PositionwiseCollector(Collector):
         super().__init__(spec, layouts, form, factors, per_draw)
         assert layouts.independent is not None
         self.count_positions = layouts.independent.positions
-        self.whole_examples = layouts.examples
         self.examples = layouts.examples * self.count_positions
         self._apart: Tensor | None = None
 
@@ -187,6 +186,8 @@ class PositionwiseCollector(Collector):
             positions=float(counts.mean()),
             padded=1.0 - float(counts.sum()) / (examples * positions),
             factors=factors,
+            mean_input=masked.sum((0, 1), dtype=torch.float64) / float(counts.sum()) if found.factors else None,
+            real=real,
         )
 
 
@@ -197,7 +198,6 @@ class PositionwiseTapCollector(TapCollector):
         super().__init__(spec, layouts, form, factors, per_draw)
         assert layouts.independent is not None
         self.axes = layouts.independent.tap_axes
-        self.whole_examples = layouts.examples
         self.examples = layouts.examples * layouts.independent.positions
 
     def receive(self, target: str, gradient: Tensor) -> None:

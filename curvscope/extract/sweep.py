@@ -28,6 +28,9 @@ from curvscope.graph.functional import Graph
 from curvscope.graph.sites import LayerSpec
 from curvscope.graph.verify import Layouts
 
+# Rows kept beside columns of another form, in all; part of what plan.WORKING_BYTES sets aside.
+ROWS_BYTES = 64 * 2**20
+
 Progress = Callable[[str, str, int, int], None]
 
 
@@ -99,6 +102,7 @@ def sweep(
         collectors |= projected or {}
         for collector in collectors.values():
             collector.begin(modules, taken.columns)
+        _keep_rows(collectors)
         with active(extension):
             passes = ([taken.gradient] if factors else []) + [None] * taken.columns
             for index, given in enumerate(passes):
@@ -129,6 +133,18 @@ def sweep(
             name: dataclasses.replace(collector.result(masks), unit=taken.unit)
             for name, collector in collectors.items()
         }
+
+
+def _keep_rows(collectors: Mapping[str, Any]) -> None:
+    """Lets the layers with the smallest rows keep them, as long as all together stay under ROWS_BYTES.
+
+    Only layers whose rows are those of one matrix: not groups, nor parameters without a Kronecker form.
+    """
+    plain = [one for one in collectors.values() if type(one) in (Collector, PositionwiseCollector)]
+    kept = 0
+    for size, collector in sorted(((one.rows_bytes(), one) for one in plain), key=lambda pair: pair[0]):
+        kept += size
+        collector.keeps_rows = size > 0 and kept <= ROWS_BYTES
 
 
 def _collector(spec: LayerSpec, root: Root) -> type[Collector] | type[TapCollector] | type[TiedCollector]:

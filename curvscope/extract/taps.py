@@ -34,6 +34,8 @@ class TapCollector:
         self.column: int | None = None
         self.gradient: Tensor | None = None
         self.kept: list[Tensor] = []
+        self.squares: Tensor | None = None
+        self.whole_examples = layouts.examples
         self.block: GramSum | None = None
         self.undecided = False
 
@@ -79,6 +81,8 @@ class TapCollector:
             self.sum = torch.zeros(self.examples, self.spec.parameters, dtype=self.like.dtype, device=self.like.device)
         if self.column is None:
             self.gradient = self.sum.sum(0, keepdim=True)
+            each = self.sum.unflatten(0, (self.whole_examples, -1)).sum(1)
+            self.squares = each.square().sum(1, dtype=torch.float64)
         elif self.form == "formed":
             if self.block is None:
                 self.block = GramSum(self.sum.shape[1], dtype=torch.float64, device=self.sum.device)
@@ -93,7 +97,7 @@ class TapCollector:
             columns = Columns("formed", self.examples, self.count, block=self.block.result())
         elif self.kept:
             columns = Columns("dense", self.examples, self.count, values=torch.stack(self.kept).unsqueeze(2))
-        return Extract(self.spec, self.examples, 1.0, 0.0, {}, self.gradient, columns)
+        return Extract(self.spec, self.examples, 1.0, 0.0, {}, self.gradient, columns, example_squares=self.squares)
 
 
 def tap_gradients(tap: Tap, gradient: Tensor, extra: list[Tensor], layout: Layout) -> dict[str, Tensor]:

@@ -23,6 +23,9 @@ from curvscope.measure.accuracy import error_row
 from curvscope.measure.approximate import Built, approximate, approximate_tied, side_by_side
 from curvscope.measure.damping import DampingWishes, Subject, damping_tables, not_assessed, why_skipped
 from curvscope.measure.estimate import estimated_rows, estimated_spectra
+from curvscope.measure.layer_signs import layer_signs
+from curvscope.measure.sources import not_assessed as no_sources
+from curvscope.measure.sources import source_rows
 from curvscope.measure.spectrum import (
     STORED,
     Spectrum,
@@ -34,7 +37,17 @@ from curvscope.measure.spectrum import (
     too_large,
 )
 from curvscope.measure.terms import FLAVOURS, NO_EKFAC, product, terms
-from curvscope.records import NAN, DampingRow, ErrorRow, KroneckerFactors, Layer, LayerRow, RangeRow, SpectrumRow
+from curvscope.records import (
+    NAN,
+    DampingRow,
+    ErrorRow,
+    KroneckerFactors,
+    Layer,
+    LayerRow,
+    RangeRow,
+    SourceRow,
+    SpectrumRow,
+)
 from curvscope.settings import APPROXIMATIONS
 
 BIASED = "no error bar but the trace's: eigenvalues of a factor made of few draws are biased, and so are their ratios"
@@ -78,6 +91,7 @@ class _Findings:
     values: dict[str, Any] = dataclasses.field(default_factory=dict)
     attributes: dict[str, Any] = dataclasses.field(default_factory=dict)
     scale: float = 1.0
+    sources: dict[str, SourceRow] = dataclasses.field(default_factory=dict)
     damping: list[DampingRow] = dataclasses.field(default_factory=list)
     ranges: list[RangeRow] = dataclasses.field(default_factory=list)
 
@@ -153,6 +167,10 @@ def measure_layer(
             for which, factor in (("A", A), ("B", B)):
                 if factor.ndim > 1:  # those of an embedding's diagonal are the tokens
                     eigenvectors[f"{key}/{which}"] = eigh(factor.double())[1].cpu().numpy()
+    if not extract.spec.exact_only and not found.sources:
+        found.sources = no_sources(spec.name, why_no_columns or "the exact columns were not taken")
+    signs, examples = layer_signs(extract, blocks, found.errors, wishes.seed)
+    squares = extract.example_squares
     row = LayerRow(
         name=spec.name,
         kind=spec.kind,
@@ -177,6 +195,10 @@ def measure_layer(
         spectra=found.spectra,
         eigenvectors=eigenvectors,
         attributes=found.attributes,
+        sources=found.sources,
+        signs=signs,
+        examples=examples,
+        example_gradients=None if squares is None else squares.cpu().numpy(),
         damping=found.damping,
         ranges=found.ranges,
         tokens=_tokens(extract),
@@ -291,6 +313,8 @@ def _exact(
         ]
     refusal = next((reason for _, reason in parts if reason), "")
     built = dict(parts[0][0])
+    if not isinstance(block, GroupedBlock):
+        found.sources = source_rows(extract, block, built, every="split" in wishes.measure)
     if len(parts) > 1:
         built = side_by_side([part for part, _ in parts], [one.d_out for one in blocks])
     if refusal:

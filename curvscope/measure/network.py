@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvscope.graph.functional import Graph
+from curvscope.graph.layout import Layout
 from curvscope.load.problem import Loss
 
 Vector = Mapping[str, Tensor]
@@ -125,6 +126,25 @@ class Network:
             return float((tangent.double() * middle.double()).sum())
 
         return product, form
+
+    def example_curvature(self, vector: Vector, layout: Layout) -> Tensor:
+        """v^T G_n v of every example [N], float64: their sum is v^T G v; `layout` is that of the outputs."""
+        with torch.enable_grad():
+            fresh = self._fresh()
+            outputs = self.outputs(fresh)
+            dummy = torch.zeros_like(outputs, requires_grad=True)
+            pulled = torch.autograd.grad(outputs, list(fresh.values()), dummy, create_graph=True, allow_unused=True)
+            leaf = outputs.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(self._value(leaf), leaf, create_graph=True)
+        self.passes += 2
+        wanted = [(name, p) for name, p in zip(fresh, pulled, strict=True) if p is not None and p.requires_grad]
+        wanted = [(name, p) for name, p in wanted if name in vector]
+        given = [vector[name].to(self.parameters[name]) for name, _ in wanted]
+        (pushed,) = torch.autograd.grad([p for _, p in wanted], dummy, given)
+        if not slope.requires_grad:
+            return layout.flat(torch.zeros_like(pushed)).sum(1, dtype=torch.float64)
+        (middle,) = torch.autograd.grad(slope, leaf, pushed)
+        return layout.flat(pushed * middle).sum(1, dtype=torch.float64)
 
     def _value(self, outputs: Tensor) -> Tensor:
         try:

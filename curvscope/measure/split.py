@@ -106,17 +106,16 @@ def _against_block(block: Block, a: Tensor, g: Tensor, mean: Tensor) -> tuple[fl
         return _against_formed(block, a, g, m)
     squares = products = 0.0
     rows, draws = a.shape[0], g.shape[0]
-    step = max(1, PIECE // (max(rows, block.d_in) * block.d_out))
+    own = g.permute(1, 2, 0).contiguous()  # [rows, d_out, K]
+    step = max(1, PIECE // (rows * max(block.d_out, draws)))
     columns = block.stacked()
     for low in range(0, columns.shape[0], step):
         V = columns[low : low + step].to(a.dtype)
-        turned = V @ a.T  # [c, d_out, rows]
-        centre = V @ m  # [c, d_out]
-        for k in range(draws):
-            d = torch.einsum("cor,ro->cr", turned, g[k])
-            c = centre @ g[k].T
-            squares += float(d.double().square().sum())
-            products += float((c.double() * (d - c).double()).sum())
+        turned = (a @ V.permute(2, 0, 1).flatten(1)).unflatten(1, V.shape[:2])  # [rows, c, d_out]
+        d = torch.bmm(turned, own)
+        c = torch.matmul(V @ m, own)
+        squares += float(torch.linalg.vector_norm(d, dtype=torch.float64) ** 2)
+        products += float((c * (d - c)).sum(dtype=torch.float64))
     return squares, 2 * products
 
 

@@ -20,12 +20,15 @@ from curvscope.load.optimizer_settings import OptimizerSettings, optimizer_setti
 from curvscope.load.problem import Problem
 from curvscope.measure import stability
 from curvscope.measure.halves import Batch, Half, halves
+from curvscope.measure.layer_signs import example_rows, indices
 from curvscope.measure.network import Network
 from curvscope.measure.preconditioner import Preconditioner, Unassessable, preconditioner
 from curvscope.measure.sharpness import Product, Space, energy_shares, preconditioned, restricted, sharpness
+from curvscope.measure.sign_stage import Seen, members, signs
+from curvscope.measure.signs import sign_row
 from curvscope.measure.stability import Spread, verdict
 from curvscope.measure.thresholds import rule
-from curvscope.records import NAN, KroneckerFactors, StabilityRow
+from curvscope.records import NAN, ExampleRow, KroneckerFactors, Layer, StabilityRow
 
 # Layers with at least this share of the top direction's energy get spreads and verdicts of their own.
 LARGE_SHARE = 0.1
@@ -58,6 +61,7 @@ class Assessment:
     """The stability table with what a report says of the optimizer."""
 
     rows: list[StabilityRow]
+    examples: list[ExampleRow] = field(default_factory=list)
     optimizer: str = ""
     learning_rate: float = NAN
     notes: tuple[str, ...] = ()
@@ -70,27 +74,40 @@ def stability_stage(
     targets: Any,
     axes: Sequence[int | None],
     output: Layout,
-    examples: int,
-    factors: Mapping[str, Mapping[str, KroneckerFactors]],
+    layers: Mapping[str, Layer],
     gradient_norm: float,
     wanted: Wanted,
 ) -> Assessment:
     """The stability table of a problem whose loss is settled; a model without second derivatives gets the reason."""
-    settings = None
+    settings, stage, network = None, None, None
+    examples = next((layer.row.examples for layer in layers.values()), 0)
+    listed: list[ExampleRow] = []
     try:
         network = Network(graph, tensors, problem.loss, targets)
         shapes = {name: p.shape for name, p in network.parameters.items()}
         settings = optimizer_settings(problem.optimizer, shapes, problem.optimizer_options)
-        rows = assess(
-            Batch(network, graph, problem.loss, axes, output, examples), settings, graph.layers, factors, wanted
-        )
+        factors = {name: layer.factors for name, layer in layers.items()}
+        batch = Batch(network, graph, problem.loss, axes, output, examples)
+        rows, found = _assess(batch, settings, graph.layers, factors, wanted)
+        if found is not None:
+            stage, direction, space = found
+            listed = _top_examples(stage, direction, space, layers)
     except (RuntimeError, AnalysisError) as error:  # no second derivative, one that is not finite, or memory
         reason = f"the Hessian can't be multiplied with: {(str(error).splitlines() or [type(error).__name__])[0]}"
         rows = [StabilityRow("network", "", "preconditioned_sharpness", status="not_assessed", reason=reason)]
+    gradients = [] if network is None else [network.gradient()]
+    if stage is not None:
+        gradients += [{name: half.scale * g for name, g in half.network.gradient().items()} for half in stage.parts]
+    with torch.no_grad():
+        outputs = None if network is None else network.outputs()
+    seen = Seen(graph, tensors, axes, problem.loss, outputs, targets, layers)
+    rows += signs(seen, network, gradients, settings, None if stage is None else stage.P)
+    if listed:
+        rows.append(sign_row("example_share", listed[0].curvature_share, reason=indices(listed)))
     if settings is None:
-        return Assessment(rows)
+        return Assessment(rows, listed)
     notes = optimizer_notes(settings, gradient_norm)
-    return Assessment(rows, settings.label, settings.learning_rate, tuple(notes))
+    return Assessment(rows, listed, settings.label, settings.learning_rate, tuple(notes))
 
 
 @dataclass
@@ -163,10 +180,21 @@ def assess(
     of the top direction's energy, and the block's `preconditioned_sharpness` (without an optimizer `hessian_top`) where
     the share is large or time is left. `wanted.seconds` bounds all of it; what it cut off says so.
     """
+    return _assess(batch, settings, specs, factors, wanted)[0]
+
+
+def _assess(
+    batch: Batch,
+    settings: OptimizerSettings | None,
+    specs: Mapping[str, LayerSpec],
+    factors: Mapping[str, Mapping[str, KroneckerFactors]],
+    wanted: Wanted,
+) -> tuple[list[StabilityRow], tuple[_Stage, Tensor, Space] | None]:
+    """The rows, and what they came from: the stage, the top direction (where P is 1) and the space it lies in."""
     started = time.monotonic()
     if (least := 8 * Space.of(batch.network).size * LEAST_VECTORS) > wanted.memory_bytes:
         reason = f"its vectors take {least / 2**30:.2g} GiB, over --memory ({wanted.memory_bytes / 2**30:.2g} GiB)"
-        return [StabilityRow("network", "", "preconditioned_sharpness", status="not_assessed", reason=reason)]
+        return [StabilityRow("network", "", "preconditioned_sharpness", status="not_assessed", reason=reason)], None
     spare = settings is None and not wanted.full
     found = NO_OPTIMIZER if spare else halves(batch, seed=wanted.seed)
     P: Preconditioner | None = None
@@ -178,9 +206,23 @@ def assess(
     stage = _Stage(batch, wanted, parts, no_parts, P, deadline=started + wanted.seconds)
     rows, direction, space = _network_rows(stage, settings, refusal)
     if spare:
-        return rows
+        return rows, (stage, direction, space)
     decided = next((row.verdict for row in rows if row.quantity == "preconditioned_sharpness"), "")
-    return rows + _layer_rows(stage, settings, specs, direction, space, every=decided in ("above", "undecided"))
+    rows += _layer_rows(stage, settings, specs, direction, space, every=decided in ("above", "undecided"))
+    return rows, (stage, direction, space)
+
+
+def _top_examples(stage: _Stage, direction: Tensor, space: Space, layers: Mapping[str, Layer]) -> list[ExampleRow]:
+    """The examples that carry most of the GGN along the top direction; none where it has no curvature there."""
+    vector = space.split(direction)
+    if stage.P is not None:
+        vector = stage.P.inverse_root(vector)
+    energy = stage.batch.network.example_curvature(vector, stage.batch.output)
+    total = float(energy.sum())
+    if not total > 0 or bool((energy < 0).any()):
+        return []
+    squares = [layer.example_gradients for layer in layers.values() if layer.example_gradients is not None]
+    return example_rows("", energy / total, torch.as_tensor(sum(squares)) if squares else None)
 
 
 def _scaled(product: Product, scale: float) -> Product:
@@ -303,15 +345,15 @@ def _layer_rows(
     A block's top eigenvalue is at most the network's: where that is below the threshold, so are all blocks.
     """
     P = stage.P
-    members = {name: _members(spec) for name, spec in specs.items() if spec.selected}
-    shares = energy_shares(direction, space, members)
+    of_layer = {name: members(spec) for name, spec in specs.items() if spec.selected}
+    shares = energy_shares(direction, space, of_layer)
     order = sorted(shares, key=lambda name: -shares[name])
     rows: list[StabilityRow] = []
     for name in order:
         rows.append(StabilityRow("layer", name, "direction_share", shares[name], verdict="not_assessed"))
     quantity = "hessian_top" if P is None else "preconditioned_sharpness"
     for name in order:
-        own = [one for one in members[name] if one in space.shapes]
+        own = [one for one in of_layer[name] if one in space.shapes]
         if not own:
             continue
         if not every and shares[name] < LARGE_SHARE:
@@ -351,13 +393,6 @@ def _block_row(
         reason=reason,
         timed_out=stage.late,
     )
-
-
-def _members(spec: LayerSpec) -> Sequence[str]:
-    """The parameters of a layer."""
-    if spec.exact_only:
-        return list(spec.members)
-    return [spec.weight, *([spec.bias] if spec.bias is not None else [])]
 
 
 def optimizer_notes(settings: OptimizerSettings | None, gradient_norm: float) -> list[str]:

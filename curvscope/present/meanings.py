@@ -154,7 +154,8 @@ MEANINGS: dict[str, dict[str, str]] = {
         "layer": "the layer's exact name, empty for the network",
         "quantity": "hessian_top, hessian_bottom, ggn_top (eigenvalues, loss / parameter^2); preconditioned_sharpness "
         "(top eigenvalue of P^-1 (H + wd), 1 / learning rate); growth_factor (a step, along the top direction); "
-        "largest_stable_lr; direction_share (of the top direction's energy, 0 to 1)",
+        "largest_stable_lr; direction_share (of the top direction's energy, 0 to 1); signs of trouble, turned so that "
+        "large is bad: formulas and thresholds in docs/signs.md",
         "value": "the number on the whole batch",
         "low": "the smallest on the batch and its random halves; NaN where none were run",
         "high": "the largest on the batch and its random halves; NaN where none were run",
@@ -163,6 +164,23 @@ MEANINGS: dict[str, dict[str, str]] = {
         "network), undecided or not_assessed",
         "residual": "||M x - lambda x|| of the eigenvalue on the whole batch, same unit",
         "source": "the rule behind the threshold",
+    },
+    "sources": {
+        "layer": LAYER,
+        "approximation": "kfac_expand or kfac_reduce",
+        "relative": "||E|| / ||G||, E = G - M the error, dimensionless",
+        "spread": "share <T, E> / ||E||^2 of T = sum g g^T (x) at at^T - B (x) (A - m m^T), at = a - m: curvature "
+        "depends on the inputs' deviation from their mean m; the three shares sum to 1 and may be negative",
+        "mean": "share of T = sum g g^T (x) (m at^T + at m^T): curvature depends on where inputs lie along their mean",
+        "cross": "share of T = G - sum g g^T (x) a a^T: positions of one example add up; for reduce g is the sum, a "
+        "the mean over an example's positions",
+    },
+    "examples": {
+        "layer": "the layer's exact name, empty for the network",
+        "example": "place in the batch, from 0",
+        "curvature_share": "of u^T G u, 0 to 1; u the top eigenvector of the layer's block; for the network the "
+        "direction of the stability verdict",
+        "gradient_share": "of the sum of the examples' squared gradient norms, 0 to 1",
     },
     "findings": {
         "code": "the rule's code",

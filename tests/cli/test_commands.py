@@ -466,3 +466,30 @@ def test_a_full_disk_behind_standard_output(tmp_path: Path, arguments: list[str]
 def test_help_lists_every_dump() -> None:
     words = " ".join(call("analyze", "--help").stdout.replace("│", " ").split())
     assert "factors (always" in words
+
+
+def test_explain_prints_the_page_of_a_code() -> None:
+    result = call("explain", "cs501")
+    assert result.exit_code == 0
+    for words in ("CS501", "unstable at this learning rate", "what it is", "why it matters", "threshold", "how to fix"):
+        assert words in result.stdout
+
+
+def test_explain_lists_all_codes() -> None:
+    result = call("explain")
+    assert result.exit_code == 0
+    assert all(code in result.stdout for code in ("CS101", "CS215", "CS302", "CS508"))
+
+
+def test_explain_names_near_codes() -> None:
+    result = call("explain", "CS519")
+    assert result.exit_code == 2
+    assert "CS501" in result.stderr
+
+
+def test_explain_needs_no_torch() -> None:
+    code = "import sys; from curvscope.cli.app import app; app(['explain', 'CS101'], standalone_mode=False)"
+    done = subprocess.run(
+        [sys.executable, "-c", code + "; assert 'torch' not in sys.modules"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

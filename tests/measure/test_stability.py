@@ -254,7 +254,7 @@ def test_a_curvature_that_is_not_finite_is_told_and_the_rest_goes_on() -> None:
     run = curvscope.analyze(
         Kinked(), (torch.randn(8, 4), torch.randint(3, (8,))), loss="cross_entropy", optimizer="sgd:lr=0.1"
     )
-    (row,) = run.tables["stability"]
+    row = run.tables["stability"][0]
     assert (row.quantity, row.status) == ("preconditioned_sharpness", "not_assessed")
     assert "NaN or infinite" in row.reason
     assert "CS503" in {finding.code for finding in run.findings}
@@ -285,7 +285,9 @@ def test_through_the_pipeline_with_groups() -> None:
     )
     assert run.model.learning_rate == 30.0
     assert run.model.optimizer == "SGD, lr 0.3 to 30 (2 values)"
-    first = run.findings[0]
-    assert (first.code, first.layer, first.rank, first.severity) == ("CS501", "2", 1, "error")
+    cause, first = run.findings[:2]
+    assert (cause.code, cause.layer, cause.severity) == ("CS504", "2", "error")
+    assert (first.code, first.layer, first.rank, first.severity) == ("CS501", "2", 2, "error")
+    assert first.caused_by == "CS504 2"
     assert "2 carries" in first.evidence
     assert [row.rank for row in run.findings] == list(range(1, len(run.findings) + 1))

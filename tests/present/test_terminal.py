@@ -88,7 +88,8 @@ def test_narrow_report_keeps_what_matters() -> None:
         "frozen: stem.scale",
         "K-FAC-reduce is blind here",
         "→ Use expand for this layer",
-        "and 1 finding more",
+        "causes CS101 in transformer.blocks.0.attention.query_projection",
+        "Worth knowing, on the layers' pages: CS102 (1 layer).",
         "The prefix 'module.' was stripped",
         "export 1.9 s",
         "curvscope show run.h5 transformer.blocks.0.attention.key_projection",
@@ -327,13 +328,45 @@ def test_little_is_known_where_most_was_not_assessed(findings: bool) -> None:
 def test_every_finding_of_the_network_is_printed() -> None:
     run = make_run()
     network = [
-        FindingRow(code=f"CS30{i}", severity="info", layer="", evidence=f"Of the network, {i}.", remedy="")
-        for i in range(4)
+        FindingRow(code=f"CS30{i}", severity=severity, layer="", evidence=f"Of the network, {i}.", remedy="")
+        for i, severity in enumerate(("warning", "info", "warning", "info"))
     ]
     run.tables["findings"] = [*run.findings, *network]
     text = page(run, width=200)
     assert all(row.evidence in text for row in network)
-    assert "and 1 finding more, on the page of its layer." in text
+    assert "no warnings" not in text
+
+
+@pytest.mark.parametrize(
+    ("count", "words"), [(4, "and 1 warning more, on the page of its layer."), (6, "3 warnings more")]
+)
+def test_three_roots_are_shown(count: int, words: str) -> None:
+    run = make_run()
+    run.tables["findings"] = [
+        FindingRow(code="CS202", severity="warning", layer=name, evidence=f"Units of {name}.", remedy="", rank=i)
+        for i, name in enumerate(NAMES[:count])
+    ]
+    text = page(run, width=200)
+    assert [f"Units of {name}." in text for name in NAMES[:count]] == [True] * 3 + [False] * (count - 3)
+    assert words in text
+
+
+def test_a_quiet_run_says_so() -> None:
+    run = make_run()
+    run.tables["findings"] = [row for row in run.findings if row.severity == "info"]
+    text = page(run, width=200)
+    assert "no warnings" in text
+    assert "what deserves a look" not in text
+
+
+def test_the_layer_page_names_causes_and_sources() -> None:
+    text = page(make_run(), "transformer.blocks.0.attention.query_projection", width=200)
+    assert "likely caused by CS201 transformer.blocks.0.attention.key_projection" in text
+    assert (
+        "kfac_expand's error comes from: deviation from the inputs' mean 25%, the mean 15%, positions adding up 60%"
+        in text
+    )
+    assert "kfac_reduce's error comes from: skipped, too dear" in text
 
 
 def test_one_position_has_no_better_flavour() -> None:

@@ -22,6 +22,7 @@ from curvscope.records import (
     Array,
     DampingRow,
     ErrorRow,
+    ExampleRow,
     KroneckerFactors,
     Layer,
     LayerRow,
@@ -29,6 +30,7 @@ from curvscope.records import (
     RangeRow,
     Run,
     RunInfo,
+    SourceRow,
     SpectrumRow,
 )
 
@@ -164,6 +166,8 @@ def _layer(file: h5py.File, row: LayerRow, tables: dict[str, list[Any]]) -> Laye
         row,
         errors={line.approximation: line for line in tables["errors"] if line.layer == row.name},
         spectra={line.approximation: line for line in tables["spectra"] if line.layer == row.name},
+        sources={line.approximation: line for line in tables["sources"] if line.layer == row.name},
+        examples=[line for line in tables["examples"] if line.layer == row.name],
         damping=[line for line in tables["damping"] if line.layer == row.name],
         ranges=[line for line in tables["ranges"] if line.layer == row.name],
     )
@@ -178,6 +182,8 @@ class StoredLayer(Layer):
         row: LayerRow,
         errors: Mapping[str, ErrorRow],
         spectra: Mapping[str, SpectrumRow],
+        sources: Mapping[str, SourceRow],
+        examples: list[ExampleRow],
         damping: Sequence[DampingRow] = (),
         ranges: Sequence[RangeRow] = (),
     ) -> None:
@@ -196,6 +202,8 @@ class StoredLayer(Layer):
             ),
             errors=errors,
             spectra=spectra,
+            sources=sources,
+            examples=examples,
             damping=damping,
             ranges=ranges,
         )

@@ -110,6 +110,21 @@ def _errors(page: Page, layer: Layer) -> None:
     page.table(columns)
     page.lines([page.text("rel.: ||G - M|| / ||G||; 0 is exact, 1 is as far off as M = 0. * the better K-FAC.", "dim")])
     _reasons(page, rows)
+    _sources(page, layer)
+
+
+def _sources(page: Page, layer: Layer) -> None:
+    """What each K-FAC's error comes from, a line each; one line for both where they agree or are not known."""
+    lines: dict[str, list[str]] = {}
+    for name, row in layer.sources.items():
+        if row.status == "ok":
+            shares = f"deviation from the inputs' mean {row.spread:.0%}, the mean {row.mean:.0%}"
+            words = f"{shares}, positions adding up {row.cross:.0%}" if layer.row.positions != 1 else shares
+        else:
+            words = f"{STATUS_WORDS.get(row.status, row.status)}, {row.reason}"
+        lines.setdefault(words, []).append(name)
+    found = [page.text(f"{', '.join(names)}'s error comes from: {words}", "dim") for words, names in lines.items()]
+    page.lines(found)
 
 
 def _spectra(page: Page, layer: Layer) -> None:

@@ -154,6 +154,8 @@ class Page:
                 title.append(f"  confidence {row.confidence:.0%}", style="dim")
             self.lines([title])
             body = [self.text(row.evidence)]
+            if row.caused_by:
+                body.append(self.text(f"likely caused by {row.caused_by}", "dim"))
             if row.reason:
                 body.append(self.text(f"{STATUS_WORDS.get(row.status, row.status)}: {row.reason}", "dim"))
             if row.remedy:

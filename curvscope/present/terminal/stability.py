@@ -16,6 +16,7 @@ from curvscope.records import Run, StabilityRow
 LAYERS_SHOWN = 5
 LEAST_SHARE = 0.05
 VERDICT_STYLES = {"above": "bold red", "below": "green", "undecided": "bold yellow", "not_assessed": "dim"}
+SHARPNESS = ("preconditioned_sharpness", "hessian_top")
 VERDICT_WORDS = {"not_assessed": "not assessed"}
 QUANTITY_WORDS = {
     "hessian_top": "sharpness (largest eigenvalue of the Hessian)",
@@ -25,6 +26,34 @@ QUANTITY_WORDS = {
     "growth_factor": "growth a step along the top direction",
     "largest_stable_lr": "largest stable learning rate",
     "direction_share": "share of the top direction",
+    "update_rms": "gradient over its second moment, RMS of g / sqrt(v)",
+    "update_ratio": "next step over weights",
+    "eps_share": "entries where eps is larger than sqrt(v)",
+    "beta1_over_root_beta2": "beta1 / sqrt(beta2)",
+    "early_moments": "growth of P to come, 1 / (1 - beta1^t)",
+    "learning_rate_ratio": "learning rate over the layers' median",
+    "gradient_noise": "gradient noise tr Sigma, against N |G|^2",
+    "gradient_signal": "gradient signal |G|^2, without noise",
+    "dead_inputs": "inputs that are always zero",
+    "dead_outputs": "outputs that no curvature reaches",
+    "mean_share": "the mean's share of the inputs' energy",
+    "condition_A": "condition of A",
+    "condition_B": "condition of B",
+    "kronecker_limit": "nearest Kronecker product's error over K-FAC's",
+    "example_share": "largest share of one example in the top curvature",
+    "position_share": "largest share of one position",
+    "input_scale": "RMS of the inputs",
+    "odd_example": "largest example over the median one",
+    "weight_scale": "norm of the weight's rows, RMS",
+    "recurrent_radius": "spectral radius",
+    "signal_drift": "change of the signals' size, first layer to last",
+    "normalisations": "normalisations",
+    "attention_logit": "largest attention logit",
+    "attention_collapse": "attention: 1 - entropy / log(keys)",
+    "saturated_units": "saturated values of its units",
+    "dead_units": "dead units",
+    "logit_gap": "median gap between the two largest logits",
+    "wrong_and_certain": "terms certain of a wrong class",
 }
 
 
@@ -53,6 +82,9 @@ def stability_section(page: Page, run: Run) -> None:
         if rate is not None and math.isfinite(rate.value):
             words += f"; stable up to a learning rate of {_value(rate)}"
         grid.add_row("growth", page.text(words))
+    noise = _noise(page, run, network)
+    if noise is not None:
+        grid.add_row("gradient", noise)
     page.console.print(Padding(grid, (0, 0, 0, 1)))
     _layers(page, rows)
     if governs is not None and governs.verdict != "not_assessed":
@@ -81,6 +113,17 @@ def stability_of_layer(page: Page, run: Run, layer: str) -> None:
     page.console.print(Padding(grid, (0, 0, 0, 1)))
 
 
+def _noise(page: Page, run: Run, network: dict[str, StabilityRow]) -> Text | None:
+    """Both parts of the gradient noise scale, against the batch size."""
+    noise, signal = network.get("gradient_noise"), network.get("gradient_signal")
+    if noise is None or signal is None or math.isnan(noise.value):
+        return None
+    words = f"noise tr Sigma {number(noise.value)}, signal |G|^2 {number(signal.value)}: "
+    if signal.value <= 0:
+        return page.text(words + f"no signal stands out of the noise of {run.model.examples} examples")
+    return page.text(words + f"equal in a batch of about {number(noise.value / signal.value)}")
+
+
 def _verdict(page: Page, run: Run, row: StabilityRow) -> Text:
     """The verdict in a sentence with value, spread, threshold and batch size."""
     if row.verdict == "not_assessed":
@@ -101,7 +144,7 @@ def _value(row: StabilityRow) -> str:
 def _layers(page: Page, rows: list[StabilityRow]) -> None:
     """The layers that hold most of the top direction, each with its own block where that was measured."""
     shares = {row.layer: row.value for row in rows if row.quantity == "direction_share"}
-    blocks = {row.layer: row for row in rows if row.scope == "layer" and row.quantity != "direction_share"}
+    blocks = {row.layer: row for row in rows if row.scope == "layer" and row.quantity in SHARPNESS}
     order = sorted(shares, key=lambda name: (blocks.get(name, rows[0]).verdict != "above", -shares[name]))
     shown = [name for index, name in enumerate(order) if index == 0 or shares[name] >= LEAST_SHARE][:LAYERS_SHOWN]
     if not shown:

@@ -1,0 +1,1 @@
+"""The pages of all codes, a file a family."""

@@ -1,0 +1,180 @@
+"""Signs that one layer's factors, rows and columns show: dead or mean-dominated inputs, noise, outliers, condition."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from curvscope.curvature.block import Block
+from curvscope.curvature.extremes import extremes
+from curvscope.extract.collector import Extract
+from curvscope.measure.rows_kept import Rows, rows_of
+from curvscope.measure.signs import missing, sign_row
+from curvscope.records import ErrorRow, ExampleRow, StabilityRow
+
+# Examples listed of a layer.
+LISTED = 5
+# Positions are compared where there are at least this many.
+LEAST_POSITIONS = 4
+
+
+def layer_signs(
+    extract: Extract, blocks: Sequence[Block], errors: Mapping[str, ErrorRow], seed: int
+) -> tuple[list[StabilityRow], list[ExampleRow]]:
+    """The layer's rows of tables/stability that need what the sweep extracted, and its rows of tables/examples."""
+    name = extract.spec.name
+    rows = _factor_rows(extract)
+    if extract.example_squares is not None and extract.gradient is not None:
+        squared = float(extract.gradient.double().square().sum())
+        rows += noise_rows(extract.example_squares, squared, layer=name)
+    if extract.spec.exact_only:
+        return rows, []
+    rows += _limit(name, errors)
+    kept = rows_of(extract)
+    rows.append(_positions(extract, kept))
+    shares = top_shares(extract, blocks, kept, seed)
+    if isinstance(shares, str):
+        return [*rows, missing("example_share", shares, layer=name)], []
+    listed = example_rows(name, shares, extract.example_squares)
+    rows.append(sign_row("example_share", float(shares.max()), layer=name, reason=indices(listed)))
+    return rows, listed
+
+
+def noise_rows(squares: Tensor, squared: float, *, layer: str = "", reason: str = "") -> list[StabilityRow]:
+    """Tr Sigma and |G|^2, without bias, from the squared norms of N examples' parts h_n of the gradient and its own.
+
+    With g_n = N h_n: `tr Sigma = (sum |g_n|^2 - N |g|^2) / (N - 1)`, `|G|^2 = |g|^2 - tr Sigma / N`; the second may be
+    negative. The first is compared with N |G|^2, where noise and signal of a batch of N are equal. Appendix A.1 of
+    arXiv:1812.06162.
+    """
+    N = squares.numel()
+    if N < 2:
+        why = "one example has no spread"
+        return [missing(name, why, layer=layer) for name in ("gradient_noise", "gradient_signal")]
+    noise = float(N * N * squares.sum() - N * squared) / (N - 1)
+    signal = squared - noise / N
+    if signal <= 0:
+        reason = "; ".join(filter(None, ("the estimate of |G|^2 is not positive: noise hides the signal", reason)))
+    return [
+        sign_row("gradient_noise", noise, layer=layer, threshold=N * max(signal, 0.0), reason=reason),
+        sign_row("gradient_signal", signal, layer=layer, reason=reason),
+    ]
+
+
+def _factor_rows(extract: Extract) -> list[StabilityRow]:
+    """What the diagonals and the extreme eigenvalues of expand's A and B say."""
+    if "expand" not in extract.factors:
+        return []
+    name, bias = extract.spec.name, extract.spec.bias is not None
+    A, B = (factor.double() for factor in extract.factors["expand"])
+    if A.ndim == 1:  # counts of tokens: nothing that has a mean or a scale
+        return [_condition(name, "B", B)]
+    inputs, outputs = A.diagonal(dim1=-2, dim2=-1), B.diagonal(dim1=-2, dim2=-1)
+    if bias:
+        inputs = inputs[..., :-1]
+    rows = [
+        sign_row("dead_inputs", float((inputs == 0).double().mean()), layer=name),
+        sign_row("dead_outputs", float((outputs == 0).double().mean()), layer=name),
+    ]
+    total = float(inputs.sum())
+    if extract.mean_input is not None and total > 0:
+        share = float(extract.mean_input.square().sum()) / total
+        rows.append(sign_row("mean_share", share, layer=name))
+    else:
+        why = "all inputs are zero on this batch" if total == 0 else "the data came in several pieces"
+        rows.append(missing("mean_share", why, layer=name))
+    for which, factor in (("A", A), ("B", B)):
+        rows.append(_condition(name, which, factor))
+    return rows
+
+
+def _condition(name: str, which: str, factor: Tensor) -> StabilityRow:
+    """lambda_max / lambda_min over what the dtype resolves of one factor (of the worst group)."""
+    if not bool((factor != 0).any()):
+        return missing(f"condition_{which}", f"{which} is zero on this batch", layer=name)
+    values = torch.linalg.eigvalsh(factor).reshape(-1, factor.shape[-1])
+    least, most = values[:, 0], values[:, -1]
+    floor = most * factor.shape[-1] * torch.finfo(torch.float32).eps
+    if bool((least <= floor).any()):
+        rank = int((values > floor[:, None]).sum(1).min())
+        reason = f"singular to float32: {rank} of {factor.shape[-1]} eigenvalues are resolved"
+        return sign_row(f"condition_{which}", float("inf"), layer=name, reason=reason)
+    return sign_row(f"condition_{which}", float((most / least).max()), layer=name)
+
+
+def _limit(name: str, errors: Mapping[str, ErrorRow]) -> list[StabilityRow]:
+    """How much of the better K-FAC's error the nearest single Kronecker product has, too."""
+    values = [errors[key].rel_frobenius for key in ("kfac_expand", "kfac_reduce") if key in errors]
+    nearest = errors.get("kron_best")
+    known = [value for value in values if value == value]
+    if nearest is None or nearest.rel_frobenius != nearest.rel_frobenius or not known or min(known) <= 0:
+        why = nearest.reason if nearest is not None and nearest.reason else "the errors were not assessed"
+        return [missing("kronecker_limit", why, layer=name)]
+    return [sign_row("kronecker_limit", nearest.rel_frobenius / min(known), layer=name)]
+
+
+def _positions(extract: Extract, rows: Rows | str) -> StabilityRow:
+    """The largest share that one position has in the trace of expand's B."""
+    name = extract.spec.name
+    if isinstance(rows, str):
+        return missing("position_share", rows, layer=name)
+    if extract.spec.kind != "linear" or extract.padded > 0:
+        return missing("position_share", "positions do not stand for the same thing in every example", layer=name)
+    if len(extract.spec.sites) > 1:
+        return missing("position_share", "its positions are calls of one weight, one after the other", layer=name)
+    energy = rows.gradients.square().sum((0, 3), dtype=torch.float64)
+    energy = energy.view(extract.examples, -1).sum(0)
+    if energy.numel() < LEAST_POSITIONS or not float(energy.sum()) > 0:
+        return missing("position_share", f"fewer than {LEAST_POSITIONS} positions, or no curvature", layer=name)
+    shares = energy / energy.sum()
+    place = int(shares.argmax())
+    return sign_row("position_share", float(shares[place]), layer=name, reason=f"position {place} of {shares.numel()}")
+
+
+def top_shares(extract: Extract, blocks: Sequence[Block], rows: Rows | str, seed: int) -> Tensor | str:
+    """Each example's share [N] of u^T G u, u the top eigenvector of the layer's block; or why it is not known.
+
+    With q the top eigenvector of `V^T V` the columns of example n hold `sum_k q[n,k]^2`; of G itself u is taken, and
+    `v . u` from the rows.
+    """
+    if not blocks:
+        return "the layer's columns were not kept"
+    if len(blocks) > 1:
+        return "the layer has groups, each with a top direction of its own"
+    (block,) = blocks
+    if not block.trace > 0:
+        return "the exact block is zero on this batch"
+    gram = block.gram
+    found = extremes(lambda x: gram @ x, gram.shape[0], device=gram.device, seed=seed, tolerance=1e-4).top[0]
+    if block.columns.form != "formed":
+        energy = found.vector.square()
+    elif isinstance(rows, str):
+        return rows
+    else:
+        turned = rows.inputs @ found.vector.view(block.d_out, block.d_in).to(rows.inputs).T  # [N', R, d_out]
+        energy = (rows.gradients * turned).sum((2, 3), dtype=torch.float64).square()
+    each = energy.view(block.columns.count, extract.examples, -1).sum((0, 2))
+    return each / each.sum()
+
+
+def example_rows(layer: str, shares: Tensor, squares: Tensor | None) -> list[ExampleRow]:
+    """The examples with the largest shares, the first of them first."""
+    order = torch.argsort(shares, descending=True)[:LISTED].tolist()
+    of_gradient = None if squares is None or not float(squares.sum()) > 0 else squares / squares.sum()
+    return [
+        ExampleRow(layer, n, float(shares[n]), float("nan") if of_gradient is None else float(of_gradient[n]))
+        for n in order
+    ]
+
+
+def indices(rows: Sequence[ExampleRow]) -> str:
+    """The examples in words, as many as it takes for half of the curvature."""
+    parts, total = [], 0.0
+    for row in rows:
+        parts.append(f"{row.example} ({row.curvature_share:.0%})")
+        total += row.curvature_share
+        if total >= 0.5:
+            break
+    return f"example{'s' if len(parts) > 1 else ''} {', '.join(parts)}"
