@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +36,7 @@ class Convolutional(nn.Module):
         widths = (1, 8, 16, 24, 24)
         self.convs = nn.ModuleList(
             nn.Conv2d(d_in, d_out, 3, stride=1 + (index < 3), padding=1)
-            for index, (d_in, d_out) in enumerate(zip(widths, widths[1:], strict=False))
+            for index, (d_in, d_out) in enumerate(itertools.pairwise(widths))
         )
         for conv in self.convs:
             _he(conv)
@@ -86,7 +87,7 @@ def mlp() -> nn.Sequential:
     """256-64-64-32-10 with ReLU, from He's initialisation."""
     widths = (256, 64, 64, 32)
     layers: list[nn.Module] = [nn.Flatten()]
-    for d_in, d_out in zip(widths, widths[1:], strict=False):
+    for d_in, d_out in itertools.pairwise(widths):
         layers += [nn.Linear(d_in, d_out), nn.ReLU()]
         _he(layers[-2])
     return nn.Sequential(*layers, nn.Linear(widths[-1], CLASSES))
@@ -135,7 +136,7 @@ PROGRAMS = {
             Convolutional,
             ("convs.0", "convs.1", "convs.2"),
             "sgd",
-            0.07,
+            0.06,
             3e-3,
             "head",
             lambda: Convolutional(True),
@@ -152,7 +153,7 @@ PROGRAMS = {
             "head",
             Attention,
             lambda: Attention(False),
-            2e-2,
+            1e-2,
         ),
         Program("recurrent", Recurrent, ("rnn.weight_ih_l0", "rnn.weight_hh_l0", "head"), "adam", 5e-3, 5e-3, "head"),
     )
