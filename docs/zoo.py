@@ -125,7 +125,7 @@ def chosen_factor(cases: Sequence[Case]) -> float:
 
 def _share(flags: Iterable[bool]) -> float:
     values = list(flags)
-    return sum(values) / len(values) if values else float("nan")
+    return sum(values) / len(values) if values else 0.0
 
 
 def _count(flags: Iterable[bool]) -> str:
