@@ -189,7 +189,8 @@ def page(fit: Sequence[Case], not_taken: Sequence[Case], unfit: Sequence[Case], 
         rows.append(score(f"{program}, from the other three", own, f"{far:g}"))
         left_out += own
     rows.insert(0, score("all, each program left out in turn", left_out, "as below"))
-    rows.append(score("all, as shipped", shipped, f"{FAR:g}"))
+    rows.append(score("all, as shipped (not held out)", shipped, f"{FAR:g}"))
+    rows.append(table_row(["asked for", "", "95%", "at most 5%", "85%", "75%"]))
     sick = [one for one in left_out if one.case.specimen.sick]
     parts = [
         HEAD.format(
@@ -209,13 +210,16 @@ def page(fit: Sequence[Case], not_taken: Sequence[Case], unfit: Sequence[Case], 
         truths([*fit, *not_taken]),
         "\n## What was missed, and what was blamed wrongly\n\n",
         *misses(left_out),
-        "\n## What did not take\n\nNo harm done, and left out above; alarms all the same in "
+        unnamed(),
+        "\n## What did not take\n\nNo harm done within the 40 steps (or no twin to tell), and left out above, neither right nor wrong; alarms all the same in "
         + _count(bool(said(case).alarms) for case in not_taken)
         + ".\n\n## Causes\n\nThe codes that count as a fault's name:\n\n",
         _table(
             ("fault", "codes"),
             [
-                table_row([name, ", ".join(f"{code} {CATALOG[code].title}" if code in CATALOG else code for code in codes)])
+                table_row(
+                    [name, ", ".join(f"{code} {CATALOG[code].title}" if code in CATALOG else code for code in codes)]
+                )
                 for name, codes in CAUSES.items()
             ],
         ),
@@ -275,9 +279,19 @@ def misses(results: Sequence[Said]) -> list[str]:
         else:
             words = ""
         if words:
-            place = one.case.place if specimen.sick else f"{specimen.program}, healthy for {specimen.fault}, seed {specimen.seed}"
+            place = (
+                one.case.place
+                if specimen.sick
+                else f"{specimen.program}, healthy for {specimen.fault}, seed {specimen.seed}"
+            )
             lines.append(f"- {place}: {words}\n")
     return lines or ["Nothing.\n"]
+
+
+def unnamed() -> str:
+    """The faults that no code of this version stands for."""
+    names = [name for name, codes in CAUSES.items() if not any(code in CATALOG for code in codes)]
+    return f"\nNo finding of this version stands for {' and '.join(names)}.\n" if names else ""
 
 
 def _sharpness(run: Run) -> str:
@@ -307,7 +321,8 @@ and CS5, and CS4 where K-FAC is the optimizer.
 One was fitted: `far`, how many times over its threshold a learning rate, a weight, an input or an example is a warning by
 itself. Each program is judged with the factor that gives the most (share of sick found - share of healthy alarmed) on the
 other three, the largest of equals, out of 1.5, 2, 3, 4, 6, 8 and 12. The rules that turn signs into findings, and the
-order of causes, were written with all four programs in sight, and so were rates and strengths of the faults.
+order of causes, were written with all four programs in sight, and so were rates and strengths of the faults; only `far`
+is held out.
 
 Float32, factors from two draws (exact for K-FAC), one core, {minutes:.1f} minutes, torch {torch}. This page is written by
 `python -m docs.zoo`.
