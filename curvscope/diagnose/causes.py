@@ -72,9 +72,9 @@ UNSTABLE: tuple[tuple[str, Relation], ...] = (
     ("CS209", _anywhere),
     ("CS210", _by_weights),
     ("CS504", _part),
-    ("CS211", _anywhere),
-    ("CS401", _anywhere),
     ("CS507", _anywhere),
+    ("CS401", _anywhere),
+    ("CS211", _anywhere),
     ("CS505", _anywhere),
     ("CS215", _anywhere),
 )
@@ -106,7 +106,7 @@ CAUSES: dict[str, tuple[tuple[str, Relation], ...]] = {
     "CS209": (("CS213", _anywhere), ("CS211", _elsewhere), ("CS504", _same)),
     "CS210": (("CS214", _anywhere), ("CS213", _anywhere), ("CS212", _warned), ("CS211", _elsewhere),
               ("CS505", _not_by_weights), ("CS504", _anywhere), ("CS507", _anywhere)),
-    "CS211": (("CS210", _same), ("CS209", _same), ("CS212", _same), ("CS504", _same)),
+    "CS211": (("CS507", _anywhere), ("CS210", _same), ("CS209", _same), ("CS212", _same), ("CS504", _same)),
     "CS104": (("CS102", _same),),
     "CS103": (("CS101", _same),),
 }  # fmt: skip

@@ -1,7 +1,8 @@
 """Findings from the signs beside sharpness: inputs, units, weights, attention, outputs, moments, settings.
 
 A sign above its threshold makes a finding. Most are "info" on their own: a network can live with them. They become as
-severe as the worst of what they cause (`diagnose.causes`). Those that spoil training by themselves are warnings.
+severe as the worst of what they cause (`diagnose.causes`). Those that spoil training by themselves are warnings, and so
+are weights, inputs, examples and learning rates `far` times over their thresholds (docs/zoo.md tells how that was set).
 
 The confidence grows with the distance from the threshold: 0.5 at it, 0.2 more for every factor of 2, at most 0.95.
 """
@@ -26,17 +27,17 @@ EXPLODES = 3.0
 Rows = dict[str, list[StabilityRow]]
 
 
-def sign_findings(table: Sequence[StabilityRow], examples: Sequence[ExampleRow] = ()) -> list[Found]:
-    """At most one finding a code and layer."""
+def sign_findings(table: Sequence[StabilityRow], examples: Sequence[ExampleRow] = (), far: float = FAR) -> list[Found]:
+    """At most one finding a code and layer; `far`: see above."""
     rows: Rows = {}
     for row in table:
         rows.setdefault(row.quantity, []).append(row)
-    layers = (_dead_units, _saturated_units, _dead_inputs, _mean, _condition, _positions, _attention, _weights,
-              _recurrent, _inputs, _learning_rates)  # fmt: skip
+    layers = (_dead_units, _saturated_units, _dead_inputs, _mean, _condition, _positions, _attention, _recurrent)
     result = [one for rule in layers for one in rule(rows)]
+    result += [one for rule in (_weights, _inputs, _learning_rates) for one in rule(rows, far)]
     network = (_outputs, _norms, _moments, _eps, _betas, _step)
     result += [one for rule in network for one in rule(rows)]
-    return result + _examples(rows, examples)
+    return result + _examples(rows, examples, far)
 
 
 def confidence(value: float, threshold: float) -> float:
@@ -66,6 +67,16 @@ def _simple(
         sure = confidence(row.value, row.threshold)
         result.append(found(code, severity(row), row.layer, *words(row), size=row.value, confidence=sure))
     return result
+
+
+def _severity(row: StabilityRow, far: float) -> str:
+    return "warning" if row.value >= far * row.threshold else "info"
+
+
+def _over(rows: Rows) -> bool:
+    """Whether the sharpness on the whole batch is above its threshold, though halves of the batch may disagree."""
+    row = next((one for one in rows.get("preconditioned_sharpness", []) if one.scope == "network"), None)
+    return row is not None and row.status == "ok" and row.value > row.threshold
 
 
 def _dead_units(rows: Rows) -> list[Found]:
@@ -190,7 +201,7 @@ def _outputs(rows: Rows) -> list[Found]:
     ]
 
 
-def _weights(rows: Rows) -> list[Found]:
+def _weights(rows: Rows, far: float) -> list[Found]:
     scales = {row.layer: row for row in rows.get("weight_scale", [])}
     result = []
     for layer, row in scales.items():
@@ -206,7 +217,8 @@ def _weights(rows: Rows) -> list[Found]:
         goal = middle if others else 1.41
         remedy = f"Scale the weight by {goal / row.value:.2g}, or initialise it anew; lower its learning rate."
         sure = confidence(row.value, row.threshold)
-        result.append(found("CS211", "info", layer, evidence, remedy, size=row.value, confidence=sure))
+        severity = _severity(row, far)
+        result.append(found("CS211", severity, layer, evidence, remedy, size=row.value, confidence=sure))
     return result
 
 
@@ -224,7 +236,7 @@ def _recurrent(rows: Rows) -> list[Found]:
     )
 
 
-def _inputs(rows: Rows) -> list[Found]:
+def _inputs(rows: Rows, far: float) -> list[Found]:
     return _simple(
         rows,
         "input_scale",
@@ -234,6 +246,7 @@ def _inputs(rows: Rows) -> list[Found]:
             "Subtract the mean of the training data and divide by its standard deviation: curvature here goes with "
             f"the square of the inputs, about {row.value**2:,.3g} times that of inputs of RMS 1.",
         ),
+        lambda row: _severity(row, far),
     )
 
 
@@ -255,7 +268,8 @@ def _norms(rows: Rows) -> list[Found]:
     return [found("CS215", "warning" if strong else "info", "", evidence, remedy, size=0.0, confidence=sure)]
 
 
-def _learning_rates(rows: Rows) -> list[Found]:
+def _learning_rates(rows: Rows, far: float) -> list[Found]:
+    over = _over(rows)
     return _simple(
         rows,
         "learning_rate_ratio",
@@ -264,6 +278,7 @@ def _learning_rates(rows: Rows) -> list[Found]:
             f"Its learning rate is {row.value:.3g} times the median of all layers' ({row.reason}).",
             f"Divide it by {row.value:.3g}, unless that is meant.",
         ),
+        lambda row: "warning" if over else _severity(row, far),
     )
 
 
@@ -327,7 +342,7 @@ def _step(rows: Rows) -> list[Found]:
     return [found("CS508", severity, "", evidence, remedy, size=row.value, confidence=sure)]
 
 
-def _examples(rows: Rows, examples: Sequence[ExampleRow]) -> list[Found]:
+def _examples(rows: Rows, examples: Sequence[ExampleRow], far: float) -> list[Found]:
     """CS214 of an example whose inputs are out of scale, CS207 of one that carries the network's top direction."""
     result = []
     network = [row for row in examples if not row.layer]
@@ -341,7 +356,8 @@ def _examples(rows: Rows, examples: Sequence[ExampleRow]) -> list[Found]:
             shares.append(own.gradient_share)
         evidence = f"Example {place} is {row.value:.3g} times as large as the median one (threshold {row.threshold:g})"
         evidence += f"; it carries {' and '.join(carried)}." if carried else "."
-        severity = "warning" if any(share > CARRIES for share in shares) else "info"
+        harmful = any(share > CARRIES for share in shares) or _over(rows)
+        severity = "warning" if harmful else _severity(row, far)
         remedy = f"Look at example {place} of the batch: scale, corruption, label. Leave such examples out, or clip."
         sure = confidence(row.value, row.threshold)
         result.append(found("CS214", severity, "", evidence, remedy, size=row.value, confidence=sure))

@@ -101,3 +101,8 @@ def test_the_fit_of_a_product_matters_to_those_who_use_one(optimizer: str, sever
     model = dataclasses.replace(MODEL, optimizer=optimizer)
     rows: list[FindingRow] = find(model, {"a": layer(0.9, 0.8)}, [])
     assert [(row.code, row.severity) for row in rows] == [("CS102", severity)]
+
+
+def test_settings_come_before_the_weights_that_they_blew_up() -> None:
+    given = [make("CS211", "a"), make("CS501", "", "error"), make("CS507", severity="warning")]
+    assert chain(*given)[0] == ("CS507", "")

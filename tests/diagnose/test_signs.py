@@ -52,6 +52,9 @@ def test_both_sides_of_a_threshold(quantity: str, code: str, layer: str, severit
         ("dead_units", "CS202", "a", 0.9, ("info", "warning")),
         ("recurrent_radius", "CS212", "a", 3.0, ("info", "warning")),
         ("update_ratio", "CS508", "", 0.5, ("info", "warning")),
+        ("weight_scale", "CS211", "a", 14.0, ("info", "warning")),
+        ("input_scale", "CS213", "a", 20.0, ("info", "warning")),
+        ("learning_rate_ratio", "CS504", "a", 16.0, ("info", "warning")),
     ],
 )
 def test_what_is_a_warning_on_its_own(
@@ -122,3 +125,19 @@ def test_an_example_out_of_scale(ratio: float, share: float, gradient: float, se
 )
 def test_confidence_grows_with_the_distance(value: float, sure: float) -> None:
     assert confidence(value, 1.0) == sure
+
+
+@pytest.mark.parametrize(("sharpness", "severity"), [(0.99, "info"), (1.01, "warning")])
+def test_rates_and_examples_warn_where_the_whole_batch_is_above(sharpness: float, severity: str) -> None:
+    top = StabilityRow(
+        "network", "", "preconditioned_sharpness", sharpness, threshold=1.0, verdict="undecided", status="ok"
+    )
+    found = codes(
+        top, sign_row("learning_rate_ratio", 5.0, layer="a"), sign_row("odd_example", 11.0, reason="example 3")
+    )
+    assert [found[code].row.severity for code in ("CS504", "CS214")] == [severity, severity]
+
+
+@pytest.mark.parametrize(("ratio", "severity"), [(39.9, "info"), (40.1, "warning")])
+def test_an_example_far_out_of_scale_warns_without_shares(ratio: float, severity: str) -> None:
+    assert codes(sign_row("odd_example", ratio, reason="example 3"))["CS214"].row.severity == severity

@@ -126,7 +126,7 @@ ENTRIES = (
     Entry(
         "CS211",
         "weights out of scale",
-        RISES,
+        "warning over 4 times its threshold; below " + RISES,
         "The rows of one layer's weight are far longer than those of the others.",
         "Signals and gradients that pass the layer grow by as much, and the curvature of the layers around it by "
         "the square.",
@@ -150,7 +150,7 @@ ENTRIES = (
     Entry(
         "CS213",
         "inputs out of scale",
-        RISES,
+        "warning over 4 times its threshold; below " + RISES,
         "A layer that reads the model's inputs reads them far from unit size.",
         "The curvature of the layer goes with the square of its inputs: it bounds the learning rate for all. A "
         "mean beside it makes all examples alike (CS205).",
@@ -162,7 +162,8 @@ ENTRIES = (
     Entry(
         "CS214",
         "an example out of scale",
-        "warning where it has more than half of the curvature or of the gradient; info otherwise",
+        "warning where it has more than half of the curvature or of the gradient, over 4 times its threshold, or where "
+        "the sharpness on the whole batch is above its own; info otherwise",
         "The inputs of one example are far larger than those of the others.",
         "Its gradient goes with its inputs, its curvature with their square: it decides the step.",
         "RMS over 10 times the median example's (a choice).",

@@ -48,7 +48,8 @@ ENTRIES = (
     Entry(
         "CS504",
         "a learning rate stands out",
-        "info on its own; as severe as the worst of what it causes",
+        "warning over 4 times its threshold, or where the sharpness on the whole batch is above its own; otherwise "
+        "info on its own, as severe as the worst of what it causes",
         "One layer's learning rate is far above the others'.",
         "The largest rate over curvature bounds all: one group can make the network unstable.",
         "Over 4 times the median of the layers' learning rates (a choice).",
