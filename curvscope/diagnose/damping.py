@@ -15,13 +15,15 @@ from curvscope.records import DampingRow, FindingRow, Layer, RangeRow
 # Recommended values of the layers this far apart: one global value serves none of them well.
 SPREAD = 100.0
 FORM_GAP = 0.25
+# A learning rate under this share of the best multiple of the step takes so little of it that its length does no harm.
+SHORT = 0.25
 # A step that has become gradient descent is worth a word if this share of the best decrease is lost by it.
 LOST = 0.1
 
 Ranked = tuple[int, float, FindingRow]
 
 
-def of_layer(layer: Layer) -> list[Ranked]:
+def of_layer(layer: Layer, learning_rate: float = math.nan) -> list[Ranked]:
     """At most one finding a code: severity rank (1 warning, 2 info), size of the effect, the row."""
     name = f"kfac_{'reduce' if layer.row.better_flavour == 'reduce' else 'expand'}"
     forms = [row for row in layer.ranges if row.approximation == name and row.status == "ok"]
@@ -30,7 +32,7 @@ def of_layer(layer: Layer) -> list[Ranked]:
     found: list[Ranked] = []
     standings = {row.standing for row in forms}
     first = forms[0]
-    if standings == {"too_small"}:
+    if standings == {"too_small"} and not _short(layer, name, learning_rate):
         found.append(
             (1, 0.5 + min(0.4, math.log10(max(1.0, first.low / first.current)) / 20), _too_small(layer, forms))
         )
@@ -57,6 +59,12 @@ def of_layer(layer: Layer) -> list[Ranked]:
         )
         found.append((2, min(1.0, first.form_gap) / 4, row))
     return found
+
+
+def _short(layer: Layer, name: str, learning_rate: float) -> bool:
+    """Whether the learning rate takes under a quarter of the best multiple of the step, in every form."""
+    best = [row.alpha_star for row in layer.damping if row.approximation == name and "current" in row.mark]
+    return bool(best) and all(learning_rate <= SHORT * multiple for multiple in best)
 
 
 def of_network(layers: Mapping[str, Layer]) -> list[Ranked]:

@@ -46,7 +46,7 @@ def find(
     ranked: list[tuple[int, float, FindingRow]] = []
     for layer in layers.values():
         ranked += _of_layer(layer)
-        ranked += damping.of_layer(layer)
+        ranked += damping.of_layer(layer, model.learning_rate)
     ranked += damping.of_network(layers)
     ranked += _of_network(model, coverage)
     ranked += stability_findings(model, stability)

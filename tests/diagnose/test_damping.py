@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -35,6 +36,14 @@ def test_too_small_needs_every_form() -> None:
     # a form that is undefined has no say
     undefined = RangeRow("one", "kfac_expand", "factored", status="not_assessed", reason="pi")
     assert codes(layer([small, undefined])) == ["CS401"]
+
+
+@pytest.mark.parametrize(("rate", "said"), [(0.051, True), (0.05, False), (NAN, True)])
+def test_too_small_counts_where_the_step_is_taken_in_full(rate: float, said: bool) -> None:
+    """alpha_star is 0.2: a rate of a quarter of it takes so little of the step that it does no harm."""
+    one = layer([found_range(standing="too_small")])
+    one.damping[0] = dataclasses.replace(one.damping[0], alpha_star=0.2)  # type: ignore[index]
+    assert [row.code for _, _, row in damping.of_layer(one, rate)] == (["CS401"] if said else [])
 
 
 def test_too_small_in_words() -> None:

@@ -16,7 +16,8 @@ ENTRIES = (
         "Directions in which K-FAC understates the curvature, or of which the batch says nothing, are amplified: "
         "the step gains far less than it promises, or the loss grows.",
         "The damping is under the safe range of tables/ranges: the decrease in the exact quadratic model is under "
-        "1/4 of the promised one, or the damping under the noise of the factors.",
+        "1/4 of the promised one, or the damping under the noise of the factors. Not told where the learning rate "
+        "is under a quarter of the step's best multiple alpha_star (a choice, made with docs/zoo.md in view).",
         SOURCE,
         "Raise the layer's damping to the value named.",
         "fc1: with damping 1e-09 K-FAC-expand can't be trusted here: by its step the exact quadratic model grows.",
