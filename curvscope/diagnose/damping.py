@@ -70,23 +70,27 @@ def _short(layer: Layer, name: str, learning_rate: float) -> bool:
 def of_network(layers: Mapping[str, Layer]) -> list[Ranked]:
     """Whether one damping can serve all layers."""
     best: dict[str, float] = {}
+    lows, highs = [0.0], [math.inf]
     for layer in layers.values():
         name = f"kfac_{'reduce' if layer.row.better_flavour == 'reduce' else 'expand'}"
         for found in layer.ranges:
             if (found.approximation, found.form, found.status) == (name, "eigenbasis", "ok"):
                 best[layer.name] = found.recommended
+                lows += [found.low] if not math.isnan(found.low) else []
+                highs += [found.high] if not math.isnan(found.high) else []
     if len(best) < 2:
         return []
     low, high = min(best, key=lambda name: best[name]), max(best, key=lambda name: best[name])
     spread = best[high] / best[low]
-    if not spread > SPREAD:
+    # one value that is safe for all layers serves them, however far their best ones are apart
+    if not spread > SPREAD or (max(lows) <= min(highs) and len(lows) + len(highs) > 2):
         return []
     row = finding(
         "CS403",
         "info",
         "",
         f"The layers want very different damping: from {best[low]:.2g} ({low}) to {best[high]:.2g} ({high}), a factor "
-        f"of {spread:,.0f}.",
+        f"of {spread:.1g}; no one value is in the safe range of all.",
         "Set damping for each layer, or relative to the mean of its curvature, rather than one value for all.",
     )
     return [(2, min(1.0, math.log10(spread) / 10), row)]

@@ -106,7 +106,7 @@ def _of_layer(layer: Layer) -> list[tuple[int, float, FindingRow]]:
     best = min(expand.rel_frobenius, reduce.rel_frobenius)
     nearest = errors.get("kron_best")
     if best > LARGE_ERROR:
-        structural = nearest is not None and nearest.rel_frobenius > 0.8 * best
+        structural = nearest is not None and 0.8 * best < nearest.rel_frobenius <= best
         ekfac = errors["ekfac_expand" if expand.rel_frobenius <= reduce.rel_frobenius else "ekfac_reduce"]
         helped = not math.isnan(ekfac.rel_frobenius) and ekfac.rel_frobenius < 0.5 * best
         limit = (

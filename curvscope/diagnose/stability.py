@@ -30,7 +30,8 @@ def stability_findings(model: ModelInfo, rows: Sequence[StabilityRow]) -> list[t
             "info",
             "",
             f"Whether training is stable was not assessed: {sharpness.reason}.",
-            "Name the optimizer (--optimizer, --lr, ...), or analyze a checkpoint with its state.",
+            "Name the optimizer and its numbers (--optimizer, --lr, ...); one whose step rests on moments, such as "
+            "Adam, needs its state: analyze a checkpoint that holds it, or capture one with optimizer=.",
         )
         return [(2, 0.5, row)]
     if sharpness.verdict == "above":
@@ -75,7 +76,10 @@ def _above(
 
 
 def _near(model: ModelInfo, sharpness: StabilityRow, network: dict[str, StabilityRow]) -> FindingRow:
-    side = "cannot be told from" if sharpness.verdict == "undecided" else "is close below"
+    side = "cannot be told from"
+    if sharpness.verdict != "undecided":
+        near = sharpness.value > NEAR * sharpness.threshold
+        side = "is close below" if near else "is below, but on a part of the batch close to,"
     return finding(
         "CS502",
         "info",
@@ -101,6 +105,8 @@ def _rate(network: dict[str, StabilityRow]) -> str:
     if rates is None or not math.isfinite(rates.value):
         return ""
     safe = rates.low if math.isfinite(rates.low) else rates.value
+    if rates.threshold <= safe:
+        return f"The learning rate, {rates.threshold:.2g}, is stable on this batch and on its parts (up to {safe:.2g})."
     return f"A learning rate under {safe:.2g} would be stable on this batch (now {rates.threshold:.2g})."
 
 

@@ -59,7 +59,7 @@ class NetworkStage:
                 graph,
                 network,
                 l2_decay(problem.optimizer),
-                own_damping(problem.optimizer),
+                own_damping(problem.optimizer) if settings.damping is None else settings.damping,
                 fisher=fisher,
                 seed=settings.seed,
                 memory_bytes=budget(settings),

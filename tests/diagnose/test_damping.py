@@ -75,9 +75,15 @@ def test_only_the_better_flavour_speaks() -> None:
 
 @pytest.mark.parametrize(("factor", "said"), [(100.1, True), (99.9, False)])
 def test_spread(factor: float, said: bool) -> None:
-    layers = {name: layer([found_range(recommended=value)], name) for name, value in (("a", 0.1), ("b", 0.1 * factor))}
+    ranges = {"a": (0.1, 0.01, 1.0), "b": (0.1 * factor, 1.1, 100.0)}
+    layers = {
+        name: layer([found_range(recommended=best, low=low, high=high)], name)
+        for name, (best, low, high) in ranges.items()
+    }
     assert [row.code for _, _, row in damping.of_network(layers)] == (["CS403"] if said else [])
     assert damping.of_network({"a": layers["a"]}) == []
+    shared = layer([found_range(recommended=0.1 * factor, low=0.9)], "b")
+    assert damping.of_network({"a": layers["a"], "b": shared}) == []  # 0.9 to 1 is safe for both
 
 
 def test_nothing_known_nothing_said() -> None:

@@ -40,10 +40,11 @@ ENTRIES = (
         "info" + TOLD,
         "The layers' best values of damping are far apart.",
         "One value for all is too small for some layers, or gradient descent for others.",
-        "A factor of 100 between the recommended values (a choice).",
+        "A factor of 100 between the recommended values (a choice), and no one value in the safe range of all.",
         SOURCE,
         "Set damping for each layer, or relative to the mean of its curvature.",
-        "The layers want very different damping: from 2.1e-05 (head) to 0.31 (stem), a factor of 14,762.",
+        "The layers want very different damping: from 2.1e-05 (head) to 0.31 (stem), a factor of "
+        "1e+04; no one value is in the safe range of all.",
     ),
     Entry(
         "CS404",
