@@ -96,13 +96,7 @@ class Network:
 
     def _ggn(self) -> tuple[Callable[[Vector], dict[str, Tensor]], Callable[[Vector], float]]:
         """Both operations on one kept graph."""
-        with torch.enable_grad():
-            fresh = self._fresh()
-            outputs = self.outputs(fresh)
-            dummy = torch.zeros_like(outputs, requires_grad=True)
-            pulled = torch.autograd.grad(outputs, list(fresh.values()), dummy, create_graph=True, allow_unused=True)
-            leaf = outputs.detach().requires_grad_()
-            (slope,) = torch.autograd.grad(self._value(leaf), leaf, create_graph=True)
+        fresh, outputs, dummy, pulled, leaf, slope = self._linearized()
         self.passes += 1
         names = [name for name, p in zip(fresh, pulled, strict=True) if p is not None and p.requires_grad]
         wanted = [p for p in pulled if p is not None and p.requires_grad]
@@ -127,8 +121,10 @@ class Network:
 
         return product, form
 
-    def example_curvature(self, vector: Vector, layout: Layout) -> Tensor:
-        """v^T G_n v of every example [N], float64: their sum is v^T G v; `layout` is that of the outputs."""
+    def _linearized(
+        self,
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor, tuple[Tensor | None, ...], Tensor, Tensor]:
+        """Fresh parameters, outputs, u and J^T u to differentiate by it, and the outputs as a leaf with dL/df."""
         with torch.enable_grad():
             fresh = self._fresh()
             outputs = self.outputs(fresh)
@@ -136,6 +132,11 @@ class Network:
             pulled = torch.autograd.grad(outputs, list(fresh.values()), dummy, create_graph=True, allow_unused=True)
             leaf = outputs.detach().requires_grad_()
             (slope,) = torch.autograd.grad(self._value(leaf), leaf, create_graph=True)
+        return fresh, outputs, dummy, pulled, leaf, slope
+
+    def example_curvature(self, vector: Vector, layout: Layout) -> Tensor:
+        """v^T G_n v of every example [N], float64: their sum is v^T G v; `layout` is that of the outputs."""
+        fresh, _, dummy, pulled, leaf, slope = self._linearized()
         self.passes += 2
         wanted = [(name, p) for name, p in zip(fresh, pulled, strict=True) if p is not None and p.requires_grad]
         wanted = [(name, p) for name, p in wanted if name in vector]
