@@ -16,7 +16,7 @@ import curvscope
 from tests.growth import OPTIMIZERS, SAMPLES, STEPS, Top, growths, kfac_growths, load_sample
 
 PAGE = Path(__file__).with_suffix(".md")
-NAMES = ("digits_mlp", "digits_cnn", "digits_vit")
+NAMES = ("digits_mlp", "digits_cnn", "digits_vit", "text_gpt", "graph_gnn", "digits_autoencoder")
 FACTORS = (0.7, 1.3)
 KFAC_DAMPING = 0.05
 WITHIN = 0.05
@@ -80,7 +80,7 @@ without such a block none is named.
 
 ## Growth: predicted and measured
 
-The three samples on their own batch, float64. Parameters are perturbed along the top direction and the real torch.optim
+The six samples on their own batch, float64. Parameters are perturbed along the top direction and the real torch.optim
 optimizer takes {steps} full-batch steps; for K-FAC a small reference with frozen factors (`tests/growth.py`, damping
 {damping:g}). The loss is tilted by a linear term so that the start is stationary, what the theory freezes is put back
 before every step, the momentum starts on the eigenvector, and the unperturbed trajectory is subtracted. State comes
