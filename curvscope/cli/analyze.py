@@ -196,6 +196,7 @@ def analyze(
     beta2: optimizers.Beta2 = None,
     eps: optimizers.Eps = None,
     weight_decay: optimizers.WeightDecay = None,
+    clip_norm: optimizers.ClipNorm = None,
     damping: optimizers.Damping = None,
     format: options.Format = "table",
     fail_on: Annotated[
@@ -274,6 +275,7 @@ def analyze(
                 dump=tuple(dump or ()),
                 dataset_size=dataset_size,
                 damping=damping,
+                clip_norm=clip_norm,
             )
         if dry_run:
             _print_plan(found, format)

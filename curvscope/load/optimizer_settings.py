@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from curvscope.load.optimizer import OUTSIDE, UNKNOWN
-from curvscope.load.problem import OptimizerState
+from curvscope.load.problem import OptimizerState, Schedule
 
 KINDS = ("sgd", "adam", "adamw", "nadam", "rmsprop", "adagrad", "kfac", "shampoo")
 OTHER = "other"
@@ -83,9 +83,9 @@ class ParameterSettings:
     """What the optimizer does to one parameter.
 
     `beta2` is the smoothing of the squared gradients (RMSprop's alpha); `decoupled` says that weight decay shrinks
-    the parameter (AdamW) instead of adding to the gradient (L2). `step` counts the steps taken; `moments` are the
-    state's tensors by torch's names (exp_avg, exp_avg_sq, max_exp_avg_sq, square_avg, grad_avg, sum, momentum_buffer,
-    mu_product; Shampoo: left_0, ... or inverse_0, ...).
+    the parameter (AdamW) instead of adding to the gradient (L2). `step` counts the steps taken; `group` is the number
+    of its parameter group; `moments` are the state's tensors by torch's names (exp_avg, exp_avg_sq, max_exp_avg_sq,
+    square_avg, grad_avg, sum, momentum_buffer, mu_product; Shampoo: factor_0, ... or inverse_0, ...).
     """
 
     lr: float
@@ -103,6 +103,7 @@ class ParameterSettings:
     centered: bool = False
     maximize: bool = False
     step: int = 0
+    group: int = 0
     moments: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
 
@@ -117,8 +118,9 @@ class OptimizerSettings:
         damping: of K-FAC and Shampoo, in the unit of their factors.
         flavour: K-FAC's, expand or reduce.
         problem: why it can't be assessed; empty where it can.
-        notes: sentences on what was found beside it (scheduler, clipping, unnamed parameters).
-        clip: bound on the gradient's norm, where the checkpoint stores one.
+        notes: sentences on what was found beside it (clipping by value, unnamed parameters).
+        clip: bound on the gradient's norm, where one is known.
+        schedule: the rates that its scheduler sets from here on.
     """
 
     kind: str
@@ -129,6 +131,7 @@ class OptimizerSettings:
     problem: str = ""
     notes: tuple[str, ...] = ()
     clip: float | None = None
+    schedule: Schedule | None = None
 
     @property
     def main(self) -> ParameterSettings | None:
@@ -164,6 +167,8 @@ class OptimizerSettings:
             parts.append(f"damping {self.damping:g}")
         if self.kind == "kfac":
             parts.append(self.flavour)
+        if self.clip is not None:
+            parts.append(f"gradient norm clipped at {self.clip:g}")
         parts += [f"step {one.step:,}"] if one.step else []
         return ", ".join([self.name, *parts])
 
@@ -199,7 +204,7 @@ def optimizer_settings(
     for parameter, shape in shapes.items():
         if state is not None and parameter not in entries:
             continue
-        group, entry = entries.get(parameter, ({}, {}))
+        number, group, entry = entries.get(parameter, (0, {}, {}))
         numbers = _numbers(kind, group) if same else {}
         settings = {**DEFAULTS.get(kind, {}), **numbers, **given}
         if "lr" not in settings:
@@ -211,31 +216,33 @@ def optimizer_settings(
         # another optimizer's moments are not this one's
         if not same:
             step, moments = 0, {}
-        parameters[parameter] = ParameterSettings(**settings, step=step, moments=moments)
+        parameters[parameter] = ParameterSettings(**settings, step=step, group=number, moments=moments)
     result = OptimizerSettings(
         kind if kind in KINDS else OTHER,
         name,
         parameters,
         damping=_damping(state, options),
         flavour=str(options.get("flavour", "expand")),
-        notes=_outside(state, shapes, entries),
-        clip=state.clip if state is not None else None,
+        notes=_outside(state, shapes, entries, options),
+        clip=options.get("clip_norm", None if state is None else state.clip) or None,
+        # a rate of the user's own is none of the schedule
+        schedule=state.schedule if state is not None and same and "lr" not in options else None,
     )
     problems += _problems(result, state)
     return dataclasses.replace(result, problem=problems[0] if problems else "")
 
 
-def _entries(state: OptimizerState) -> dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]]:
-    """Parameter name to its group's options and its own state."""
-    found: dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {}
+def _entries(state: OptimizerState) -> dict[str, tuple[int, Mapping[str, Any], Mapping[str, Any]]]:
+    """Parameter name to its group's number and options and its own state."""
+    found: dict[str, tuple[int, Mapping[str, Any], Mapping[str, Any]]] = {}
     position = 0
-    for group in state.state_dict["param_groups"]:
+    for number, group in enumerate(state.state_dict["param_groups"]):
         for index in group["params"]:
             name = state.param_names[position] if position < len(state.param_names) else OUTSIDE
             position += 1
             if name != OUTSIDE:
                 entry = state.state_dict["state"].get(index, {})
-                found[name] = (group, entry if isinstance(entry, Mapping) else {})
+                found[name] = (number, group, entry if isinstance(entry, Mapping) else {})
     return found
 
 
@@ -323,11 +330,15 @@ def _damping(state: OptimizerState | None, options: Mapping[str, Any]) -> float 
     return None
 
 
-def _outside(state: OptimizerState | None, shapes: Mapping[str, Any], entries: Mapping[str, Any]) -> tuple[str, ...]:
+def _outside(
+    state: OptimizerState | None, shapes: Mapping[str, Any], entries: Mapping[str, Any], options: Mapping[str, Any]
+) -> tuple[str, ...]:
     """What else was found in the optimizer's state, a sentence each."""
     if state is None:
         return ()
     notes = list(state.notes)
+    if state.schedule is not None and "lr" in options:
+        notes.append(f"The learning rate is the one given; what its {state.schedule.name} does is left out.")
     missing = [name for name in shapes if name not in entries]
     if missing and len(missing) < len(shapes):
         notes.append(

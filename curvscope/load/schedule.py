@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 

@@ -27,6 +27,7 @@ from curvscope.measure.sharpness import Product, Space, energy_shares, precondit
 from curvscope.measure.sign_stage import Seen, members, signs
 from curvscope.measure.signs import sign_row
 from curvscope.measure.stability import Spread, verdict
+from curvscope.measure.surroundings import clip_scale, clipped_rows, norm_of, scheduled_row
 from curvscope.measure.thresholds import rule
 from curvscope.records import NAN, ExampleRow, KroneckerFactors, Layer, StabilityRow
 
@@ -75,7 +76,6 @@ def stability_stage(
     axes: Sequence[int | None],
     output: Layout,
     layers: Mapping[str, Layer],
-    gradient_norm: float,
     wanted: Wanted,
 ) -> Assessment:
     """The stability table of a problem whose loss is settled; a model without second derivatives gets the reason."""
@@ -106,8 +106,7 @@ def stability_stage(
         rows.append(sign_row("example_share", listed[0].curvature_share, reason=indices(listed)))
     if settings is None:
         return Assessment(rows, listed)
-    notes = optimizer_notes(settings, gradient_norm)
-    return Assessment(rows, listed, settings.label, settings.learning_rate, tuple(notes))
+    return Assessment(rows, listed, settings.label, settings.learning_rate, settings.notes)
 
 
 @dataclass
@@ -280,7 +279,20 @@ def _network_rows(
         )
     )
     rows += _consequences(stage, P, spread, said, main.lr)
-    return rows, whole.top[0].vector, space
+    if settings.clip is not None:
+        norm = norm_of(network.gradient())
+        clipped = _clipped(stage, P, space, spread, clip_scale(norm, settings.clip))
+        rows += clipped_rows(settings, P, spread, clipped, norm, lr=main.lr, halved=bool(stage.parts))
+    scheduled = scheduled_row(settings, P, spread, halved=bool(stage.parts))
+    return [*rows, *([] if scheduled is None else [scheduled])], whole.top[0].vector, space
+
+
+def _clipped(stage: _Stage, P: Preconditioner, space: Space, plain: Spread, scale: float) -> Spread:
+    """The spread of P^{-1} (s H + wd); without wd it is the plain one's, s times."""
+    if scale == 1.0 or not any(P.l2.values()):
+        return plain.scaled(scale)
+    products = [_scaled(stage.product(index), scale) for index in range(len(stage.networks))]
+    return dataclasses.replace(stage, products=products).spread(space, P)[0]
 
 
 def _bottom(plain: Extremes, stage: _Stage) -> StabilityRow:
@@ -393,17 +405,3 @@ def _block_row(
         reason=reason,
         timed_out=stage.late,
     )
-
-
-def optimizer_notes(settings: OptimizerSettings | None, gradient_norm: float) -> list[str]:
-    """What was found beside the optimizer, and whether clipping shortens the step here."""
-    if settings is None:
-        return []
-    notes = list(settings.notes)
-    if settings.clip is not None:
-        if gradient_norm > settings.clip:
-            acts = f"acts here (norm {gradient_norm:.3g}): steps are {settings.clip / gradient_norm:.2g} times as long"
-        else:
-            acts = f"does not act here (norm {gradient_norm:.3g})"
-        notes.append(f"Gradient clipping at {settings.clip:g} {acts}; the stability verdict is that without it.")
-    return notes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from curvscope.load.optimizer import as_optimizer_state, match_optimizer
 from curvscope.load.optimizer_options import optimizer_options
 from curvscope.load.optimizer_settings import OptimizerSettings, optimizer_settings
 from curvscope.load.problem import OptimizerState
+from curvscope.load.surroundings import find_clip
 from curvscope.measure.update import next_update
 
 optim = torch.optim
@@ -210,8 +212,33 @@ def test_scheduler_and_clipping_are_told(agrees: bool, tmp_path: Path) -> None:
         tmp_path / "c.pt", lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
     ).optimizer
     assert state.clip == 2.0
-    assert ("sets the learning rate" in state.notes[0]) == agrees
-    assert ("is not the optimizer's" in state.notes[0]) != agrees
+    assert (state.schedule.name, state.schedule.problem == "") == ("StepLR", agrees)
+    assert ("is not the optimizer's" in state.schedule.problem) != agrees
+    settings = optimizer_settings(state, shapes_of(net))
+    assert settings.label.endswith("gradient norm clipped at 2")
+    # what the user says comes first
+    own = optimizer_settings(state, shapes_of(net), optimizer_options({"clip_norm": 0, "lr": 0.5}))
+    assert (own.clip, own.schedule) == (None, None)
+    assert "what its StepLR does is left out" in own.notes[0]
+
+
+CLIPS: dict[str, tuple[dict[str, Any], float | None, bool]] = {
+    "top": ({"max_grad_norm": 0.5}, 0.5, False),
+    "hyperparameters": ({"hyper_parameters": {"gradient_clip_val": 1.5}}, 1.5, False),
+    "namespace": ({"args": argparse.Namespace(grad_clip=0.25)}, 0.25, False),
+    "off": ({"max_grad_norm": 0.0}, None, False),
+    "by value": ({"hparams": {"gradient_clip_val": 1.5, "gradient_clip_algorithm": "value"}}, None, True),
+    "value of its own": ({"clip_value": 0.1}, None, True),
+    "a flag": ({"grad_clip": True}, None, False),
+}
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_the_bound_on_the_gradient(name: str) -> None:
+    content, bound, told = CLIPS[name]
+    found, notes = find_clip(content)
+    assert found == bound
+    assert any("not modelled" in note for note in notes) == told
 
 
 def test_a_class_told_from_nadams_options() -> None:

@@ -121,7 +121,7 @@ UNKNOWN = {
     "lambda": (lambda o: S.LambdaLR(o, lambda step: 0.9**step), "functions are not in the file"),
     "multiplied": (lambda o: S.MultiplicativeLR(o, lambda step: 0.9), "functions are not in the file"),
     "custom": (
-        lambda o: S.CyclicLR(o, 0.01, 0.5, 6, scale_fn=lambda x: 1 / x, mode="triangular"),
+        lambda o: S.CyclicLR(o, 0.01, 0.5, 6, scale_fn=lambda x: 0.5 / x, mode="triangular"),
         "functions are not in the file",
     ),
     "in a sequence": (

@@ -17,7 +17,7 @@ from curvscope.load.optimizer_options import optimizer_options
 from curvscope.load.optimizer_settings import OptimizerSettings, optimizer_settings
 from curvscope.measure.halves import Batch, halves
 from curvscope.measure.stability import Spread, verdict
-from curvscope.measure.stability_stage import NO_OPTIMIZER, Wanted, assess, optimizer_notes
+from curvscope.measure.stability_stage import NO_OPTIMIZER, Wanted, assess
 from curvscope.records import StabilityRow
 from tests import models
 from tests.networks import graph_and_network
@@ -266,12 +266,6 @@ def test_a_memory_bound_is_kept_and_told() -> None:
     (row,) = rows_of(batch, settings_of(batch, "sgd:lr=0.1"), memory_bytes=1000)
     assert (row.quantity, row.verdict) == ("preconditioned_sharpness", "not_assessed")
     assert "over --memory" in row.reason
-
-
-@pytest.mark.parametrize(("norm", "words"), [(4.0, "steps are 0.5 times as long"), (1.0, "does not act here")])
-def test_clipping_is_told(norm: float, words: str) -> None:
-    settings = OptimizerSettings("sgd", "SGD", {}, clip=2.0)
-    assert words in optimizer_notes(settings, norm)[0]
 
 
 def test_through_the_pipeline_with_groups() -> None:

@@ -20,7 +20,9 @@ ENTRIES = (
         "Adam; all in docs/stability.md. Full-batch training hovers just above it for long without diverging, "
         "hence the factor 2.",
         EDGE,
-        "Lower the learning rate under the value that the finding names, or warm it up; remove the cause it names.",
+        "Lower the learning rate under the value that the finding names, or warm it up; remove the cause it names. "
+        "Gradient clipping that acts shortens the step and raises the threshold, as long as the gradient stays as "
+        "large: the finding names both thresholds, and an error becomes a warning where the clipped step is stable.",
         "Adam: sharpness 21000 (on 64 examples, 18100 to 26000 with its halves) is above the threshold 12700.",
     ),
     Entry(
@@ -105,5 +107,18 @@ ENTRIES = (
         "Compare the trust ratio of LARS, arXiv:1708.03888.",
         "Lower the learning rate, or warm it up.",
         "The next step is 0.31 times as long as the weights themselves.",
+    ),
+    Entry(
+        "CS509",
+        "the schedule leads above the threshold",
+        "info; warning where the rate at the peak is over twice the largest stable one",
+        "The stored learning rate scheduler will set a rate that the sharpness of today does not bear.",
+        "Where the sharpness does not fall as the rate rises, training becomes unstable on the way to the peak.",
+        "The optimizer's own threshold at the tightest step ahead, its momentum there included. The scheduler is run "
+        "ahead from its stored state; sharpness and moments are those of now.",
+        EDGE + "; that sharpness falls during warm-up arXiv:2110.04369",
+        "A lower peak or a longer warm-up; analyze again nearer to the peak.",
+        "SGD, lr 0.04: today's sharpness bears a learning rate up to 0.21; the schedule goes to 1 (OneCycleLR: in 90 "
+        "scheduler steps, with today's sharpness and moments).",
     ),
 )
