@@ -15,7 +15,7 @@ from torch import nn
 
 from curvscope._version import __version__
 from curvscope.diagnose import rules
-from curvscope.errors import AnalysisError, DeviceError
+from curvscope.errors import AnalysisError, BatchError, DeviceError
 from curvscope.extract.choose import DTYPES, budget
 from curvscope.extract.plan import size_in_words
 from curvscope.extract.ready import describe_plan, get_ready
@@ -250,8 +250,20 @@ def _with_fallback(given: _Given, call: Callable[[_Given, torch.device], T]) -> 
     )
 
 
+def _check_dataset(settings: Settings, examples: int) -> None:
+    """Refuse a training set that is smaller than the batch taken from it."""
+    if settings.dataset_size is not None and settings.dataset_size < examples:
+        raise BatchError(
+            f"The training set is said to have {settings.dataset_size} examples, and the batch has {examples}.",
+            where="--dataset-size",
+            remedy="Give the number of examples in the whole training set; with causal_lm and other sequences an "
+            "example is a row of the batch, not a token.",
+        )
+
+
 def _planned(given: _Given, device: torch.device) -> PlannedRun:
     ready = get_ready(given.problem, given.settings, device, given.report, dict(given.seconds))
+    _check_dataset(given.settings, ready.passes.pieces.survey.examples)
     planned = describe_plan(ready)
     if ready.passes.pieces.survey.batches > 1:
         return planned
@@ -272,6 +284,7 @@ def _analyzed(given: _Given, run_on: torch.device) -> Run:
     ready = get_ready(given.problem, settings, run_on, report, seconds)
     problem, passes, notes = ready.problem, ready.passes, ready.notes
     graph, survey, chosen, samples_taken = passes.graph, passes.pieces.survey, ready.fisher, ready.samples
+    _check_dataset(settings, survey.examples)
     kind = DTYPES[settings.dtype]
     whole = passes.pieces.whole()
     stage = None

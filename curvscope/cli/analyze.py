@@ -122,7 +122,6 @@ def analyze(
     dataset_size: Annotated[
         int | None,
         typer.Option(
-            min=1,
             metavar="N",
             help="Examples of the whole training set: for the evidence and the weight decay it suggests.",
             rich_help_panel=CURVATURE,

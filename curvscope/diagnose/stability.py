@@ -129,7 +129,15 @@ def _near(model: ModelInfo, sharpness: StabilityRow, network: dict[str, Stabilit
 
 
 def _damping(model: ModelInfo) -> str:
-    return "More damping lowers the sharpness, too." if ", damping " in model.optimizer else ""
+    if ", damping " not in model.optimizer:
+        return ""
+    words = "More damping lowers the sharpness, too."
+    if model.optimizer.startswith("K-FAC"):
+        words += (
+            " A damping that is called safe elsewhere in the report is so for one whole step (learning rate 1) from "
+            "here; this is about steps at your learning rate, one after another: both can hold."
+        )
+    return words
 
 
 def _spread(model: ModelInfo, row: StabilityRow) -> str:

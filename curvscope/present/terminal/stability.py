@@ -193,11 +193,14 @@ def _layers(page: Page, rows: list[StabilityRow]) -> None:
     short = shorten([page.safe(name) for name in shown], max(10, min(longest, page.width - 40)), page.ellipsis)
     cells: list[tuple[str, str]] = []
     verdicts: list[tuple[str, str]] = []
+    decays: list[str] = []
     for name in shown:
         block = blocks.get(name)
         known = block is not None and not math.isnan(block.value)
         cells.append((_value(block) if block is not None and known else page.dash, "" if known else "dim"))
         said = block.verdict if block is not None and block.verdict != "not_assessed" else ""
+        if block is not None and "is weight decay" in block.reason:
+            decays.append(f"{name}: {block.reason.partition(';')[0]}.")
         verdicts.append((said or page.dash, VERDICT_STYLES.get(said, "dim")))
     page.table(
         [
@@ -207,3 +210,4 @@ def _layers(page: Page, rows: list[StabilityRow]) -> None:
             Column("\nalone", verdicts, worth=7, left=True),
         ]
     )
+    page.lines([page.text(words, "dim") for words in decays])
