@@ -123,6 +123,31 @@ def match_optimizer(
     )
 
 
+OTHERS: tuple[tuple[str, frozenset[str]], ...] = (
+    ("Muon", frozenset({"ns_steps", "momentum"})),
+    ("Adafactor", frozenset({"beta2_decay", "d"})),
+    ("Adafactor", frozenset({"scale_parameter", "relative_step"})),
+    ("ScheduleFree", frozenset({"weight_lr_power", "r"})),
+    ("AdEMAMix", frozenset({"betas", "alpha", "eps", "beta3_warmup"})),
+    ("AdEMAMix", frozenset({"betas", "alpha", "eps", "t_alpha_beta3"})),
+    ("Prodigy", frozenset({"d0", "d_coef"})),
+    ("Shampoo", frozenset({"epsilon", "update_freq"})),
+    ("ASGD", frozenset({"lambd", "t0"})),
+    ("Rprop", frozenset({"etas", "step_sizes"})),
+    ("LBFGS", frozenset({"line_search_fn"})),
+    ("LARS", frozenset({"trust_coefficient"})),
+)
+"""Optimizers that the options tell apart, and that are recognised to be named, most of them without a threshold."""
+KNOWN_OPTIONS = frozenset(
+    (
+        *("params", "param_names", "name", "lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize"),
+        *("foreach", "differentiable", "fused", "capturable", "initial_lr", "max_lr", "min_lr", "base_momentum"),
+        *("max_momentum", "swa_lr", "lr_scale", "damping"),
+    )
+)
+"""Options of torch's SGD, and those that schedulers and training scripts add to groups."""
+
+
 def class_name_of(state: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
     """The optimizer's class as far as its options tell, and a note where they do not.
 
@@ -140,13 +165,19 @@ def class_name_of(state: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
         if not any(group.get("weight_decay") for group in groups):
             return "Adam", ()
         return UNKNOWN, ("The optimizer is Adam or AdamW; its state_dict does not say which.",)
-    for name, needed in (
+    strange = sorted(options - KNOWN_OPTIONS)
+    for name, needed in OTHERS:
+        if needed <= options:
+            return name, ()
+    if strange and {"momentum", "dampening", "nesterov"} <= options:
+        return UNKNOWN, (f"The optimizer looks like SGD but has options of its own ({', '.join(strange[:4])}).",)
+    for name, keys in (
         ("NAdam", {"betas", "eps", "momentum_decay"}),
         ("SGD", {"momentum", "dampening", "nesterov"}),
         ("RMSprop", {"alpha", "centered"}),
         ("Adagrad", {"lr_decay", "initial_accumulator_value"}),
     ):
-        if needed <= options:
+        if keys <= options:
             return name, ()
     return UNKNOWN, ("The optimizer's class could not be told from its state.",)
 

@@ -70,7 +70,8 @@ def test_analyze_hands_on_every_option(pipeline: Pipeline) -> None:
         --example-index batch --trust --layers a.* --layers b --skip head --fisher probe --samples 4
         --measure spectral --measure kron_best --device cpu --dtype float64 --memory 1.5GiB --time 2min --seed 7
         --dump columns --dump blocks --dataset-size 50000
-        --optimizer sgd --lr 0.1 --momentum 0.9 --nesterov --weight-decay 1e-4 --damping 0.5 --clip-norm 1.5 -o out.h5 --quiet
+        --optimizer sgd --lr 0.1 --momentum 0.9 --nesterov --weight-decay 1e-4 --damping 0.5
+        --clip-norm 1.5 -o out.h5 --quiet
     """
     result = call("analyze", "w.pt", *options.split())
     assert result.exit_code == 0, result.output

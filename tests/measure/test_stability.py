@@ -198,12 +198,13 @@ def test_an_eigenvalue_that_is_weight_decay_says_so() -> None:
     """Dead weights under Adam: P is as small as the decay, wd / P far over any curvature, on every part the same."""
     model, batch = problem()
     shapes = {name: p.shape for name, p in batch.network.parameters.items()}
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=1e-2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-6, weight_decay=1e-2)
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     optimizer.step()
     plain = optimizer_settings(as_optimizer_state(optimizer, model), shapes)
     assert not [row for row in rows_of(batch, plain, full=True) if "weight decay" in row.reason]
+    optimizer.param_groups[0]["weight_decay"] = 5.0
     optimizer.state[model[0].weight]["exp_avg_sq"][0] = 1e-12
     dead = optimizer_settings(as_optimizer_state(optimizer, model), shapes)
     told = {row.scope: row for row in rows_of(batch, dead) if "is weight decay over P" in row.reason}
@@ -211,7 +212,7 @@ def test_an_eigenvalue_that_is_weight_decay_says_so() -> None:
     assert told["layer"].layer == "0"
     share = float(told["layer"].reason.partition("%")[0]) / 100
     root = (1 - 0.9) * ((1e-12 / (1 - 0.999)) ** 0.5 + 1e-8)
-    assert share == pytest.approx(1e-2 / root / told["layer"].value, abs=0.006)
+    assert share == pytest.approx(5.0 / root / told["layer"].value, abs=0.006)
 
 
 def test_without_an_optimizer_sharpness_is_there_and_no_verdict() -> None:
