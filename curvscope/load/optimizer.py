@@ -69,6 +69,20 @@ def as_optimizer_state(
     return OptimizerState(type(optimizer).__name__, tuple(order), state, clip=clip_norm, schedule=ahead)
 
 
+def entries_by_name(state: OptimizerState) -> dict[str, tuple[int, Mapping[str, Any], Mapping[str, Any]]]:
+    """Parameter name to its group's number, the group's options, and the parameter's own state."""
+    found: dict[str, tuple[int, Mapping[str, Any], Mapping[str, Any]]] = {}
+    position = 0
+    for number, group in enumerate(state.state_dict["param_groups"]):
+        for index in group["params"]:
+            name = state.param_names[position] if position < len(state.param_names) else OUTSIDE
+            position += 1
+            if name != OUTSIDE:
+                entry = state.state_dict["state"].get(index, {})
+                found[name] = (number, group, entry if isinstance(entry, Mapping) else {})
+    return found
+
+
 def find_optimizer_state(content: Mapping[Any, Any]) -> Mapping[str, Any] | None:
     """The optimizer's state_dict in a training checkpoint (Lightning keeps a list: its first)."""
     for key in OPTIMIZER_KEYS:

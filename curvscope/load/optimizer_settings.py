@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvscope.load.optimizer import OUTSIDE, UNKNOWN
+from curvscope.load.optimizer import UNKNOWN, entries_by_name
 from curvscope.load.problem import OptimizerState, Schedule
 
 KINDS = ("sgd", "adam", "adamw", "nadam", "rmsprop", "adagrad", "kfac", "shampoo")
@@ -198,7 +198,7 @@ def optimizer_settings(
         return OptimizerSettings(OTHER, name, {}, problem="no optimizer is known; name it with --optimizer")
     parameters: dict[str, ParameterSettings] = {}
     problems: list[str] = []
-    entries = _entries(state) if state is not None else {}
+    entries = entries_by_name(state) if state is not None else {}
     # numbers of a class that is not known here count where the user names its kind
     same = state is not None and (stored == OTHER or kind in (stored, *(("adam", "adamw") if _is_adam(state) else ())))
     for parameter, shape in shapes.items():
@@ -230,20 +230,6 @@ def optimizer_settings(
     )
     problems += _problems(result, state)
     return dataclasses.replace(result, problem=problems[0] if problems else "")
-
-
-def _entries(state: OptimizerState) -> dict[str, tuple[int, Mapping[str, Any], Mapping[str, Any]]]:
-    """Parameter name to its group's number and options and its own state."""
-    found: dict[str, tuple[int, Mapping[str, Any], Mapping[str, Any]]] = {}
-    position = 0
-    for number, group in enumerate(state.state_dict["param_groups"]):
-        for index in group["params"]:
-            name = state.param_names[position] if position < len(state.param_names) else OUTSIDE
-            position += 1
-            if name != OUTSIDE:
-                entry = state.state_dict["state"].get(index, {})
-                found[name] = (number, group, entry if isinstance(entry, Mapping) else {})
-    return found
 
 
 def _is_adam(state: OptimizerState) -> bool:
