@@ -63,6 +63,7 @@ def analyze(
     dump: Sequence[str] | str = (),
     dataset_size: int | None = None,
     damping: float | None = None,
+    batches: int | None = None,
     progress: bool | Progress = False,
 ) -> Run:
     """The curvature of every linear layer of a model on one batch, and how well K-FAC describes it.
@@ -75,7 +76,8 @@ def analyze(
             torch.export archive, safetensors with `factory`, Hugging Face folder). It is never modified.
         batch: `(inputs, targets)`, a file, or None for a bundle's own; inputs a tensor, a tuple or a dict. Or several:
             a folder of files, a list of pairs, a DataLoader, or a callable that returns one pair or an iterable of
-            them. The result is that of their concatenation, and memory does not grow with their number.
+            them. The result is that of their concatenation, and memory does not grow with their number. All are read
+            anew for every pass, and have to be the same then.
         loss: "cross_entropy", "mse", "bce_with_logits" or "causal_lm" (settings after a colon, such as
             "cross_entropy:class_axis=last"), a torch loss module, or a callable `(outputs, targets) -> scalar`; None
             for a bundle's own.
@@ -103,6 +105,8 @@ def analyze(
         dump: "spectra" keeps eigenvectors, "columns" and "blocks" the matrices themselves.
         dataset_size: examples of the whole training set, which the evidence (and the weight decay it suggests) needs.
         damping: the damping that the optimizer uses, in the loss's own scale; None for the checkpoint's, if it has one.
+        batches: how many of several batches to take, from the first on; None for all. A source without a length that
+            goes on after 1000 batches is refused without it.
         progress: True for lines on stderr, or a callable `(stage, item, done, total)`.
 
     Raises:
@@ -132,6 +136,7 @@ def analyze(
             example_index=example_index,
             dataset_size=dataset_size,
             damping=damping,
+            batches=batches,
             seed=seed,
             dump=dump,
         ),
@@ -196,6 +201,7 @@ def _given(
             trust=trust,
             example_axes=settings.example_axes,
             example_index=settings.example_index,
+            batches=settings.batches,
         )
     return _Given(*_one_damping(problem, settings), report, seconds)
 

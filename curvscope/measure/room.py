@@ -27,6 +27,8 @@ SHARE_OF_BASIS = 1 / 4
 VECTORS = 6
 # Passes get this share at least: with less there would be no use in a larger bound.
 LEAST_SHARE = 1 / 8
+# What a pass really takes beside what is counted: buffers of single operations, and memory that is freed too late.
+SLACK = 1.6
 # Graphs of the batch and of both halves, kept side by side.
 WITH_HALVES = 2
 
@@ -66,12 +68,13 @@ def fitted(examples: Examples, room: Room) -> tuple[Examples, Room]:
     found = pass_bytes(whole)
     if found is None:
         return whole, room
-    once, each = found
+    once, each = (int(SLACK * part) for part in found)
     largest = examples.pieces.survey.largest
     together = once + WITH_HALVES * each * largest <= room.passes
     size = max(1, (room.passes - once) // max(1, each))
     if size < largest:
-        whole = replace(examples, pieces=examples.pieces.sized(size))
+        even = -(-largest // -(-largest // size))  # as many pieces, of one size
+        whole = replace(examples, pieces=examples.pieces.sized(even))
     return whole, replace(room, together=together)
 
 
