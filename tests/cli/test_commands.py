@@ -114,7 +114,7 @@ def test_analyze_defaults(pipeline: Pipeline) -> None:
     kept = {key: value for key, value in pipeline.called_with.items() if key not in ("progress", "model")}
     assert {key for key, value in kept.items() if value is None} == {
         "batch", "loss", "factory", "optimizer", "samples", "layers", "skip", "measure", "memory", "example_axes",
-        "example_index", "dataset_size", "damping",
+        "example_index", "dataset_size", "damping", "batches",
     }  # fmt: skip
     assert kept["time"] == 60.0
     assert kept["fisher"] == kept["device"] == "auto"
