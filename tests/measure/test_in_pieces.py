@@ -24,6 +24,9 @@ from tests.networks import all_examples
 TABLES = ("steps", "global_damping", "evidence", "stability", "examples")
 # Passes are a cost; angles near 0 have their cosine's digits.
 COSTS = ("passes",)
+# Of single layers, from rows that the extraction does not put together over pieces, or a ratio of two errors that are
+# rounding where K-FAC is exact (the last layer under MSE).
+OF_ROWS = ("mean_share", "position_share", "example_share", "kronecker_limit")
 
 
 def analyze(model: Any, batch: Any, loss: Any, **options: Any) -> Any:
@@ -31,10 +34,19 @@ def analyze(model: Any, batch: Any, loss: Any, **options: Any) -> Any:
     return curvscope.analyze(model, batch, loss=loss, **{"dtype": "float64", "fisher": "exact", **given, **options})
 
 
-def assert_same(one: Any, other: Any, tables: tuple[str, ...] = TABLES) -> None:
+def kept(run: Any, table: str, skip: str) -> list[Any]:
+    """The table's rows that are of the whole network."""
+    rows = [row for row in run.tables[table] if not skip or not getattr(row, "approximation", "").startswith(skip)]
+    if table == "examples":
+        return [row for row in rows if not row.layer]
+    return [row for row in rows if not (getattr(row, "quantity", "") in OF_ROWS and row.layer)]
+
+
+def assert_same(one: Any, other: Any, tables: tuple[str, ...] = TABLES, skip: str = "") -> None:
     for table in tables:
-        assert len(one.tables[table]) == len(other.tables[table]), table
-        for left, right in zip(one.tables[table], other.tables[table], strict=True):
+        rows = kept(one, table, skip)
+        assert rows, table
+        for left, right in zip(rows, kept(other, table, skip), strict=True):
             for column, value in dataclasses.asdict(left).items():
                 if column not in COSTS:
                     assert close(value, getattr(right, column), column), (left, right, column)
@@ -73,12 +85,13 @@ def test_tokens_with_padding(loss: str, monkeypatch: pytest.MonkeyPatch) -> None
     model, batch = Tokens(), tokens()
     options = {"measure": ("steps",)}
     whole = analyze(model, batch, loss, **options)
-    assert_same(whole, analyze(model, cut(batch, [1, 3, 2]), loss, **options), TABLES[:3])
+    # EKFAC's basis is arbitrary where a factor has equal eigenvalues, as the keys' rows of B have
+    assert_same(whole, analyze(model, cut(batch, [1, 3, 2]), loss, **options), TABLES, skip="ekfac")
     sizes = spied(monkeypatch)
     in_pieces(monkeypatch, 2)
     found = analyze(model, batch, loss, **options)
     assert 2 in sizes
-    assert_same(whole, found, TABLES)
+    assert_same(whole, found, TABLES, skip="ekfac")
 
 
 def spied(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -131,7 +144,7 @@ def test_one_batch_is_held_at_a_time() -> None:
 
     def source() -> Any:
         for _ in range(8):
-            gc.collect()
+            gc.collect()  # a piece, the one that is read next, and the first
             assert sum(reference() is not None for reference in made[-8:]) <= 3
             inputs = torch.ones(4, 5, dtype=torch.float64)
             made.append(weakref.ref(inputs))
