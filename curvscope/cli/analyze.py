@@ -50,6 +50,15 @@ def analyze(
             rich_help_panel=INPUT,
         ),
     ] = None,
+    batches: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="K",
+            help="Take the first K of several batches (default: all; a source without a length may have 1000).",
+            rich_help_panel=INPUT,
+        ),
+    ] = None,
     loss: Annotated[
         str | None,
         typer.Option(
@@ -246,6 +255,7 @@ def analyze(
                 dry_run,
                 model=checkpoint,
                 batch=batch,
+                batches=batches,
                 loss=loss,
                 factory=model,
                 trust=trust,

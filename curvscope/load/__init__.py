@@ -40,6 +40,7 @@ def load_problem(
     step: int | None = None,
     scheduler: Any = None,
     clip_norm: float | None = None,
+    batches: int | None = None,
 ) -> Problem:
     """Everything an analysis needs, from what the user gave.
 
@@ -58,6 +59,7 @@ def load_problem(
         step: the training step; None takes the checkpoint's.
         scheduler: the learning rate scheduler of a live `optimizer`.
         clip_norm: the bound on the gradient's norm; it comes before the checkpoint's, 0 says that there is none.
+        batches: how many of several batches to take, from the first on; None takes all.
 
     Raises:
         CheckpointError: the checkpoint can't be read, is not trusted, or does not fit its model.
@@ -72,7 +74,8 @@ def load_problem(
     options |= optimizer_options({"clip_norm": clip_norm})
     found, source = _checkpoint(model, factory, trust)
     check_weights(found.model)
-    batches = open_batches(bundle_batch(found.bundle) if batch is None and found.bundle is not None else batch)
+    given = bundle_batch(found.bundle) if batch is None and found.bundle is not None else batch
+    opened = open_batches(given, batches)
     own_loss = found.bundle.loss() if loss is None and found.bundle is not None else None
     chosen = load_loss(own_loss if loss is None else loss)
     module = found.model if isinstance(found.model, nn.Module) else None
@@ -92,11 +95,11 @@ def load_problem(
                 own = None if batch is None else given.inputs
                 return dataclasses.replace(given, inputs=bundle.graph_inputs(own))
 
-            batches = batches.changed(as_graph_takes_them)
+            opened = opened.changed(as_graph_takes_them)
             # the graph's inputs are positional, whatever their names were
             axes = {str(names.index(name)) if name in names else name: axis for name, axis in axes.items()}
             index = str(names.index(index)) if index in names else index
-    first = batches.first()
+    first = opened.first()
     return Problem(
         model=found.model,
         inputs=first.inputs,
@@ -111,7 +114,7 @@ def load_problem(
         step=found.step if step is None else step,
         notes=found.notes,
         hidden_by_eval=_hidden(found),
-        batches=None if batches.held is not None else batches,
+        batches=None if opened.held is not None else opened,
     )
 
 

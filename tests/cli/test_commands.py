@@ -66,7 +66,7 @@ def test_analyze_reports_and_writes(pipeline: Pipeline, tmp_path: Path) -> None:
 
 def test_analyze_hands_on_every_option(pipeline: Pipeline) -> None:
     options = """
-        --model net:build --batch b.npz --loss mse:reduction=sum --example-axis x=1 --example-axis 1=-2
+        --model net:build --batch b.npz --batches 3 --loss mse:reduction=sum --example-axis x=1 --example-axis 1=-2
         --example-index batch --trust --layers a.* --layers b --skip head --fisher probe --samples 4
         --measure spectral --measure kron_best --device cpu --dtype float64 --memory 1.5GiB --time 2min --seed 7
         --dump columns --dump blocks --dataset-size 50000
@@ -80,6 +80,7 @@ def test_analyze_hands_on_every_option(pipeline: Pipeline) -> None:
     assert arguments == {
         "model": "w.pt",
         "batch": "b.npz",
+        "batches": 3,
         "loss": "mse:reduction=sum",
         "factory": "net:build",
         "trust": True,
@@ -116,7 +117,7 @@ def test_analyze_defaults(pipeline: Pipeline) -> None:
     kept = {key: value for key, value in pipeline.called_with.items() if key not in ("progress", "model")}
     assert {key for key, value in kept.items() if value is None} == {
         "batch", "loss", "factory", "optimizer", "samples", "layers", "skip", "measure", "memory", "example_axes",
-        "example_index", "dataset_size", "damping", "clip_norm",
+        "example_index", "dataset_size", "damping", "clip_norm", "batches",
     }  # fmt: skip
     assert kept["time"] == 60.0
     assert kept["fisher"] == kept["device"] == "auto"
