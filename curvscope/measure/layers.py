@@ -74,8 +74,8 @@ def measure_layers(
                 gradients = [extract.gradient for extract in extracts.values()] + list(passes.rest.values())
                 squared = sum(float(g.double().square().sum()) for g in gradients if g is not None)
                 first = {name: extracts[name] for name in later}
-                kept = {name: extract for name, extract in extracts.items() if name not in aside}
-                projected = _projected(passes, plan, kept, wishes, report)
+                unassigned = [name for name in extracts if name not in aside]
+                projected = _projected(passes, plan, extracts, unassigned, wishes, report)
             else:
                 source.unit = passes.unit if source is not passes else source.unit
                 more = attempt(partial(source.sweep, forms, first=False, progress=report))
@@ -113,13 +113,19 @@ def _first_sweep(
 
 
 def _projected(
-    passes: Passes, plan: Plan, extracts: Mapping[str, Extract], wishes: Wishes, report: Progress
+    passes: Passes,
+    plan: Plan,
+    extracts: Mapping[str, Extract],
+    names: Sequence[str],
+    wishes: Wishes,
+    report: Progress,
 ) -> Mapping[str, Mapping[str, Tensor]]:
     """A second sweep for the layers whose exact columns can't be kept: EKFAC's diagonals in the final bases."""
     if wishes.fisher not in ("exact", "empirical"):
         return {}
     bases = {}
-    for name, extract in extracts.items():
+    for name in names:
+        extract = extracts[name]
         spec = extract.spec
         wanted = plan.layers[name].form is None if name in plan.layers else False
         fits = 64 * spec.parameters <= PIECES_AT_ONCE * wishes.piece_bytes
