@@ -17,6 +17,7 @@ from curvscope._version import __version__
 from curvscope.diagnose import rules
 from curvscope.errors import AnalysisError, DeviceError
 from curvscope.extract.choose import DTYPES, budget
+from curvscope.extract.footprint import returned_when_freed
 from curvscope.extract.plan import size_in_words
 from curvscope.extract.ready import describe_plan, get_ready
 from curvscope.extract.sweep import Progress, no_progress
@@ -218,6 +219,11 @@ def _with_fallback(given: _Given, call: Callable[[_Given, torch.device], T]) -> 
     Raises:
         AnalysisError: memory runs out there, too.
     """
+    with returned_when_freed():
+        return _on_any_device(given, call)
+
+
+def _on_any_device(given: _Given, call: Callable[[_Given, torch.device], T]) -> T:
     device = _device(given.settings.device)
     tried = [device.type]
     if device.type != "cpu":
@@ -280,7 +286,7 @@ def _analyzed(given: _Given, run_on: torch.device) -> Run:
                     whole.targets,
                     examples=survey.examples,
                     outputs=ready.layouts.outputs.new_zeros(()).expand(ready.outputs),
-                    settings=settings,
+                    settings=ready.settings,
                     fisher=chosen,
                 )
             )
@@ -322,7 +328,7 @@ def _analyzed(given: _Given, run_on: torch.device) -> Run:
                         seed=settings.seed,
                         full="stability" in settings.measure,
                         seconds=STABILITY_SHARE * settings.time_seconds,
-                        memory_bytes=budget(settings),
+                        memory_bytes=budget(ready.settings),
                     ),
                 )
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -11,6 +11,7 @@ import torch
 
 from curvscope.extract.cost import ASSUMED, PassSeconds, keep_seconds, loads_of, measure_seconds, measured_rates
 from curvscope.extract.cost import estimate as estimated_seconds
+from curvscope.extract.free import free_bytes
 from curvscope.extract.plan import LayerPlan, Plan, plan_layer, plan_sweeps, site_positions, standing_bytes
 from curvscope.extract.roots import exact_columns
 from curvscope.graph.functional import Graph
@@ -187,17 +188,18 @@ def standing(graph: Graph, layouts: Layouts, settings: Settings, draws: int = 0)
 
 
 def budget(settings: Settings) -> int:
-    """Bytes that the tool may take: --memory, else half of what is free."""
-    return settings.memory_bytes or _free_bytes() // 2
+    """Bytes that the tool may take: --memory, else half of what is free on the CPU now."""
+    return settings.memory_bytes or free_bytes(torch.device("cpu")) // 2
+
+
+def with_budget(settings: Settings, device: torch.device) -> Settings:
+    """The settings with a bound on memory: where none is given, half of what is free on the device at this moment."""
+    if settings.memory_bytes is not None:
+        return settings
+    return dataclasses.replace(settings, memory_bytes=max(1, free_bytes(device) // 2))
 
 
 def usable(settings: Settings) -> int:
     """What of the budget is left to plan with: export, solvers and what is freed too late take the rest."""
     whole = budget(settings)
     return whole - min(OVERHEAD_BYTES, whole // 4)
-
-
-def _free_bytes() -> int:
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return int(torch.cuda.mem_get_info()[0])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

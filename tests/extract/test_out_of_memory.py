@@ -132,7 +132,7 @@ def test_memory_that_runs_out_before_the_passes_is_refused_in_words(
         raise FAILURES["cpu"]()
 
     target = {
-        "verify": "curvscope.extract.pieces.verify",
+        "verify": "curvscope.extract.loaded.verify",
         "survey": "curvscope.extract.pieces.exact_columns",
         "export": "curvscope.graph.prepare.build",
     }[stage]
