@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -152,7 +152,7 @@ class Passes:
         forms: Mapping[str, Form | None],
         *,
         first: bool,
-        per_draw: bool = False,
+        per_draw: Collection[str] = (),
         gradient_only: Sequence[str] = (),
         progress: Progress = no_progress,
     ) -> dict[str, Extract]:
@@ -213,7 +213,7 @@ class Passes:
         self,
         forms: Mapping[str, Form | None],
         first: bool,
-        per_draw: bool,
+        per_draw: Collection[str],
         gradient_only: Sequence[str],
         progress: Progress,
     ) -> dict[str, Extract]:

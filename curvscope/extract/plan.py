@@ -66,6 +66,11 @@ def standing_bytes(spec: LayerSpec, itemsize: int, draws: int, tokens: int = 0) 
     return 2 * factors + spec.parameters * itemsize + 8 * 6 * min(spec.parameters, 2**14)
 
 
+def keeps_draws(form: Form | None) -> bool:
+    """Whether B of single draws has to be kept as the passes run: not where the columns keep the gradients."""
+    return form in ("dense", "formed")
+
+
 def plan_layer(
     spec: LayerSpec,
     examples: int,

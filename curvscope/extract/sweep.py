@@ -7,7 +7,7 @@ Passes are looped over columns on one retained graph, so memory holds one pass's
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ def sweep(
     forms: Mapping[str, Form | None],
     *,
     factors: bool = True,
-    per_draw: bool = False,
+    per_draw: Collection[str] = (),
     gradient_only: Sequence[str] = (),
     progress: Progress = no_progress,
     judge: Judge | None = None,
@@ -62,7 +62,7 @@ def sweep(
         root: columns and gradient to backpropagate, or what makes them from the (detached) output.
         forms: layer -> the form its columns are kept in, None for no columns.
         factors: also accumulate A, B and the gradient.
-        per_draw: also keep B of each draw alone (for error bars).
+        per_draw: layers of which B of each draw alone is kept, too (for error bars).
         gradient_only: further layers of which only the gradient is wanted.
         progress: called after every backward pass.
         judge: given where the batch is a piece of the data; it learns what looks like padding here.
@@ -96,7 +96,7 @@ def sweep(
         for name, form in wanted.items():
             spec, listed = graph.layers[name], name in forms
             kind = _collector(spec, taken)
-            made = collectors[name] = kind(spec, layouts, form, factors and listed, per_draw and listed)
+            made = collectors[name] = kind(spec, layouts, form, factors and listed, listed and name in per_draw)
             made.block = (blocks or {}).get(name)
             made.undecided = judge is not None
         collectors |= projected or {}

@@ -16,12 +16,13 @@ from curvscope.curvature.eigen import eigh, eigvalsh
 from curvscope.curvature.grouped import GroupedApproximation, GroupedBlock
 from curvscope.curvature.kronecker import Approximation, Diagonal, Kronecker
 from curvscope.curvature.summed import KroneckerSum
-from curvscope.extract.collector import Extract
-from curvscope.extract.plan import PIECE_BYTES
+from curvscope.extract.collector import Columns, Extract
+from curvscope.extract.plan import PIECE_BYTES, keeps_draws
 from curvscope.graph.matrix import to_matrix
 from curvscope.measure.accuracy import error_row
 from curvscope.measure.approximate import Built, approximate, approximate_tied, side_by_side
 from curvscope.measure.damping import DampingWishes, Subject, damping_tables, not_assessed, why_skipped
+from curvscope.measure.draws import factors_of_draws
 from curvscope.measure.estimate import estimated_rows, estimated_spectra
 from curvscope.measure.layer_signs import layer_signs
 from curvscope.measure.sources import not_assessed as no_sources
@@ -80,6 +81,7 @@ class Wishes:
     piece_bytes: int = PIECE_BYTES
     keep: Keep = keep_nothing
     damping: DampingWishes = dataclasses.field(default_factory=DampingWishes)
+    drawn_factors: bool = False
 
 
 @dataclass
@@ -106,7 +108,8 @@ class _Findings:
         trace = trace * self.scale
         self.spectra[name] = spectrum_row(layer, name, spectrum, trace)
         limit = spectrum.values.numel() if name == "ggn" else STORED
-        self.values[name] = spectrum.values[:limit].cpu().numpy()
+        # a copy: a view would keep all P of them for as long as the run
+        self.values[name] = spectrum.values[:limit].clone().cpu().numpy()
         self.attributes[f"{name}_eigenvalue_raw_max"] = spectrum.raw_max
         self.attributes[f"{name}_eigenvalue_raw_min"] = spectrum.raw_min
         if spectrum.values.numel() > limit:
@@ -131,7 +134,9 @@ def measure_layer(
     and the diagonal get unbiased estimates with standard errors; without columns the errors are not assessed, for
     the reason given, but for what follows from the diagonals of `projected` (see `curvscope.extract.projected`).
     """
-    spec = extract.spec
+    spec, columns = extract.spec, extract.columns
+    if wishes.drawn_factors and isinstance(columns, Columns) and not keeps_draws(columns.form):
+        extract = dataclasses.replace(extract, probe_B=factors_of_draws(columns))
     scale = extract.unit**-2
     factors = {
         key: KroneckerFactors(flavour, A.cpu().numpy(), _scaled(B, scale), role)

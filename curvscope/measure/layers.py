@@ -20,7 +20,7 @@ from curvscope.errors import out_of_memory
 from curvscope.extract.collector import Columns, Extract, Form
 from curvscope.extract.footprint import release
 from curvscope.extract.passes import Passes
-from curvscope.extract.plan import PIECES_AT_ONCE, Plan
+from curvscope.extract.plan import PIECES_AT_ONCE, Plan, keeps_draws
 from curvscope.extract.sweep import Progress
 from curvscope.measure.layer import Wishes, measure_layer
 from curvscope.records import Layer
@@ -48,6 +48,7 @@ def measure_layers(
         MemoryError: not even the factors' sweep fits, one example at a time.
     """
     graph = passes.graph
+    drawn = wishes.fisher in ("probe", "mc")
     names = [spec.name for spec in graph.chosen()]
     first: dict[str, Extract] = {}
     measured: dict[str, Layer] = {}
@@ -64,11 +65,11 @@ def measure_layers(
         with timed(seconds, "passes"):
             if number == 0:
                 later: dict[str, Form | None] = {name: None for name in names if name not in forms}
-                extracts = _first_sweep(passes, forms | later, wishes, names, report)
+                extracts = _first_sweep(passes, plan, forms | later, drawn, names, report)
                 if extracts is None:
                     reasons = {name: reasons[name] or NO_PASS for name in group}
                     forms = dict.fromkeys(forms)
-                    extracts = _first_sweep(passes, forms | later, wishes, names, report)
+                    extracts = _first_sweep(passes, plan, forms | later, drawn, names, report)
                 if extracts is None:
                     raise MemoryError
                 gradients = [extract.gradient for extract in extracts.values()] + list(passes.rest.values())
@@ -84,7 +85,7 @@ def measure_layers(
                 columns = {name: None if more is None else more.pop(name).columns for name in group}
                 extracts = {name: dataclasses.replace(first.pop(name), columns=columns.pop(name)) for name in group}
         release()
-        wish = dataclasses.replace(wishes, fisher=source.fisher)
+        wish = dataclasses.replace(wishes, fisher=source.fisher, drawn_factors=drawn and source is passes)
         for name in group:
             if source is passes and name in aside:
                 first[name] = extracts.pop(name)
@@ -99,13 +100,18 @@ def measure_layers(
 
 
 def _first_sweep(
-    passes: Passes, forms: Mapping[str, Form | None], wishes: Wishes, names: Sequence[str], report: Progress
+    passes: Passes,
+    plan: Plan,
+    forms: Mapping[str, Form | None],
+    drawn: bool,
+    names: Sequence[str],
+    report: Progress,
 ) -> dict[str, Extract] | None:
     return attempt(
         lambda: passes.sweep(
             forms,
             first=True,
-            per_draw=wishes.fisher in ("probe", "mc"),
+            per_draw=[name for name in names if keeps_draws(plan.layers[name].form)] if drawn else (),
             gradient_only=[name for name in passes.graph.layers if name not in names],
             progress=report,
         )
