@@ -12,7 +12,17 @@ import torch
 from curvscope.extract.cost import ASSUMED, PassSeconds, keep_seconds, loads_of, measure_seconds, measured_rates
 from curvscope.extract.cost import estimate as estimated_seconds
 from curvscope.extract.free import free_bytes
-from curvscope.extract.plan import LayerPlan, Plan, plan_layer, plan_sweeps, site_positions, standing_bytes
+from curvscope.extract.plan import (
+    LayerPlan,
+    Plan,
+    keeps_draws,
+    plan_layer,
+    plan_sweeps,
+    rows_bytes,
+    site_positions,
+    standing_bytes,
+    working_bytes,
+)
 from curvscope.extract.roots import exact_columns
 from curvscope.graph.functional import Graph
 from curvscope.graph.verify import Independent, Layouts
@@ -26,7 +36,9 @@ PROBES = 8
 # Layers that a note names.
 NAMED = 5
 NONE: Mapping[str, str] = MappingProxyType({})
+NO_DRAWS: Mapping[str, int] = MappingProxyType({})
 OVERHEAD_BYTES = 48 * 2**20
+FEWER = "raise it, or take fewer examples"
 
 
 class Choice(NamedTuple):
@@ -143,6 +155,8 @@ def layer_plans(
             keep_draws=keep_draws or "columns" in settings.dump,
             limit=settings.max_columns,
             tokens=layouts.tokens[spec.name].numel() if spec.name in layouts.tokens else None,
+            slices=working_bytes(usable(settings)),
+            dump=settings.dump,
         )
         for spec in graph.chosen()
     }
@@ -167,8 +181,14 @@ def make_plan(
     draws = fisher in ("probe", "mc")
     plans = layer_plans(graph, layouts, columns, settings, keep_draws=draws, apart=apart)
     plans |= {name: LayerPlan(None, 0, 0, reason) for name, reason in without.items()}
-    stays = standing(graph, layouts, settings, columns if draws else 0)
-    return plan_sweeps(plans, usable(settings), standing=stays, activations=activations, piece_share=piece_share)
+    per_draw = {name: columns for name, layer in plans.items() if draws and keeps_draws(layer.form)}
+    stays = standing(graph, layouts, settings, per_draw)
+    # while pieces are put together, each has factors beside those of all before
+    passing = activations + (stays if piece_share > 0 else 0)
+    remedy = FEWER if draws else f"{FEWER}, or --fisher probe"
+    return plan_sweeps(
+        plans, usable(settings), standing=stays, activations=passing, piece_share=piece_share, remedy=remedy
+    )
 
 
 def estimate_plan(
@@ -177,14 +197,19 @@ def estimate_plan(
     """The same for a sweep over draws that serves some layers only."""
     plans = layer_plans(graph, layouts, columns, settings, keep_draws=True)
     chosen = {name: plans[name] for name in plans if name in names}
-    return plan_sweeps(chosen, usable(settings), standing=standing(graph, layouts, settings), activations=activations)
+    stays = standing(graph, layouts, settings)
+    return plan_sweeps(chosen, usable(settings), standing=stays, activations=activations, remedy=FEWER)
 
 
-def standing(graph: Graph, layouts: Layouts, settings: Settings, draws: int = 0) -> int:
-    """Bytes that the factors and records of all layers take; each draw has a B of its own."""
+def standing(graph: Graph, layouts: Layouts, settings: Settings, draws: Mapping[str, int] = NO_DRAWS) -> int:
+    """Bytes that the factors and records of all layers take; those with `draws` keep a B of each."""
     itemsize = DTYPES[settings.dtype].itemsize
     tokens = {name: seen.numel() for name, seen in layouts.tokens.items()}
-    return sum(standing_bytes(spec, itemsize, draws, tokens.get(spec.name, 0)) for spec in graph.layers.values())
+    rows = rows_bytes(usable(settings))
+    return rows + sum(
+        standing_bytes(spec, itemsize, draws.get(spec.name, 0), tokens.get(spec.name, 0))
+        for spec in graph.layers.values()
+    )
 
 
 def budget(settings: Settings) -> int:

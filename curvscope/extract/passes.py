@@ -18,6 +18,7 @@ from curvscope.extract.footprint import release
 from curvscope.extract.merge import Merged
 from curvscope.extract.padding import Judge
 from curvscope.extract.pieces import Piece, Pieces
+from curvscope.extract.plan import ROWS_BYTES
 from curvscope.extract.projected import Bases, ProjectedCollector
 from curvscope.extract.roots import Root, make_root, outputs_an_example
 from curvscope.extract.sweep import Progress, no_progress, sweep
@@ -41,6 +42,7 @@ class Passes:
         columns: K.
         unit: `Root.unit` of everything that the sweeps return.
         loss: L over all data, once the first sweep has run.
+        rows_bytes: see `curvscope.extract.sweep.sweep`.
         rest: dL/dp of the trained parameters that belong to no layer, likewise.
     """
 
@@ -63,6 +65,7 @@ class Passes:
         exact = pieces.survey.columns
         self.columns = exact if fisher == "exact" else 1 if fisher == "empirical" else samples
         self.unit: float | None = None
+        self.rows_bytes = ROWS_BYTES
         self.loss = 0.0
         self.rest: dict[str, Tensor] = {}
         self._whole: Root | None = None
@@ -240,6 +243,7 @@ class Passes:
                     progress=self._told(progress, piece),
                     judge=judge,
                     blocks=blocks,
+                    rows_bytes=self.rows_bytes,
                 )
                 for name in list(extracts):
                     merged[name].add(extracts.pop(name))  # freed as soon as it is taken in

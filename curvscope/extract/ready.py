@@ -23,7 +23,7 @@ from curvscope.extract.choose import (
 from curvscope.extract.clock import now
 from curvscope.extract.passes import Passes
 from curvscope.extract.pieces import Pieces
-from curvscope.extract.plan import Plan
+from curvscope.extract.plan import Plan, rows_bytes
 from curvscope.extract.positionwise import independent_positions, shared_note
 from curvscope.extract.sweep import Progress
 from curvscope.graph.prepare import prepare, varying_axes
@@ -122,6 +122,7 @@ def get_ready(
     )
     samples = settings.samples or PROBES
     passes = Passes(graph, pieces, fisher=fisher, samples=samples, seed=settings.seed, independent=apart)
+    passes.rows_bytes = rows_bytes(usable(settings))
     passes.settle(layouts.outputs)
     plan = make_plan(
         graph,
@@ -143,6 +144,9 @@ def get_ready(
     if passes.shared and apart is not None:
         notes.append(shared_note(apart))
     notes += [reason] if reason else []
+    whole = [name for name, layer in plan.layers.items() if layer.no_dump]
+    if whole:
+        notes.append(f"--memory leaves no room for what --dump asks of {', '.join(whole)}: it is not in the file.")
     return Ready(problem, settings, device, everything, fisher, reason, samples, passes, plan, notes, estimated)
 
 

@@ -82,6 +82,7 @@ class Wishes:
     keep: Keep = keep_nothing
     damping: DampingWishes = dataclasses.field(default_factory=DampingWishes)
     drawn_factors: bool = False
+    no_damping: str = ""
 
 
 @dataclass
@@ -290,7 +291,7 @@ def _exact(
 ) -> Sequence[Mapping[str, Built]]:
     """All measures against the exact block; what comes back are the approximations of each group."""
     layer = extract.spec.name
-    steps_refused = why_skipped(blocks, wishes.damping.always)
+    steps_refused = wishes.no_damping or why_skipped(blocks, wishes.damping.always)
     if not steps_refused:
         for part in blocks:
             _ = part.eigenpairs  # the spectrum takes its eigenvalues from them, instead of computing them alone

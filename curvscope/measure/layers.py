@@ -20,7 +20,7 @@ from curvscope.errors import out_of_memory
 from curvscope.extract.collector import Columns, Extract, Form
 from curvscope.extract.footprint import release
 from curvscope.extract.passes import Passes
-from curvscope.extract.plan import PIECES_AT_ONCE, Plan, keeps_draws
+from curvscope.extract.plan import PIECES_AT_ONCE, LayerPlan, Plan, keeps_draws
 from curvscope.extract.sweep import Progress
 from curvscope.measure.layer import Wishes, measure_layer
 from curvscope.records import Layer
@@ -85,7 +85,6 @@ def measure_layers(
                 columns = {name: None if more is None else more.pop(name).columns for name in group}
                 extracts = {name: dataclasses.replace(first.pop(name), columns=columns.pop(name)) for name in group}
         release()
-        wish = dataclasses.replace(wishes, fisher=source.fisher, drawn_factors=drawn and source is passes)
         for name in group:
             if source is passes and name in aside:
                 first[name] = extracts.pop(name)
@@ -93,10 +92,22 @@ def measure_layers(
             report("measure", name, len(measured), len(names))
             with timed(seconds, "measure"):
                 # popped: its columns are gone before the next layer's are worked on
+                wish = _of_layer(wishes, of.layers[name], source.fisher, drawn=drawn and source is passes)
                 measured[name] = _measured([extracts.pop(name)], wish, reasons[name], projected.get(name))
                 release()
     report("measure", "", len(names), len(names))
     return {name: measured[name] for name in names}, squared
+
+
+def _of_layer(wishes: Wishes, plan: LayerPlan, fisher: str, *, drawn: bool) -> Wishes:
+    """What to measure of one layer: what the plan left out for lack of memory is not wanted."""
+    return dataclasses.replace(
+        wishes,
+        fisher=fisher,
+        drawn_factors=drawn,
+        no_damping=plan.no_damping,
+        dump=() if plan.no_dump else wishes.dump,
+    )
 
 
 def _first_sweep(
