@@ -182,7 +182,8 @@ def make_plan(
     plans = layer_plans(graph, layouts, columns, settings, keep_draws=draws, apart=apart)
     plans |= {name: LayerPlan(None, 0, 0, reason) for name, reason in without.items()}
     per_draw = {name: columns for name, layer in plans.items() if draws and keeps_draws(layer.form)}
-    stays = standing(graph, layouts, settings, per_draw)
+    # rows beside columns are kept of data in one piece only
+    stays = standing(graph, layouts, settings, per_draw) + (0 if piece_share else rows_bytes(usable(settings)))
     # while pieces are put together, each has factors beside those of all before
     passing = activations + (stays if piece_share > 0 else 0)
     remedy = FEWER if draws else f"{FEWER}, or --fisher probe"
@@ -205,8 +206,7 @@ def standing(graph: Graph, layouts: Layouts, settings: Settings, draws: Mapping[
     """Bytes that the factors and records of all layers take; those with `draws` keep a B of each."""
     itemsize = DTYPES[settings.dtype].itemsize
     tokens = {name: seen.numel() for name, seen in layouts.tokens.items()}
-    rows = rows_bytes(usable(settings))
-    return rows + sum(
+    return sum(
         standing_bytes(spec, itemsize, draws.get(spec.name, 0), tokens.get(spec.name, 0))
         for spec in graph.layers.values()
     )

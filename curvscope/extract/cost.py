@@ -118,7 +118,9 @@ def keep_seconds(load: Load, rates: Rates) -> float:
     made = 0.0 if load.spec.exact_only else 2.0 * groups * N * K * R * P / rates.skinny
     if load.plan.form == "dense":
         return made + 2.0 * groups * load.itemsize * N * K * P / rates.bytes
-    return made + groups * (2.0 * SYMMETRIC * N * K * P * P / rates.product64 + 24.0 * N * K * P / rates.bytes)
+    # every pass reads and writes all of G, however few its examples
+    moved = 16.0 * SYMMETRIC * K * P * P + 24.0 * N * K * P
+    return made + groups * (2.0 * SYMMETRIC * N * K * P * P / rates.product64 + moved / rates.bytes)
 
 
 def measure_seconds(load: Load, rates: Rates) -> float:

@@ -2,7 +2,7 @@
 
 Measures run one after the other. What stays throughout (the factors' eigenbases, the scales of the approximations, the
 Gram matrix) is there in each; of what comes and goes the largest counts. A square is a float64 matrix over the smaller
-side of the block, min(P, N K). LAPACK's eigenvectors take a copy and twice their size of work space.
+side of the block, min(P, N K).
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from curvscope.extract.collector import Form
 # A Lanczos basis has at least so many vectors; products and residuals beside it.
 LEAST_BASIS = 20
 VECTORS_BESIDE = 8
+# Squares that the eigenvectors of one take beside it, as measured (LAPACK's work space, copies).
+EIGENVECTORS = 5
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def damped_bytes(form: Form, sizes: Sizes, slices: int) -> int:
     """The same with damped steps: eigenvectors, twice as they are sorted, and scales and sides in every basis."""
     scales = 8 * sizes.parameters * (4 * _flavours(sizes) + 11)
     beside = 2 * sizes.square + scales + _in_slices(form, sizes, slices)
-    return _stays(form, sizes) + max(3 * sizes.square, beside)
+    return _stays(form, sizes) + max(EIGENVECTORS * sizes.square, beside)
 
 
 def _flavours(sizes: Sizes) -> int:
