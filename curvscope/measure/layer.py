@@ -212,6 +212,44 @@ def measure_layer(
     )
 
 
+def unmeasured(extract: Extract, fisher: str, reason: str) -> Layer:
+    """The record of a layer of which nothing could be measured, not even its factors' spectra."""
+    spec, found = extract.spec, _Findings()
+    _not_assessed(spec.name, fisher, reason, found, APPROXIMATIONS)
+    row = LayerRow(
+        name=spec.name,
+        kind=spec.kind,
+        d_in=spec.d_in,
+        d_out=spec.d_out,
+        bias=spec.bias is not None,
+        groups=spec.groups,
+        parameters=spec.parameters,
+        examples=extract.examples,
+        positions=extract.positions,
+        columns=0,
+        better_flavour="",
+        padded=extract.padded,
+        status="not_assessed",
+        reason=reason,
+    )
+    factors = {
+        key: KroneckerFactors(flavour, A.cpu().numpy(), _scaled(B, extract.unit**-2), role)
+        for key, flavour, role, (A, B) in _stored(extract)
+    }
+    return Layer(
+        row=row,
+        factors=factors,
+        spectrum={},
+        errors=found.errors,
+        spectra={},
+        eigenvectors={},
+        attributes={},
+        sources={} if spec.exact_only else no_sources(spec.name, reason),
+        damping=not_assessed(spec.name, reason),
+        tokens=_tokens(extract),
+    )
+
+
 def _stored(extract: Extract) -> list[tuple[str, str, str, tuple[Tensor, Tensor]]]:
     """All factors as (key of Layer.factors, flavour, role, (A, B)), flavour by flavour."""
     roles = extract.roles or {"": extract}

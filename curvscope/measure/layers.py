@@ -22,7 +22,7 @@ from curvscope.extract.footprint import release
 from curvscope.extract.passes import Passes
 from curvscope.extract.plan import PIECES_AT_ONCE, LayerPlan, Plan, keeps_draws
 from curvscope.extract.sweep import Progress
-from curvscope.measure.layer import Wishes, measure_layer
+from curvscope.measure.layer import Wishes, measure_layer, unmeasured
 from curvscope.records import Layer
 
 LEAST_SLICE_BYTES = 2**20
@@ -171,7 +171,7 @@ def _measured(held: list[Extract], wishes: Wishes, reason: str, projected: Mappi
         elif held[0].columns is not None:
             held[0], reason = dataclasses.replace(held[0], columns=None), NO_MEASURE
         else:
-            raise MemoryError
+            return unmeasured(held[0], wishes.fisher, NO_MEASURE)
 
 
 def attempt(call: Callable[[], T]) -> T | None:
