@@ -2,12 +2,13 @@
 
 Three processes: one that imports everything, exports a small model and makes the workload (the base); one that then
 trains a step (the model's own); one that analyzes under a bound. `python -m benchmarks.memory vit analysis
---bytes 268435456` is one such process and prints its peak in bytes.
+--bytes 268435456` is one such process and prints its peak in bytes (and what was planned), as JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import resource
@@ -18,8 +19,6 @@ from typing import Literal
 
 Stage = Literal["base", "step", "analysis"]
 STAGES: tuple[Stage, ...] = ("base", "step", "analysis")
-# What the bound may be exceeded by: libraries' own buffers, and memory that is freed too late.
-TOLERANCE = 1.15
 STATUS = Path("/proc/self/status")
 
 
@@ -40,7 +39,8 @@ def peak_bytes(device: str) -> int:
 
 def measure(workload: str, memory: int, device: str, threads: int) -> dict[str, int | bool | str]:
     """Bytes: the bound given, the base, what a training step and what the analysis add to it, and the verdict."""
-    peaks = {stage: _peak_of(workload, stage, memory, device, threads) for stage in STAGES}
+    found = {stage: _stage_of(workload, stage, memory, device, threads) for stage in STAGES}
+    peaks = {stage: int(each["peak"]) for stage, each in found.items()}
     own, used = peaks["step"] - peaks["base"], peaks["analysis"] - peaks["base"]
     return {
         "workload": workload,
@@ -48,25 +48,29 @@ def measure(workload: str, memory: int, device: str, threads: int) -> dict[str, 
         "base": peaks["base"],
         "step": own,
         "analysis": used,
-        "within": used <= TOLERANCE * memory,
+        "planned": found["analysis"]["planned"],
+        "not_assessed": found["analysis"]["not_assessed"],
+        "layers": found["analysis"]["layers"],
+        "within": used <= memory + own,
     }
 
 
-def _peak_of(workload: str, stage: Stage, memory: int, device: str, threads: int) -> int:
+def _stage_of(workload: str, stage: Stage, memory: int, device: str, threads: int) -> dict[str, int]:
     command = [sys.executable, "-m", "benchmarks.memory", workload, stage]
     command += ["--bytes", str(memory), "--device", device]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
-    return int(done.stdout.split()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def _stage(workload_name: str, stage: Stage, memory: int, device: str) -> None:
+def _stage(workload_name: str, stage: Stage, memory: int, device: str) -> dict[str, int]:
     import torch
     from torch import nn
 
     import curvscope
     from benchmarks.ours import analyze
     from benchmarks.workloads import make
+    from curvscope import pipeline
 
     small = nn.Sequential(nn.Linear(3, 2)).to(device)
     batch = (torch.randn(4, 3, device=device), torch.zeros(4, dtype=torch.long, device=device))
@@ -76,7 +80,13 @@ def _stage(workload_name: str, stage: Stage, memory: int, device: str) -> None:
         loss = nn.functional.cross_entropy(workload.model(workload.inputs), workload.targets)
         loss.backward()
     elif stage == "analysis":
-        analyze(workload, memory=memory)
+        run = analyze(workload, memory=memory)
+        found = {"peak": peak_bytes(device), "layers": len(run.layers)}
+        found["not_assessed"] = sum(layer.row.status == "not_assessed" for layer in run.layers.values())
+        batch = (workload.inputs, workload.targets)
+        planned = pipeline.plan(workload.model, batch, loss="cross_entropy", memory=memory, device=device)
+        return {**found, "planned": planned.peak_bytes}
+    return {"peak": peak_bytes(device)}
 
 
 def main() -> None:
@@ -86,8 +96,7 @@ def main() -> None:
     parser.add_argument("--bytes", type=int, required=True)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    _stage(options.workload, options.stage, options.bytes, options.device)
-    print(peak_bytes(options.device))
+    print(json.dumps(_stage(options.workload, options.stage, options.bytes, options.device)))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from torch import nn
 from curvscope.assemble import Found, assembled
 from curvscope.errors import AnalysisError, BatchError, DeviceError
 from curvscope.extract.choose import DTYPES, budget
-from curvscope.extract.footprint import release
+from curvscope.extract.footprint import release, returned_when_freed
 from curvscope.extract.plan import size_in_words
 from curvscope.extract.ready import describe_plan, get_ready
 from curvscope.extract.sweep import Progress, no_progress
@@ -233,6 +233,11 @@ def _with_fallback(given: _Given, call: Callable[[_Given, torch.device], T]) -> 
     Raises:
         AnalysisError: memory runs out there, too.
     """
+    with returned_when_freed():
+        return _on_any_device(given, call)
+
+
+def _on_any_device(given: _Given, call: Callable[[_Given, torch.device], T]) -> T:
     device = _device(given.settings.device)
     tried = [device.type]
     if device.type != "cpu":
@@ -284,7 +289,7 @@ def _analyzed(given: _Given, run_on: torch.device) -> Run:
     """The analysis on one device."""
     settings, report, seconds = given.settings, given.report, dict(given.seconds)
     ready = get_ready(given.problem, settings, run_on, report, seconds)
-    problem, passes, notes = ready.problem, ready.passes, ready.notes
+    settings, problem, passes, notes = ready.settings, ready.problem, ready.passes, ready.notes
     graph, chosen = passes.graph, ready.fisher
     _check_dataset(settings, passes.pieces.survey.examples)
     stage = None

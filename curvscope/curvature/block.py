@@ -226,9 +226,13 @@ class Block:
         if self.columns.form == "factored" and self._few(X.shape[0], formed=fast and self._small is not None):
             assert self.columns.inputs is not None and self.columns.gradients is not None
             a, g = self.columns.inputs.to(kind), self.columns.gradients.to(kind)
-            half = (a @ X.flatten(0, 1).T).unflatten(2, X.shape[:2])  # [N, R, m, d_out]
-            each = torch.bmm(g.transpose(0, 1).flatten(2), half.transpose(1, 2).flatten(2).transpose(1, 2))
-            return each.permute(2, 1, 0).flatten(1).double()
+            step = max(1, self.piece_bytes // (a.element_size() * a.shape[0] * a.shape[1] * self.d_out))
+            found = []
+            for part in X.split(step):
+                half = (a @ part.flatten(0, 1).T).unflatten(2, part.shape[:2])  # [N, R, m, d_out]
+                each = torch.bmm(g.transpose(0, 1).flatten(2), half.transpose(1, 2).flatten(2).transpose(1, 2))
+                found.append(each.permute(2, 1, 0).flatten(1).double())
+            return torch.cat(found)
         total = torch.zeros(X.shape[0], self.total_columns, dtype=torch.float64, device=self.device)
         for low, high in self._ranges():
             if self.columns.values is not None:
@@ -331,6 +335,16 @@ class Block:
         step = max(1, self.piece_bytes // (self.parameters * 8))
         for low in range(0, flat.shape[0], step):
             yield flat[low : low + step] if fast else flat[low : low + step].double()
+
+    def pieces(self, count: int) -> Iterator[Float[Tensor, "c d_out d_in"]]:
+        """The columns, at most `count` at a time, in the run's dtype and no particular order; not of formed blocks."""
+        if self.columns.values is not None:
+            yield from self.columns.values.flatten(0, 1).split(count)
+            return
+        assert self.columns.gradients is not None and self.columns.inputs is not None
+        for draw in self.columns.gradients:
+            for g, a in zip(draw.split(count), self.columns.inputs.split(count), strict=True):
+                yield self._outer(g.unsqueeze(0), a).view(-1, self.d_out, self.d_in)
 
     def stacked(self) -> Float[Tensor, "columns d_out d_in"]:
         """Every column, [N K, d_out, d_in] in order n, k, in the run's dtype."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from curvscope.curvature.block import Block
 from curvscope.curvature.eigen import eigh
 from curvscope.curvature.lanczos import largest_magnitude
+from curvscope.extract.plan import PIECES_AT_ONCE
 
 
 class Kronecker:
@@ -162,6 +163,7 @@ def nearest_kronecker(block: Block, start: Kronecker, *, seed: int = 0) -> Neare
         seed=seed,
         tolerance=1e-8 if block.dtype == torch.float64 else 1e-5,
         max_steps=50,
+        basis_bytes=PIECES_AT_ONCE * block.piece_bytes,
     )
     A = _symmetric(found.vector)
     A = A if float(A.trace()) >= 0 else -A

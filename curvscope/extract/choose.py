@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -11,7 +11,18 @@ import torch
 
 from curvscope.extract.cost import ASSUMED, PassSeconds, keep_seconds, loads_of, measure_seconds, measured_rates
 from curvscope.extract.cost import estimate as estimated_seconds
-from curvscope.extract.plan import LayerPlan, Plan, plan_layer, plan_sweeps, site_positions, standing_bytes
+from curvscope.extract.free import free_bytes
+from curvscope.extract.plan import (
+    LayerPlan,
+    Plan,
+    keeps_draws,
+    plan_layer,
+    plan_sweeps,
+    rows_bytes,
+    site_positions,
+    standing_bytes,
+    working_bytes,
+)
 from curvscope.extract.roots import exact_columns
 from curvscope.graph.functional import Graph
 from curvscope.graph.verify import Independent, Layouts
@@ -25,7 +36,9 @@ PROBES = 8
 # Layers that a note names.
 NAMED = 5
 NONE: Mapping[str, str] = MappingProxyType({})
+NO_DRAWS: Mapping[str, int] = MappingProxyType({})
 OVERHEAD_BYTES = 48 * 2**20
+FEWER = "raise it, or take fewer examples"
 
 
 class Choice(NamedTuple):
@@ -142,6 +155,8 @@ def layer_plans(
             keep_draws=keep_draws or "columns" in settings.dump,
             limit=settings.max_columns,
             tokens=layouts.tokens[spec.name].numel() if spec.name in layouts.tokens else None,
+            slices=working_bytes(usable(settings)),
+            dump=settings.dump,
         )
         for spec in graph.chosen()
     }
@@ -166,8 +181,15 @@ def make_plan(
     draws = fisher in ("probe", "mc")
     plans = layer_plans(graph, layouts, columns, settings, keep_draws=draws, apart=apart)
     plans |= {name: LayerPlan(None, 0, 0, reason) for name, reason in without.items()}
-    stays = standing(graph, layouts, settings, columns if draws else 0)
-    return plan_sweeps(plans, usable(settings), standing=stays, activations=activations, piece_share=piece_share)
+    per_draw = {name: columns for name, layer in plans.items() if draws and keeps_draws(layer.form)}
+    # rows beside columns are kept of data in one piece only
+    stays = standing(graph, layouts, settings, per_draw) + (0 if piece_share else rows_bytes(usable(settings)))
+    # while pieces are put together, each has factors beside those of all before
+    passing = activations + (stays if piece_share > 0 else 0)
+    remedy = FEWER if draws else f"{FEWER}, or --fisher probe"
+    return plan_sweeps(
+        plans, usable(settings), standing=stays, activations=passing, piece_share=piece_share, remedy=remedy
+    )
 
 
 def estimate_plan(
@@ -176,28 +198,33 @@ def estimate_plan(
     """The same for a sweep over draws that serves some layers only."""
     plans = layer_plans(graph, layouts, columns, settings, keep_draws=True)
     chosen = {name: plans[name] for name in plans if name in names}
-    return plan_sweeps(chosen, usable(settings), standing=standing(graph, layouts, settings), activations=activations)
+    stays = standing(graph, layouts, settings)
+    return plan_sweeps(chosen, usable(settings), standing=stays, activations=activations, remedy=FEWER)
 
 
-def standing(graph: Graph, layouts: Layouts, settings: Settings, draws: int = 0) -> int:
-    """Bytes that the factors and records of all layers take; each draw has a B of its own."""
+def standing(graph: Graph, layouts: Layouts, settings: Settings, draws: Mapping[str, int] = NO_DRAWS) -> int:
+    """Bytes that the factors and records of all layers take; those with `draws` keep a B of each."""
     itemsize = DTYPES[settings.dtype].itemsize
     tokens = {name: seen.numel() for name, seen in layouts.tokens.items()}
-    return sum(standing_bytes(spec, itemsize, draws, tokens.get(spec.name, 0)) for spec in graph.layers.values())
+    return sum(
+        standing_bytes(spec, itemsize, draws.get(spec.name, 0), tokens.get(spec.name, 0))
+        for spec in graph.layers.values()
+    )
 
 
 def budget(settings: Settings) -> int:
-    """Bytes that the tool may take: --memory, else half of what is free."""
-    return settings.memory_bytes or _free_bytes() // 2
+    """Bytes that the tool may take: --memory, else half of what is free on the CPU now."""
+    return settings.memory_bytes or free_bytes(torch.device("cpu")) // 2
+
+
+def with_budget(settings: Settings, device: torch.device) -> Settings:
+    """The settings with a bound on memory: where none is given, half of what is free on the device at this moment."""
+    if settings.memory_bytes is not None:
+        return settings
+    return dataclasses.replace(settings, memory_bytes=max(1, free_bytes(device) // 2))
 
 
 def usable(settings: Settings) -> int:
     """What of the budget is left to plan with: export, solvers and what is freed too late take the rest."""
     whole = budget(settings)
     return whole - min(OVERHEAD_BYTES, whole // 4)
-
-
-def _free_bytes() -> int:
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return int(torch.cuda.mem_get_info()[0])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,17 +1,18 @@
 """What an analysis will take in seconds: rates of this machine, one timed pass, and the operations of every measure.
 
 `--fisher auto` and `--dry-run` both estimate with `estimate`. Rates are measured in the process that will do the work,
-on matrices of the size that the measures see, in a fraction of a second.
+on matrices of the size that the measures see, in a fraction of a second; what counts is the time that the process
+worked, so that a busy machine gets the same plan (`curvscope.extract.clock`).
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from curvscope.extract.clock import seconds_of
 from curvscope.extract.collector import Form
 from curvscope.extract.plan import LayerPlan, Plan
 from curvscope.graph.sites import LayerSpec
@@ -61,7 +62,7 @@ ASSUMED = Rates(5e10, 2.5e10, 1e10, 1e9, 4e9, 1e7, 5e9)
 
 
 def measured_rates(device: torch.device) -> Rates:
-    """The rates of this machine with the threads that torch has now; takes about a fifth of a second."""
+    """The rates of this machine with the threads that torch has now; takes about half a second."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -73,32 +74,14 @@ def measured_rates(device: torch.device) -> Rates:
     cube, numbers = float(SIZE**3), random(2**16)
     large = random(2**21)
     return Rates(
-        product32=2 * cube / _seconds(lambda: narrow @ narrow, device),
-        product64=2 * cube / _seconds(lambda: wide @ wide, device),
-        skinny=2 * 64 * 64 * 96 * 96 / _seconds(lambda: torch.matmul(gradients.transpose(1, 2), inputs), device),
-        eigenvectors=cube / _seconds(lambda: torch.linalg.eigh(symmetric), device),
-        eigenvalues=cube / _seconds(lambda: torch.linalg.eigvalsh(symmetric), device),
-        sorted=2**16 / _seconds(lambda: numbers.sort(), device),
-        bytes=3 * 8 * 2**21 / _seconds(lambda: large * 2.0, device),
+        product32=2 * cube / seconds_of(lambda: narrow @ narrow, device),
+        product64=2 * cube / seconds_of(lambda: wide @ wide, device),
+        skinny=2 * 64 * 64 * 96 * 96 / seconds_of(lambda: torch.matmul(gradients.transpose(1, 2), inputs), device),
+        eigenvectors=cube / seconds_of(lambda: torch.linalg.eigh(symmetric), device),
+        eigenvalues=cube / seconds_of(lambda: torch.linalg.eigvalsh(symmetric), device),
+        sorted=2**16 / seconds_of(lambda: numbers.sort(), device),
+        bytes=3 * 8 * 2**21 / seconds_of(lambda: large * 2.0, device),
     )
-
-
-def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    """The faster of two calls, after one that is not counted."""
-    best = float("inf")
-    for attempt in range(3):
-        _wait(device)
-        start = time.perf_counter()
-        call()
-        _wait(device)
-        if attempt:
-            best = min(best, time.perf_counter() - start)
-    return max(best, 1e-9)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @dataclass(frozen=True)
@@ -135,7 +118,9 @@ def keep_seconds(load: Load, rates: Rates) -> float:
     made = 0.0 if load.spec.exact_only else 2.0 * groups * N * K * R * P / rates.skinny
     if load.plan.form == "dense":
         return made + 2.0 * groups * load.itemsize * N * K * P / rates.bytes
-    return made + groups * (2.0 * SYMMETRIC * N * K * P * P / rates.product64 + 24.0 * N * K * P / rates.bytes)
+    # every pass reads and writes all of G, however few its examples
+    moved = 16.0 * SYMMETRIC * K * P * P + 24.0 * N * K * P
+    return made + groups * (2.0 * SYMMETRIC * N * K * P * P / rates.product64 + moved / rates.bytes)
 
 
 def measure_seconds(load: Load, rates: Rates) -> float:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from curvscope.errors import out_of_memory
+from curvscope.extract.clock import now
 from curvscope.extract.collector import Extract, Form
 from curvscope.extract.cost import PassSeconds
 from curvscope.extract.footprint import release
 from curvscope.extract.merge import Merged
 from curvscope.extract.padding import Judge
 from curvscope.extract.pieces import Piece, Pieces
+from curvscope.extract.plan import ROWS_BYTES
 from curvscope.extract.projected import Bases, ProjectedCollector
 from curvscope.extract.roots import Root, make_root, outputs_an_example
 from curvscope.extract.sweep import Progress, no_progress, sweep
@@ -27,6 +29,11 @@ from curvscope.graph.verify import Independent
 # Odd and close to 2^64 over the golden ratio: seeds of neighbouring pieces have nothing in common.
 SPREAD = 0x9E3779B97F4A7C15
 
+# Sweeps that are timed, the first one not counted.
+TIMED_SWEEPS = 3
+MOST_SWEEPS = 8
+TIMED_SECONDS = 0.1
+
 
 class Passes:
     """The sweeps of one analysis over the same pieces.
@@ -35,6 +42,7 @@ class Passes:
         columns: K.
         unit: `Root.unit` of everything that the sweeps return.
         loss: L over all data, once the first sweep has run.
+        rows_bytes: see `curvscope.extract.sweep.sweep`.
         rest: dL/dp of the trained parameters that belong to no layer, likewise.
     """
 
@@ -57,6 +65,7 @@ class Passes:
         exact = pieces.survey.columns
         self.columns = exact if fisher == "exact" else 1 if fisher == "empirical" else samples
         self.unit: float | None = None
+        self.rows_bytes = ROWS_BYTES
         self.loss = 0.0
         self.rest: dict[str, Tensor] = {}
         self._whole: Root | None = None
@@ -87,31 +96,41 @@ class Passes:
         return not self.shared and self.pieces.halve()
 
     def pass_seconds(self) -> PassSeconds:
-        """The seconds of one sweep over all data that keeps no columns, from passes over the first piece."""
+        """The seconds of one sweep over all data that keeps no columns, from passes over the first piece.
+
+        The fewest of at least two sweeps (and of as many as fit in a tenth of a second), after one that pays for
+        memory that is new to the process.
+        """
         piece = next(iter(self.pieces))
-        marks = [time.perf_counter()]
-        names = [spec.name for spec in self.graph.chosen()]
-
-        def mark(stage: str, item: str, done: int, total: int) -> None:
-            marks.append(time.perf_counter())
-
-        for _ in range(2):  # the first one pays for memory that is new to the process
-            marks[:] = [time.perf_counter()]
-            sweep(
-                self.graph,
-                piece.tensors,
-                piece.layouts,
-                lambda outputs: replace(self.root(piece, outputs), columns=min(2, self.columns)),
-                dict.fromkeys(names),
-                gradient_only=[name for name in self.graph.layers if name not in names],
-                progress=mark,
-                judge=Judge(),
-            )
-            marks.append(time.perf_counter())
+        found: list[tuple[float, float]] = []
+        total = 0.0
+        while len(found) < TIMED_SWEEPS or (total < TIMED_SECONDS and len(found) < MOST_SWEEPS):
+            each = self._timed_sweep(piece)
+            # forward and gradient, one or two columns, then the sums' results
+            found.append((each[0] + each[-1], each[-2]))
+            total += sum(each)
         release()
         share = self.pieces.survey.examples / piece.layouts.examples
-        start, gradient, *_, last, column, end = [*marks[:2], *([marks[1]] if len(marks) < 5 else []), *marks[2:]]
-        return PassSeconds((gradient - start + end - column) * share, (column - last) * share)
+        once, column = (min(values) for values in zip(*found[1:], strict=True))
+        return PassSeconds(once * share, column * share)
+
+    def _timed_sweep(self, piece: Piece) -> list[float]:
+        """Seconds from one mark of a sweep over at most two columns to the next."""
+        device = self.pieces.device
+        names = [spec.name for spec in self.graph.chosen()]
+        marks = [now(device)]
+        sweep(
+            self.graph,
+            piece.tensors,
+            piece.layouts,
+            lambda outputs: replace(self.root(piece, outputs), columns=min(2, self.columns)),
+            dict.fromkeys(names),
+            gradient_only=[name for name in self.graph.layers if name not in names],
+            progress=lambda *_: marks.append(now(device)),
+            judge=Judge(),
+        )
+        marks.append(now(device))
+        return [late.since(early) for early, late in itertools.pairwise(marks)]
 
     def root(self, piece: Piece, outputs: Tensor) -> Root:
         """The root of a piece's share of L in its outputs; draws depend on the seed and the piece's first example."""
@@ -136,7 +155,7 @@ class Passes:
         forms: Mapping[str, Form | None],
         *,
         first: bool,
-        per_draw: bool = False,
+        per_draw: Collection[str] = (),
         gradient_only: Sequence[str] = (),
         progress: Progress = no_progress,
     ) -> dict[str, Extract]:
@@ -197,7 +216,7 @@ class Passes:
         self,
         forms: Mapping[str, Form | None],
         first: bool,
-        per_draw: bool,
+        per_draw: Collection[str],
         gradient_only: Sequence[str],
         progress: Progress,
     ) -> dict[str, Extract]:
@@ -224,6 +243,7 @@ class Passes:
                     progress=self._told(progress, piece),
                     judge=judge,
                     blocks=blocks,
+                    rows_bytes=self.rows_bytes,
                 )
                 for name in list(extracts):
                     merged[name].add(extracts.pop(name))  # freed as soon as it is taken in

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,19 +17,16 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from curvscope.errors import BatchError, CurvscopeError, LossError, out_of_memory
+from curvscope.extract.cutting import can_split, outputs_of, take_targets, weighs_examples
 from curvscope.extract.footprint import bytes_an_example
+from curvscope.extract.loaded import Loaded, Loader, layouts_of, sizes
 from curvscope.extract.plan import ACTIVATIONS_SHARE
 from curvscope.extract.roots import exact_columns
-from curvscope.graph.export import FlatInputs, flatten_inputs
-from curvscope.graph.graph_inputs import batch_vector, edge_lists, owners
-from curvscope.graph.ownership import verify_graphs
 from curvscope.graph.prepare import Prepared
 from curvscope.graph.ragged import Ragged
-from curvscope.graph.shadow import moved
 from curvscope.graph.trial import refused
-from curvscope.graph.verify import Independent, Layouts, all_tokens, looked_up, verify
+from curvscope.graph.verify import Independent, Layouts, all_tokens, looked_up
 from curvscope.load import check_targets
-from curvscope.load.class_axis import class_axis
 from curvscope.load.problem import Batch, Loss, Problem
 from curvscope.load.reduction import averages, denominator, has_terms
 
@@ -58,18 +55,6 @@ class Piece:
     start: int
     share: float
     counts: bool = True
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    """One batch, flat and on the device."""
-
-    name: str
-    flat: FlatInputs
-    tensors: list[Tensor]
-    axes: tuple[int | None, ...]
-    examples: int
-    targets: Any
 
 
 @dataclass(frozen=True)
@@ -106,8 +91,7 @@ class Pieces:
         self.size: int | None = None
         self.many = problem.batches is not None
         self._prepared = prepared
-        self._device = device
-        self._dtype = dtype
+        self._loader = Loader(prepared, device, dtype)
         self._first = Batch(problem.inputs, problem.targets, "the batch")
         self._batches: Iterable[Batch] = [self._first] if problem.batches is None else problem.batches
         self._layouts: dict[tuple[tuple[int, ...], ...], Layouts] = {}
@@ -122,6 +106,11 @@ class Pieces:
             )
 
     @property
+    def device(self) -> torch.device:
+        """Where the pieces are."""
+        return self._loader.device
+
+    @property
     def survey(self) -> Survey:
         """What `look` found."""
         assert self._survey is not None
@@ -132,7 +121,7 @@ class Pieces:
 
         None, and pieces as large as batches, where the graph takes one number of examples only.
         """
-        loaded = self._load(self._first)
+        loaded = self._loader.load(self._first)
         few = min(2, loaded.examples)
         if not self._prepared.any_size or loaded.examples == few:
             return None
@@ -152,15 +141,18 @@ class Pieces:
         self.size = size
         return max(2, size // VERIFYING)
 
+    @property
+    def largest(self) -> int:
+        """The examples of the largest piece."""
+        return self.survey.largest if self.size is None else min(self.size, self.survey.largest)
+
     def activations(self) -> int:
         """Bytes that a pass over the largest piece takes, where they were measured."""
-        largest = self.survey.largest if self.size is None else min(self.size, self.survey.largest)
-        return self.example_bytes * largest
+        return self.example_bytes * self.largest
 
     def share(self) -> float:
         """The part of all examples that the largest piece holds; 0 where there is one piece, that has no copy."""
-        largest = self.survey.largest if self.size is None else min(self.size, self.survey.largest)
-        return largest / self.survey.examples if self.in_pieces() else 0.0
+        return self.largest / self.survey.examples if self.in_pieces() else 0.0
 
     def verify(self, examples: int | None = None) -> Layouts:
         """The layouts of the first batch, with its outputs; of its first examples only where a number is given.
@@ -168,7 +160,7 @@ class Pieces:
         Raises:
             LayoutError, ModelError, BatchError: see `curvscope.graph.verify`.
         """
-        loaded = self._load(self._first)
+        loaded = self._loader.load(self._first)
         count = loaded.examples if examples is None or not self._prepared.any_size else min(examples, loaded.examples)
         return self._verified(loaded, count)
 
@@ -188,7 +180,7 @@ class Pieces:
             batches += 1
             with self.named(loaded.name):
                 known = self._of_shape(loaded)
-                outputs = _outputs(known, loaded.examples)
+                outputs = outputs_of(known, loaded.examples)
                 if self.loss.name == "callable" and batches == 1:
                     check_targets(self.loss, layouts.outputs, self._targets_of(loaded, layouts))
                 elif self.loss.name != "callable" and (has_terms(self.loss, loaded.targets) or not self.many):
@@ -266,7 +258,7 @@ class Pieces:
             tensor if axis is None else tensor.index_select(axis, index.to(tensor.device))
             for tensor, axis in zip(piece.tensors, self.axes, strict=True)
         ]
-        targets = self._taken(piece.targets, layouts, count, index)
+        targets = take_targets(self.loss, piece.targets, layouts, count, index)
         counts = has_terms(self.loss, targets)
         return replace(
             piece, tensors=tensors, targets=targets, layouts=replace(layouts, examples=len(index)), counts=counts
@@ -280,7 +272,7 @@ class Pieces:
             return float(piece.layouts.examples)
         if not piece.counts:
             return 0.0
-        return denominator(self.loss, _outputs(piece.layouts, piece.layouts.examples), piece.targets)
+        return denominator(self.loss, outputs_of(piece.layouts, piece.layouts.examples), piece.targets)
 
     def apart(self, independent: Independent | None) -> None:
         """From now on the layouts say how positions are kept apart."""
@@ -288,7 +280,7 @@ class Pieces:
 
     def halve(self) -> bool:
         """Makes pieces of half as many examples, where there are any smaller ones."""
-        now = self.survey.largest if self.size is None else min(self.size, self.survey.largest)
+        now = self.largest
         if now == 1 or not self._prepared.any_size or not self._divisible:
             return False
         self.size = now // 2
@@ -300,13 +292,13 @@ class Pieces:
         outputs, layout = layouts.outputs, layouts.output
         for number, loaded in enumerate(self._loaded()):
             part = self._targets_of(loaded, layouts) if number == 0 else loaded.targets
-            if number == 0 and layouts.examples > 1 and self._can_split(loaded, layouts):
+            if number == 0 and layouts.examples > 1 and self._divides(loaded, layouts):
                 low = max(1, layouts.examples // 3)
                 cuts = [(0, low), (low, layouts.examples)]
                 parts = [
                     (
                         layout.take(outputs, *cut),
-                        self._taken(loaded.targets, layouts, loaded.examples, slice(*cut)),
+                        take_targets(self.loss, loaded.targets, layouts, loaded.examples, slice(*cut)),
                         cut[1] - cut[0],
                     )
                     for cut in cuts
@@ -346,14 +338,14 @@ class Pieces:
             with self.named(loaded.name):
                 layouts = self._of_shape(loaded)
                 step = loaded.examples
-                if self.size is not None and self.size < step and self._can_split(loaded, layouts):
+                if self.size is not None and self.size < step and self._divides(loaded, layouts):
                     step = self.size
             for low in range(0, loaded.examples, step):
                 high = min(low + step, loaded.examples)
                 yield self._piece(loaded, layouts, low, high, start + low, survey)
             start += loaded.examples
 
-    def _piece(self, loaded: _Loaded, layouts: Layouts, low: int, high: int, start: int, survey: Survey) -> Piece:
+    def _piece(self, loaded: Loaded, layouts: Layouts, low: int, high: int, start: int, survey: Survey) -> Piece:
         count = high - low
         tensors, targets = loaded.tensors, loaded.targets
         if count < loaded.examples:
@@ -361,13 +353,13 @@ class Pieces:
                 tensor if axis is None else tensor.narrow(axis, low, count)
                 for tensor, axis in zip(loaded.tensors, loaded.axes, strict=True)
             ]
-            targets = self._taken(loaded.targets, layouts, loaded.examples, slice(low, high))
+            targets = take_targets(self.loss, loaded.targets, layouts, loaded.examples, slice(low, high))
         counts = has_terms(self.loss, targets)
         share = 1.0
         if survey.total and self.loss.name == "callable":
             share = count / survey.examples
         elif survey.total:
-            share = denominator(self.loss, _outputs(layouts, count), targets) / survey.total if counts else 0.0
+            share = denominator(self.loss, outputs_of(layouts, count), targets) / survey.total if counts else 0.0
         elif not counts:
             share = 0.0
         return Piece(loaded.name, tensors, targets, replace(layouts, examples=count), start, share, counts)
@@ -375,69 +367,20 @@ class Pieces:
     def _set_total(self, mean: bool) -> None:
         self._survey = replace(self.survey, total=float(self.survey.examples) if mean else 0.0)
 
-    def _loaded(self) -> Iterator[_Loaded]:
+    def _loaded(self) -> Iterator[Loaded]:
         for batch in self._batches:
             with self.named(batch.source):
-                loaded = self._load(batch)
+                loaded = self._loader.load(batch)
             yield loaded
 
-    def _load(self, batch: Batch) -> _Loaded:
-        """The batch as the graph takes it.
-
-        Raises:
-            BatchError: it has other inputs than the first one.
-        """
-        flat = flatten_inputs(batch.inputs)
-        first = self._prepared.flat
-        same = flat.names == first.names and flat.spec == first.spec
-        same = same and all(_alike(a, b) for a, b in zip(flat.leaves, first.leaves, strict=True))
-        if not same:
-            raise BatchError(
-                f"Its inputs are not built like those of the first batch: {_described(flat)}, where the first has "
-                f"{_described(first)}.",
-                where=batch.source,
-                remedy="Give batches with the same arguments, dtypes and numbers of axes throughout.",
-            )
-        axes = self._prepared.axes
-        counts = {t.shape[axis] for t, axis in zip(flat.tensors, axes, strict=True) if axis is not None} or {1}
-        if len(counts) != 1:
-            raise BatchError(
-                f"The numbers of examples disagree: {_described(flat)}.",
-                where=batch.source,
-                remedy="Give every input of a batch the same number of examples; name their axis with --example-axis "
-                "where it is not the first.",
-            )
-        (examples,) = counts
-        if self._prepared.index is not None:
-            examples = self._prepared.examples
-        fixed = None
-        if not self._prepared.any_size and examples != self._prepared.examples:
-            fixed = "a fixed number of examples"
-        if not self._prepared.any_shape and _sizes(flat, axes) != _sizes(first, self._prepared.axes):
-            fixed = "inputs of one shape (beside the examples)"
-        if fixed is not None:
-            raise BatchError(
-                f"The model's graph takes {fixed}: the first batch has {_described(first)}, this one "
-                f"{_described(flat)}.",
-                where=batch.source,
-                remedy="Give batches of equal shapes (pad the sequences to one length), or analyze them one by one.",
-            )
-        tensors = [moved(tensor, self._device, self._dtype) for tensor in flat.tensors]
-        targets = moved(batch.targets, self._device, self._dtype)
-        return _Loaded(batch.source, flat, tensors, axes, examples, targets)
-
-    @staticmethod
-    def _shape(loaded: _Loaded) -> tuple[tuple[int, ...], ...]:
-        return _sizes(loaded.flat, loaded.axes)
-
-    def _of_shape(self, loaded: _Loaded) -> Layouts:
+    def _of_shape(self, loaded: Loaded) -> Layouts:
         """The layouts that hold for batches of this shape, verified once."""
-        shape = self._shape(loaded)
+        shape = sizes(loaded.flat, loaded.axes)
         if shape not in self._layouts:
             self._verified(loaded, loaded.examples)
         return self._layouts[shape]
 
-    def _verified(self, loaded: _Loaded, count: int) -> Layouts:
+    def _verified(self, loaded: Loaded, count: int) -> Layouts:
         tensors = [
             tensor if axis is None else tensor.narrow(axis, 0, count)
             for tensor, axis in zip(loaded.tensors, loaded.axes, strict=True)
@@ -450,7 +393,7 @@ class Pieces:
                 for tensor, axis in zip(tensors, loaded.axes, strict=True)
             ]
         try:
-            layouts = self._layouts_of(loaded, tensors, count)
+            layouts = layouts_of(self.graph, loaded, tensors, count, self._prepared.index)
         except CurvscopeError:
             raise
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
@@ -461,59 +404,18 @@ class Pieces:
             layouts = replace(layouts, examples=1, outputs=layouts.output.take(layouts.outputs, 0, 1))
         # the shape is all that is kept of the outputs
         outputs = layouts.outputs.new_zeros(()).expand(layouts.outputs.shape)
-        self._layouts[self._shape(loaded)] = replace(layouts, outputs=outputs)
+        self._layouts[sizes(loaded.flat, loaded.axes)] = replace(layouts, outputs=outputs)
         return layouts
 
-    def _layouts_of(self, loaded: _Loaded, tensors: list[Tensor], count: int) -> Layouts:
-        vector = batch_vector(loaded.flat.names, tensors, self._prepared.index)
-        if vector is None or count == 1:
-            return verify(self.graph, tensors, loaded.axes, count)
-        edges = edge_lists(loaded.flat.names, tensors, len(vector))
-        return verify_graphs(self.graph, tensors, owners(tensors, edges, vector, count))
-
-    def _targets_of(self, loaded: _Loaded, layouts: Layouts) -> Any:
+    def _targets_of(self, loaded: Loaded, layouts: Layouts) -> Any:
         """The targets of the examples that the layouts' outputs are of."""
         if layouts.examples >= loaded.examples:
             return loaded.targets
-        return self._taken(loaded.targets, layouts, loaded.examples, slice(0, layouts.examples))
+        return take_targets(self.loss, loaded.targets, layouts, loaded.examples, slice(0, layouts.examples))
 
-    def _can_split(self, loaded: _Loaded, layouts: Layouts) -> bool:
+    def _divides(self, loaded: Loaded, layouts: Layouts) -> bool:
         """Whether examples can be taken out of a batch: the graph takes any number, and targets follow the outputs."""
-        if not self._prepared.any_size:
-            return False
-        if self.loss.name != "callable":
-            return not self._weighs_examples(layouts)
-        size = layouts.output.inner * loaded.examples
-        leaves = [leaf for leaf in pytree.tree_leaves(loaded.targets) if isinstance(leaf, Tensor)]
-        plain = layouts.output.axis == 0 and layouts.output.outer == 1
-        return plain and all(leaf.ndim > 0 and leaf.shape[0] == size for leaf in leaves)
-
-    def _taken(self, targets: Any, layouts: Layouts, examples: int, chosen: slice | Tensor) -> Any:
-        """The targets of some of the examples: they lie as in the outputs, whose class axis indices do not have.
-
-        Raises:
-            ValueError: single ones are chosen, and targets lie otherwise.
-        """
-        layout = layouts.output
-        if self.loss.name in ("cross_entropy", "causal_lm") and not targets.is_floating_point():
-            axis = class_axis(self.loss.name, self.loss.settings, _outputs(layouts, examples), targets)
-            layout = replace(layout, axis=layout.axis - (axis < layout.axis))
-        size = layout.outer * examples * layout.inner
-
-        def taken(leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor):
-                return leaf
-            if isinstance(chosen, Tensor) and (leaf.ndim <= layout.axis or leaf.shape[layout.axis] != size):
-                raise ValueError("targets that do not lie as the outputs do")
-            return layout.pick(leaf, chosen)
-
-        return pytree.tree_map(taken, targets)
-
-    def _weighs_examples(self, layouts: Layouts) -> bool:
-        """Whether weights of the loss are those of single examples."""
-        settings, outputs = self.loss.settings, layouts.outputs
-        weights = [settings.get(key) for key in ("weight", "pos_weight") if self.loss.name == "bce_with_logits"]
-        return any(w is not None and w.ndim == outputs.ndim and w.shape[layouts.output.axis] > 1 for w in weights)
+        return self._prepared.any_size and can_split(self.loss, loaded, layouts)
 
     def _check_weights(self, layouts: Layouts) -> None:
         """Refuse weights of single examples where there are several batches.
@@ -521,7 +423,7 @@ class Pieces:
         Raises:
             BatchError: a weight of bce_with_logits has an axis of examples.
         """
-        if self.many and self._weighs_examples(layouts):
+        if self.many and weighs_examples(self.loss, layouts):
             raise BatchError(
                 "The loss has weights for each example of one batch, and there are several batches.",
                 where=f"loss {self.loss.label}",
@@ -537,31 +439,3 @@ class Pieces:
             if self.many and name not in error.where:
                 raise type(error)(error.what, where=f"{name}; {error.where}", remedy=error.remedy) from error
             raise
-
-
-def _outputs(layouts: Layouts, examples: int) -> Tensor:
-    """A stand-in for the outputs of that many examples: their shape, dtype and device, and no memory."""
-    if isinstance(layouts.output, Ragged):
-        return layouts.outputs
-    shape = list(layouts.outputs.shape)
-    shape[layouts.output.axis] = layouts.output.outer * examples * layouts.output.inner
-    return layouts.outputs.new_zeros(()).expand(shape)
-
-
-def _sizes(flat: FlatInputs, axes: Sequence[int | None]) -> tuple[tuple[int, ...], ...]:
-    """The shapes of the inputs without their example axes."""
-    pairs = zip(flat.tensors, axes, strict=True)
-    return tuple(tuple(size for i, size in enumerate(tensor.shape) if i != axis) for tensor, axis in pairs)
-
-
-def _alike(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.ndim == b.ndim and a.dtype == b.dtype
-    return type(a) is type(b) and bool(a == b)
-
-
-def _described(flat: FlatInputs) -> str:
-    return ", ".join(
-        f"{name}: {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-        for name, tensor in zip(flat.names, flat.tensors, strict=True)
-    )

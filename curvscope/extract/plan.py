@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from curvscope.extract.collector import Form
+from curvscope.extract.room import Sizes, damped_bytes, dumped_bytes, measure_bytes
 from curvscope.graph.sites import LayerSpec
 
 # Slices of columns are worked on in pieces of this many bytes, or of less under a small bound, a few at once.
@@ -13,6 +14,8 @@ PIECE_BYTES = 64 * 2**20
 LEAST_PIECE_BYTES = 2 * 2**20
 PIECES_OF_THE_BOUND = 32
 PIECES_AT_ONCE = 4
+# Rows kept beside columns of another form, in all.
+ROWS_BYTES = 64 * 2**20
 # Of the bound, what the passes over one piece of the data may take beside the columns that are kept.
 ACTIVATIONS_SHARE = 1 / 4
 # Columns of a layer without factors (an embedding, say) are kept up to this many numbers.
@@ -23,7 +26,15 @@ EXACT_ONLY_ENTRIES = 2**25
 class LayerPlan:
     """One layer's columns: the form they are kept in, and what keeping and measuring them takes in bytes.
 
-    `inputs` is how many inputs the columns run over, the bias included (0: all of the layer's).
+    Attributes:
+        form: None for no columns, for the `reason`.
+        kept_bytes: the columns, from their sweep until they are measured.
+        measure_bytes: what measuring them takes beside them, damped steps aside.
+        inputs: how many inputs the columns run over, the bias included (0: all of the layer's).
+        damped_bytes: the same with damped steps; 0 where there are none.
+        no_damping: why damped steps are left out; empty where they are not.
+        dump_bytes: what is kept for the file until the run is saved.
+        no_dump: why that is left out.
     """
 
     form: Form | None
@@ -31,6 +42,10 @@ class LayerPlan:
     measure_bytes: int
     reason: str = ""
     inputs: int = 0
+    damped_bytes: int = 0
+    no_damping: str = ""
+    dump_bytes: int = 0
+    no_dump: str = ""
 
 
 @dataclass(frozen=True)
@@ -51,6 +66,16 @@ def slice_bytes(budget: int) -> int:
     return min(PIECE_BYTES, max(LEAST_PIECE_BYTES, budget // PIECES_OF_THE_BOUND))
 
 
+def working_bytes(budget: int) -> int:
+    """What is worked on in slices at a time takes, under a bound on everything: a basis, or steps and columns."""
+    return (PIECES_AT_ONCE + 1) * slice_bytes(budget)
+
+
+def rows_bytes(budget: int) -> int:
+    """What rows kept beside columns of another form may take, of all layers together."""
+    return min(ROWS_BYTES, 2 * slice_bytes(budget))
+
+
 def standing_bytes(spec: LayerSpec, itemsize: int, draws: int, tokens: int = 0) -> int:
     """A layer's factors (B of every draw, too), gradient and record, which stay from the first sweep on.
 
@@ -63,7 +88,12 @@ def standing_bytes(spec: LayerSpec, itemsize: int, draws: int, tokens: int = 0) 
         d_in, d_out = role.d_in + (role.bias is not None), role.d_out // role.groups
         of_inputs = d_in + tokens**2 if role.kind == "embedding" else 2 * d_in**2
         factors += role.groups * (of_inputs + 2 * (1 + draws) * d_out**2) * itemsize
-    return 2 * factors + spec.parameters * itemsize + 8 * 6 * min(spec.parameters, 2**14)
+    return factors + spec.parameters * itemsize + 8 * 6 * min(spec.parameters, 2**14)
+
+
+def keeps_draws(form: Form | None) -> bool:
+    """Whether B of single draws has to be kept as the passes run: not where the columns keep the gradients."""
+    return form in ("dense", "formed")
 
 
 def plan_layer(
@@ -76,75 +106,41 @@ def plan_layer(
     keep_draws: bool,
     limit: int,
     tokens: int | None = None,
+    slices: int = 0,
+    dump: Collection[str] = (),
 ) -> LayerPlan:
     """The cheapest form of one layer's columns; those of an embedding run over the `tokens` that occur.
 
     G itself where P <= N K (not where single draws are needed); inputs and gradients for R = 1; otherwise the smaller
-    of inputs with gradients and the columns themselves. None where min(P, N K) is over `limit`.
+    of inputs with gradients and the columns themselves; for groups, several roles and parameters without factors the
+    columns themselves. None where min(P, N K) is over `limit`. Measures work in `slices` bytes beside what is counted.
     """
-    if spec.roles:
-        return _plan_tied(spec, examples * columns, itemsize, keep_draws, limit)
-    if tokens is not None:
-        sizes = replace(spec, d_in=tokens)
-        found = plan_layer(sizes, examples, columns, positions, itemsize=itemsize, keep_draws=keep_draws, limit=limit)
-        return replace(found, inputs=tokens)
-    d_in = spec.d_in + (spec.bias is not None)
-    if spec.exact_only:
-        return _plan_exact_only(spec.d_in, examples * columns, itemsize, keep_draws, limit)
-    if spec.groups > 1:
-        return _plan_grouped(spec, examples * columns, d_in, itemsize, keep_draws, limit)
-    P, NK = spec.d_out * d_in, examples * columns
-    small = NK if keep_draws else min(P, NK)
+    d_in = spec.d_in if spec.exact_only else tokens or spec.d_in + (spec.bias is not None)
+    d_out = 1 if spec.exact_only else spec.d_out // spec.groups
+    positions = 1 if spec.exact_only else positions
+    sizes = Sizes(d_out, d_in, examples, columns, positions, itemsize, not spec.exact_only, keep_draws)
+    P, NK, small = sizes.parameters, examples * columns, sizes.small
     if small > limit:
         return LayerPlan(None, 0, 0, _too_large(small, limit))
-    square = 8 * small * small
-    d_out = spec.d_out
-    if NK >= P and not keep_draws:
-        return LayerPlan("formed", square, 4 * square + examples * P * (itemsize + 8))
-    factored = examples * positions * (d_in + columns * d_out)
-    dense = NK * P
-    if positions == 1:
-        return LayerPlan("outer", factored * itemsize, 4 * square + 16 * factored)
-    if factored < dense:
-        return LayerPlan("factored", factored * itemsize, 4 * square + 64 * P)
-    return LayerPlan("dense", dense * itemsize, 4 * square + 64 * P)
-
-
-def _plan_grouped(spec: LayerSpec, NK: int, d_in: int, itemsize: int, keep_draws: bool, limit: int) -> LayerPlan:
-    """The same for groups, each with a block of its own: formed where that is the smaller side, else dense columns."""
-    d_out = spec.d_out // spec.groups
-    P = d_out * d_in
-    small = NK if keep_draws else min(P, NK)
-    if small > limit:
-        return LayerPlan(None, 0, 0, _too_large(small, limit))
-    if NK >= P and not keep_draws:
-        return LayerPlan("formed", 8 * spec.groups * P * P, 8 * spec.groups * P * P)
-    dense = spec.groups * NK * P * itemsize
-    return LayerPlan("dense", dense, 4 * 8 * small * small + dense)
-
-
-def _plan_tied(spec: LayerSpec, NK: int, itemsize: int, keep_draws: bool, limit: int) -> LayerPlan:
-    """The same for a weight of several roles, whose columns are sums: formed where P is smaller, else dense."""
-    P = spec.parameters
-    small = NK if keep_draws else min(P, NK)
-    if small > limit:
-        return LayerPlan(None, 0, 0, _too_large(small, limit))
-    square = 32 * small * small
-    if NK >= P and not keep_draws:
-        return LayerPlan("formed", 8 * P * P, square)
-    return LayerPlan("dense", NK * P * itemsize, square + 64 * P)
-
-
-def _plan_exact_only(P: int, NK: int, itemsize: int, keep_draws: bool, limit: int) -> LayerPlan:
-    """The same for a parameter without a Kronecker form: G itself where P <= N K, else its columns."""
-    small = NK if keep_draws else min(P, NK)
-    if small > limit:
-        return LayerPlan(None, 0, 0, _too_large(small, limit))
-    if NK * P > EXACT_ONLY_ENTRIES and (keep_draws or NK < P):
+    if spec.exact_only and NK * P > EXACT_ONLY_ENTRIES and (keep_draws or NK < P):
         return LayerPlan(None, 0, 0, f"its {NK} columns of {P} numbers are too many for a layer without factors")
+    factored, dense = examples * positions * (d_in + columns * d_out), NK * P
+    form: Form = "dense"
+    kept = dense * itemsize
     if NK >= P and not keep_draws:
-        return LayerPlan("formed", 8 * P * P, 32 * P * P)
-    return LayerPlan("dense", NK * P * itemsize, 32 * small * small)
+        form, kept = "formed", 8 * P * P
+    elif spec.groups == 1 and not spec.exact_only and not spec.roles and (positions == 1 or factored < dense):
+        form, kept = "outer" if positions == 1 else "factored", factored * itemsize
+    # one column of all examples, while it is added to G
+    column = examples * P * (itemsize + 8) if form == "formed" else 0
+    return LayerPlan(
+        form,
+        spec.groups * kept,
+        spec.groups * measure_bytes(form, sizes, slices) + column,
+        inputs=tokens or 0,
+        damped_bytes=0 if keep_draws else spec.groups * damped_bytes(form, sizes, slices) + column,
+        dump_bytes=spec.groups * dumped_bytes(sizes, dump),
+    )
 
 
 def _too_large(small: int, limit: int) -> str:
@@ -158,33 +154,25 @@ def plan_sweeps(
     standing: int = 0,
     activations: int = 0,
     piece_share: float = 0.0,
+    remedy: str = "raise it, or --fisher probe",
 ) -> Plan:
     """Groups of layers whose kept columns, with the largest layer's measuring, stay under `budget` bytes.
 
     `standing` bytes are there all the time, `activations` while a pass runs, and of the columns the `piece_share` that
-    one piece of the data makes stands beside those of all. A layer that exceeds the budget alone gets
-    no columns; its plan says what it would take.
+    one piece of the data makes stands beside those of all. What exceeds the budget for a layer alone is left out in
+    this order, the plan saying what it would take: what is kept for the file, damped steps, the columns.
     """
-    piece = slice_bytes(budget)
-    slices = PIECES_AT_ONCE * piece
     chosen: dict[str, LayerPlan] = {}
     groups: list[list[str]] = [[]]
     kept, work, peak = 0, 0, standing + activations
-    for name, layer in layers.items():
+    for name, given in layers.items():
+        layer = _fitting(given, budget, standing, activations, piece_share, remedy)
+        chosen[name] = layer
         if layer.form is None:
-            chosen[name] = layer
             groups[0].append(name)
             continue
         own = int(layer.kept_bytes * (1 + piece_share))
-        measuring = max(layer.measure_bytes + slices, activations)
-        need = own + measuring + standing
-        if need > budget:
-            sizes = f"{size_in_words(need)} and --memory allows {size_in_words(budget)}"
-            reason = f"its columns take {sizes}: raise it, or --fisher probe"
-            chosen[name] = LayerPlan(None, 0, 0, reason)
-            groups[0].append(name)
-            continue
-        chosen[name] = layer
+        measuring = _measuring(layer, activations)
         if groups[-1] and kept + own + max(work, measuring) + standing > budget:
             groups.append([])
             kept, work = 0, 0
@@ -192,7 +180,34 @@ def plan_sweeps(
         kept += own
         work = max(work, measuring)
         peak = max(peak, kept + work + standing)
-    return Plan(chosen, [group for group in groups if group], peak, piece)
+        standing += layer.dump_bytes
+    return Plan(chosen, [group for group in groups if group], peak, slice_bytes(budget))
+
+
+def _measuring(layer: LayerPlan, activations: int) -> int:
+    """What a layer takes beside kept columns at its worst: in the passes or while it is measured."""
+    # what is dumped is copied once, and once more into the loss's unit
+    return max(max(layer.measure_bytes, layer.damped_bytes) + 2 * layer.dump_bytes, activations)
+
+
+def _fitting(
+    layer: LayerPlan, budget: int, standing: int, activations: int, piece_share: float, remedy: str
+) -> LayerPlan:
+    """The layer with as much as fits, alone, under the budget."""
+
+    def need() -> int:
+        return int(layer.kept_bytes * (1 + piece_share)) + _measuring(layer, activations) + standing
+
+    def told(what: str) -> str:
+        return f"{what} {size_in_words(need())} in all and --memory allows {size_in_words(budget)}"
+
+    if layer.form is not None and need() > budget and layer.dump_bytes:
+        layer = replace(layer, dump_bytes=0, no_dump=told("with what is dumped it takes"))
+    if layer.form is not None and need() > budget and layer.damped_bytes:
+        layer = replace(layer, damped_bytes=0, no_damping=f"{told('damped steps take')}: raise it")
+    if layer.form is not None and need() > budget:
+        return LayerPlan(None, 0, 0, f"{told('its columns take')}: {remedy}")
+    return layer
 
 
 def size_in_words(count: float) -> str:

@@ -9,10 +9,21 @@ from dataclasses import dataclass
 import torch
 
 from curvscope.extract import cost
-from curvscope.extract.choose import DTYPES, OVERHEAD_BYTES, PROBES, budget, choose, estimate_plan, make_plan, usable
+from curvscope.extract.choose import (
+    DTYPES,
+    OVERHEAD_BYTES,
+    PROBES,
+    budget,
+    choose,
+    estimate_plan,
+    make_plan,
+    usable,
+    with_budget,
+)
+from curvscope.extract.clock import now
 from curvscope.extract.passes import Passes
 from curvscope.extract.pieces import Pieces
-from curvscope.extract.plan import Plan
+from curvscope.extract.plan import Plan, rows_bytes
 from curvscope.extract.positionwise import independent_positions, shared_note
 from curvscope.extract.sweep import Progress
 from curvscope.graph.prepare import prepare, varying_axes
@@ -21,6 +32,9 @@ from curvscope.graph.verify import Layouts
 from curvscope.load.problem import Problem
 from curvscope.planned import PlannedLayer, PlannedRun
 from curvscope.settings import Settings
+
+# Forward passes that verifying the layouts takes, about.
+FORWARD_PASSES = 3
 
 
 @dataclass(frozen=True)
@@ -66,6 +80,7 @@ def get_ready(
     Raises:
         CurvscopeError: whatever speaks against analyzing it.
     """
+    settings = with_budget(settings, device)
     dtype = DTYPES[settings.dtype]
     start = time.perf_counter()
     report("export", problem.name, 0, 1)
@@ -75,10 +90,11 @@ def get_ready(
     graph, notes = prepared.graph, list(prepared.notes)
     pieces = Pieces(problem, prepared, device, dtype)
     count = pieces.fit(usable(settings))
-    verifying = time.perf_counter()
+    verifying = now(device)
     layouts = pieces.verify(count)
+    forward = now(device).since(verifying) / FORWARD_PASSES
     verified = time.perf_counter()
-    problem = dataclasses.replace(problem, loss=pieces.look(layouts, (verified - verifying) / 3))
+    problem = dataclasses.replace(problem, loss=pieces.look(layouts, forward))
     pieces.settle(layouts)
     seconds |= {"export": exported - start, "layout": verified - exported, "survey": time.perf_counter() - verified}
     survey = pieces.survey
@@ -106,6 +122,7 @@ def get_ready(
     )
     samples = settings.samples or PROBES
     passes = Passes(graph, pieces, fisher=fisher, samples=samples, seed=settings.seed, independent=apart)
+    passes.rows_bytes = rows_bytes(usable(settings))
     passes.settle(layouts.outputs)
     plan = make_plan(
         graph,
@@ -127,6 +144,9 @@ def get_ready(
     if passes.shared and apart is not None:
         notes.append(shared_note(apart))
     notes += [reason] if reason else []
+    whole = [name for name, layer in plan.layers.items() if layer.no_dump]
+    if whole:
+        notes.append(f"--memory leaves no room for what --dump asks of {', '.join(whole)}: it is not in the file.")
     return Ready(problem, settings, device, everything, fisher, reason, samples, passes, plan, notes, estimated)
 
 

@@ -7,7 +7,7 @@ Passes are looped over columns on one retained graph, so memory holds one pass's
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from curvscope.extract.embedding import EmbeddingCollector
 from curvscope.extract.extension import SiteExtension, active, extended
 from curvscope.extract.grouped import GroupedCollector
 from curvscope.extract.padding import Judge, Padding
+from curvscope.extract.plan import ROWS_BYTES
 from curvscope.extract.positionwise import PositionwiseCollector, PositionwiseTapCollector
 from curvscope.extract.projected import ProjectedCollector
 from curvscope.extract.roots import Root
@@ -27,9 +28,6 @@ from curvscope.extract.tied import TiedCollector
 from curvscope.graph.functional import Graph
 from curvscope.graph.sites import LayerSpec
 from curvscope.graph.verify import Layouts
-
-# Rows kept beside columns of another form, in all; part of what plan.WORKING_BYTES sets aside.
-ROWS_BYTES = 64 * 2**20
 
 Progress = Callable[[str, str, int, int], None]
 
@@ -46,12 +44,13 @@ def sweep(
     forms: Mapping[str, Form | None],
     *,
     factors: bool = True,
-    per_draw: bool = False,
+    per_draw: Collection[str] = (),
     gradient_only: Sequence[str] = (),
     progress: Progress = no_progress,
     judge: Judge | None = None,
     blocks: dict[str, GramSum] | None = None,
     projected: Mapping[str, ProjectedCollector] | None = None,
+    rows_bytes: int = ROWS_BYTES,
 ) -> dict[str, Extract]:
     """Factors, gradient and columns of the layers named in `forms`, in one sweep.
 
@@ -62,11 +61,12 @@ def sweep(
         root: columns and gradient to backpropagate, or what makes them from the (detached) output.
         forms: layer -> the form its columns are kept in, None for no columns.
         factors: also accumulate A, B and the gradient.
-        per_draw: also keep B of each draw alone (for error bars).
+        per_draw: layers of which B of each draw alone is kept, too (for error bars).
         gradient_only: further layers of which only the gradient is wanted.
         progress: called after every backward pass.
         judge: given where the batch is a piece of the data; it learns what looks like padding here.
         projected: collectors of layers that are to be squared in given bases, instead of those of `forms`.
+        rows_bytes: what rows that are kept beside columns of another form may take together.
         blocks: sums that formed columns are added to, and where those that are begun here are put.
     """
     wanted: dict[str, Form | None] = {**forms, **dict.fromkeys(gradient_only)}
@@ -96,13 +96,13 @@ def sweep(
         for name, form in wanted.items():
             spec, listed = graph.layers[name], name in forms
             kind = _collector(spec, taken)
-            made = collectors[name] = kind(spec, layouts, form, factors and listed, per_draw and listed)
+            made = collectors[name] = kind(spec, layouts, form, factors and listed, listed and name in per_draw)
             made.block = (blocks or {}).get(name)
             made.undecided = judge is not None
         collectors |= projected or {}
         for collector in collectors.values():
             collector.begin(modules, taken.columns)
-        _keep_rows(collectors)
+        _keep_rows(collectors, rows_bytes)
         with active(extension):
             passes = ([taken.gradient] if factors else []) + [None] * taken.columns
             for index, given in enumerate(passes):
@@ -135,8 +135,8 @@ def sweep(
         }
 
 
-def _keep_rows(collectors: Mapping[str, Any]) -> None:
-    """Lets the layers with the smallest rows keep them, as long as all together stay under ROWS_BYTES.
+def _keep_rows(collectors: Mapping[str, Any], limit: int) -> None:
+    """Lets the layers with the smallest rows keep them, as long as all together stay under the limit.
 
     Only layers whose rows are those of one matrix: not groups, nor parameters without a Kronecker form.
     """
@@ -144,7 +144,7 @@ def _keep_rows(collectors: Mapping[str, Any]) -> None:
     kept = 0
     for size, collector in sorted(((one.rows_bytes(), one) for one in plain), key=lambda pair: pair[0]):
         kept += size
-        collector.keeps_rows = size > 0 and kept <= ROWS_BYTES
+        collector.keeps_rows = size > 0 and kept <= limit
 
 
 def _collector(spec: LayerSpec, root: Root) -> type[Collector] | type[TapCollector] | type[TiedCollector]:

@@ -19,6 +19,8 @@ from curvscope.records import NAN, ErrorRow
 # The norm formula cancels: below this relative error fewer than five digits are left, so G - M is formed instead.
 CANCELLATION = 1e-5
 FORMED_PARAMETERS = 4096
+# G, M and their difference, P x P each, may take this many of the block's slices.
+FORMED_PIECES = 8
 
 
 def error_row(
@@ -37,7 +39,8 @@ def error_row(
 
     `inner` is <G, M>, for which the caller has cheaper ways than a formula that serves all.
     A zero block has no relative error: the row is not_assessed. A zero approximation has error 1, trace ratio 0 and no
-    cosine. Where the norm formula cancels, G - M is formed if P <= 4096, else the error is said to be below 1e-5.
+    cosine. Where the norm formula cancels, G - M is formed if P <= 4096 and memory allows it, else the error is said to
+    be below 1e-5.
     """
     if block.norm == 0.0:
         return ErrorRow(
@@ -55,7 +58,8 @@ def error_row(
     squared = block.norm**2 - 2 * inner + approximation.norm**2
     relative = max(squared, 0.0) ** 0.5 / block.norm
     if relative < CANCELLATION:
-        if block.parameters <= FORMED_PARAMETERS:
+        room = FORMED_PIECES * block.piece_bytes >= 24 * block.parameters**2
+        if block.parameters <= FORMED_PARAMETERS and room:
             relative = float(torch.linalg.norm(block.dense() - approximation.dense())) / block.norm
         else:
             relative, status = NAN, "not_assessed"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from curvscope.curvature.lanczos import Extreme, largest_magnitude
+from curvscope.extract.plan import PIECES_AT_ONCE
 from curvscope.measure.damped import Damped, ExactSteps
 
 TOLERANCE = 1e-3
@@ -64,6 +65,14 @@ def _extremes(exact: ExactSteps, damped: Damped, damping: float, seed: int) -> t
 
     def largest(operator: Callable[[Tensor], Tensor]) -> Extreme:
         shape, device = (exact.block.d_out, exact.block.d_in), exact.block.device
-        return largest_magnitude(operator, shape, device=device, seed=seed, tolerance=TOLERANCE, max_steps=STEPS)
+        return largest_magnitude(
+            operator,
+            shape,
+            device=device,
+            seed=seed,
+            tolerance=TOLERANCE,
+            max_steps=STEPS,
+            basis_bytes=PIECES_AT_ONCE * exact.block.piece_bytes,
+        )
 
     return largest(block), largest(inverse)

@@ -22,7 +22,7 @@ from torch import Tensor
 from curvscope.curvature.block import Block
 from curvscope.curvature.rotated import Rotated
 
-# Steps of so many bytes are worked on at a time.
+# Steps of so many bytes are worked on at a time, or of one of the block's slices where these are smaller.
 CHUNK_BYTES = 96 * 2**20
 
 
@@ -215,7 +215,8 @@ def step_sums(
     waiting: list[_Part] = []
     # the forms of a K-FAC and its EKFAC share their basis
     turned: dict[tuple[int, int], tuple[Tensor, Tensor | None]] = {}
-    limit = max(1, CHUNK_BYTES // (32 * exact.block.parameters))
+    chunk = min(CHUNK_BYTES, exact.block.piece_bytes)
+    limit = max(1, chunk // (32 * exact.block.parameters))
     for index, (damped, grid) in enumerate(zip(matrices, damping, strict=True)):
         basis = damped.matrix
         key = (id(basis.U_B), id(basis.U_A))
@@ -233,7 +234,7 @@ def step_sums(
                 continue
             part.steps = _turned_back(part.steps, part.sums.pp, basis, exact.block.dtype)
             waiting.append(part)
-            if sum(one.steps.nbytes for one in waiting if one.steps is not None) > CHUNK_BYTES:
+            if sum(one.steps.nbytes for one in waiting if one.steps is not None) > chunk:
                 _project(exact, waiting)
                 waiting = []
     _project(exact, waiting)

@@ -10,6 +10,8 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from curvscope.curvature.block import Block
+from curvscope.extract.collector import Columns
+from curvscope.extract.symmetric import gram
 
 
 def block_pairs(block: Block) -> tuple[Float64[Tensor, "K K"], Float64[Tensor, " K"]]:
@@ -55,6 +57,17 @@ def rotated(block: Block, U_B: Float64[Tensor, "d_out d_out"], U_A: Float64[Tens
             columns, inputs=columns.inputs.double() @ U_A, gradients=columns.gradients.double() @ U_B
         )
     return Block(turned, block.d_out, block.d_in, block.piece_bytes)
+
+
+def factors_of_draws(columns: Columns) -> dict[str, Tensor]:
+    """Flavour -> B of each draw alone, [K, d_out, d_out], from the gradients that the columns keep."""
+    assert columns.gradients is not None
+    reduce = torch.stack([gram(g.sum(1)) for g in columns.gradients])
+    single = columns.gradients.shape[2] == 1
+    return {
+        "expand": reduce if single else torch.stack([gram(g.flatten(0, 1)) for g in columns.gradients]),
+        "reduce": reduce,
+    }
 
 
 def singly(block: Block) -> Iterator[Block]:

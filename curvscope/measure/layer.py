@@ -16,12 +16,13 @@ from curvscope.curvature.eigen import eigh, eigvalsh
 from curvscope.curvature.grouped import GroupedApproximation, GroupedBlock
 from curvscope.curvature.kronecker import Approximation, Diagonal, Kronecker
 from curvscope.curvature.summed import KroneckerSum
-from curvscope.extract.collector import Extract
-from curvscope.extract.plan import PIECE_BYTES
+from curvscope.extract.collector import Columns, Extract
+from curvscope.extract.plan import PIECE_BYTES, keeps_draws
 from curvscope.graph.matrix import to_matrix
 from curvscope.measure.accuracy import error_row
 from curvscope.measure.approximate import Built, approximate, approximate_tied, side_by_side
 from curvscope.measure.damping import DampingWishes, Subject, damping_tables, not_assessed, why_skipped
+from curvscope.measure.draws import factors_of_draws
 from curvscope.measure.estimate import estimated_rows, estimated_spectra
 from curvscope.measure.layer_signs import layer_signs
 from curvscope.measure.sources import not_assessed as no_sources
@@ -80,6 +81,8 @@ class Wishes:
     piece_bytes: int = PIECE_BYTES
     keep: Keep = keep_nothing
     damping: DampingWishes = dataclasses.field(default_factory=DampingWishes)
+    drawn_factors: bool = False
+    no_damping: str = ""
 
 
 @dataclass
@@ -106,7 +109,8 @@ class _Findings:
         trace = trace * self.scale
         self.spectra[name] = spectrum_row(layer, name, spectrum, trace)
         limit = spectrum.values.numel() if name == "ggn" else STORED
-        self.values[name] = spectrum.values[:limit].cpu().numpy()
+        # a copy: a view would keep all P of them for as long as the run
+        self.values[name] = spectrum.values[:limit].clone().cpu().numpy()
         self.attributes[f"{name}_eigenvalue_raw_max"] = spectrum.raw_max
         self.attributes[f"{name}_eigenvalue_raw_min"] = spectrum.raw_min
         if spectrum.values.numel() > limit:
@@ -131,7 +135,9 @@ def measure_layer(
     and the diagonal get unbiased estimates with standard errors; without columns the errors are not assessed, for
     the reason given, but for what follows from the diagonals of `projected` (see `curvscope.extract.projected`).
     """
-    spec = extract.spec
+    spec, columns = extract.spec, extract.columns
+    if wishes.drawn_factors and isinstance(columns, Columns) and not keeps_draws(columns.form):
+        extract = dataclasses.replace(extract, probe_B=factors_of_draws(columns))
     scale = extract.unit**-2
     factors = {
         key: KroneckerFactors(flavour, A.cpu().numpy(), _scaled(B, scale), role)
@@ -203,6 +209,44 @@ def measure_layer(
         ranges=found.ranges,
         tokens=_tokens(extract),
         **kept,
+    )
+
+
+def unmeasured(extract: Extract, fisher: str, reason: str) -> Layer:
+    """The record of a layer of which nothing could be measured, not even its factors' spectra."""
+    spec, found = extract.spec, _Findings()
+    _not_assessed(spec.name, fisher, reason, found, APPROXIMATIONS)
+    row = LayerRow(
+        name=spec.name,
+        kind=spec.kind,
+        d_in=spec.d_in,
+        d_out=spec.d_out,
+        bias=spec.bias is not None,
+        groups=spec.groups,
+        parameters=spec.parameters,
+        examples=extract.examples,
+        positions=extract.positions,
+        columns=0,
+        better_flavour="",
+        padded=extract.padded,
+        status="not_assessed",
+        reason=reason,
+    )
+    factors = {
+        key: KroneckerFactors(flavour, A.cpu().numpy(), _scaled(B, extract.unit**-2), role)
+        for key, flavour, role, (A, B) in _stored(extract)
+    }
+    return Layer(
+        row=row,
+        factors=factors,
+        spectrum={},
+        errors=found.errors,
+        spectra={},
+        eigenvectors={},
+        attributes={},
+        sources={} if spec.exact_only else no_sources(spec.name, reason),
+        damping=not_assessed(spec.name, reason),
+        tokens=_tokens(extract),
     )
 
 
@@ -285,7 +329,7 @@ def _exact(
 ) -> Sequence[Mapping[str, Built]]:
     """All measures against the exact block; what comes back are the approximations of each group."""
     layer = extract.spec.name
-    steps_refused = why_skipped(blocks, wishes.damping.always)
+    steps_refused = wishes.no_damping or why_skipped(blocks, wishes.damping.always)
     if not steps_refused:
         for part in blocks:
             _ = part.eigenpairs  # the spectrum takes its eigenvalues from them, instead of computing them alone

@@ -124,7 +124,8 @@ def _positions(extract: Extract, rows: Rows | str) -> StabilityRow:
         return missing("position_share", "positions do not stand for the same thing in every example", layer=name)
     if len(extract.spec.sites) > 1:
         return missing("position_share", "its positions are calls of one weight, one after the other", layer=name)
-    energy = rows.gradients.square().sum((0, 3), dtype=torch.float64)
+    # a column at a time: all squares together would be as large as the gradients
+    energy = torch.stack([g.square().sum(-1, dtype=torch.float64) for g in rows.gradients]).sum(0)
     energy = energy.view(extract.examples, -1).sum(0)
     if energy.numel() < LEAST_POSITIONS or not float(energy.sum()) > 0:
         return missing("position_share", f"fewer than {LEAST_POSITIONS} positions, or no curvature", layer=name)
@@ -154,7 +155,7 @@ def top_shares(extract: Extract, blocks: Sequence[Block], rows: Rows | str, seed
         return rows
     else:
         turned = rows.inputs @ found.vector.view(block.d_out, block.d_in).to(rows.inputs).T  # [N', R, d_out]
-        energy = (rows.gradients * turned).sum((2, 3), dtype=torch.float64).square()
+        energy = torch.stack([(g * turned).sum((1, 2), dtype=torch.float64) for g in rows.gradients]).square()
     each = energy.view(block.columns.count, extract.examples, -1).sum((0, 2))
     return each / each.sum()
 

@@ -20,9 +20,9 @@ from curvscope.errors import out_of_memory
 from curvscope.extract.collector import Columns, Extract, Form
 from curvscope.extract.footprint import release
 from curvscope.extract.passes import Passes
-from curvscope.extract.plan import PIECES_AT_ONCE, Plan
+from curvscope.extract.plan import PIECES_AT_ONCE, LayerPlan, Plan, keeps_draws
 from curvscope.extract.sweep import Progress
-from curvscope.measure.layer import Wishes, measure_layer
+from curvscope.measure.layer import Wishes, measure_layer, unmeasured
 from curvscope.records import Layer
 
 LEAST_SLICE_BYTES = 2**20
@@ -48,6 +48,7 @@ def measure_layers(
         MemoryError: not even the factors' sweep fits, one example at a time.
     """
     graph = passes.graph
+    drawn = wishes.fisher in ("probe", "mc")
     names = [spec.name for spec in graph.chosen()]
     first: dict[str, Extract] = {}
     measured: dict[str, Layer] = {}
@@ -64,18 +65,18 @@ def measure_layers(
         with timed(seconds, "passes"):
             if number == 0:
                 later: dict[str, Form | None] = {name: None for name in names if name not in forms}
-                extracts = _first_sweep(passes, forms | later, wishes, names, report)
+                extracts = _first_sweep(passes, plan, forms | later, drawn, names, report)
                 if extracts is None:
                     reasons = {name: reasons[name] or NO_PASS for name in group}
                     forms = dict.fromkeys(forms)
-                    extracts = _first_sweep(passes, forms | later, wishes, names, report)
+                    extracts = _first_sweep(passes, plan, forms | later, drawn, names, report)
                 if extracts is None:
                     raise MemoryError
                 gradients = [extract.gradient for extract in extracts.values()] + list(passes.rest.values())
                 squared = sum(float(g.double().square().sum()) for g in gradients if g is not None)
                 first = {name: extracts[name] for name in later}
-                kept = {name: extract for name, extract in extracts.items() if name not in aside}
-                projected = _projected(passes, plan, kept, wishes, report)
+                unassigned = [name for name in extracts if name not in aside]
+                projected = _projected(passes, plan, extracts, unassigned, wishes, report)
             else:
                 source.unit = passes.unit if source is not passes else source.unit
                 more = attempt(partial(source.sweep, forms, first=False, progress=report))
@@ -84,7 +85,6 @@ def measure_layers(
                 columns = {name: None if more is None else more.pop(name).columns for name in group}
                 extracts = {name: dataclasses.replace(first.pop(name), columns=columns.pop(name)) for name in group}
         release()
-        wish = dataclasses.replace(wishes, fisher=source.fisher)
         for name in group:
             if source is passes and name in aside:
                 first[name] = extracts.pop(name)
@@ -92,20 +92,37 @@ def measure_layers(
             report("measure", name, len(measured), len(names))
             with timed(seconds, "measure"):
                 # popped: its columns are gone before the next layer's are worked on
+                wish = _of_layer(wishes, of.layers[name], source.fisher, drawn=drawn and source is passes)
                 measured[name] = _measured([extracts.pop(name)], wish, reasons[name], projected.get(name))
                 release()
     report("measure", "", len(names), len(names))
     return {name: measured[name] for name in names}, squared
 
 
+def _of_layer(wishes: Wishes, plan: LayerPlan, fisher: str, *, drawn: bool) -> Wishes:
+    """What to measure of one layer: what the plan left out for lack of memory is not wanted."""
+    return dataclasses.replace(
+        wishes,
+        fisher=fisher,
+        drawn_factors=drawn,
+        no_damping=plan.no_damping,
+        dump=() if plan.no_dump else wishes.dump,
+    )
+
+
 def _first_sweep(
-    passes: Passes, forms: Mapping[str, Form | None], wishes: Wishes, names: Sequence[str], report: Progress
+    passes: Passes,
+    plan: Plan,
+    forms: Mapping[str, Form | None],
+    drawn: bool,
+    names: Sequence[str],
+    report: Progress,
 ) -> dict[str, Extract] | None:
     return attempt(
         lambda: passes.sweep(
             forms,
             first=True,
-            per_draw=wishes.fisher in ("probe", "mc"),
+            per_draw=[name for name in names if keeps_draws(plan.layers[name].form)] if drawn else (),
             gradient_only=[name for name in passes.graph.layers if name not in names],
             progress=report,
         )
@@ -113,13 +130,19 @@ def _first_sweep(
 
 
 def _projected(
-    passes: Passes, plan: Plan, extracts: Mapping[str, Extract], wishes: Wishes, report: Progress
+    passes: Passes,
+    plan: Plan,
+    extracts: Mapping[str, Extract],
+    names: Sequence[str],
+    wishes: Wishes,
+    report: Progress,
 ) -> Mapping[str, Mapping[str, Tensor]]:
     """A second sweep for the layers whose exact columns can't be kept: EKFAC's diagonals in the final bases."""
     if wishes.fisher not in ("exact", "empirical"):
         return {}
     bases = {}
-    for name, extract in extracts.items():
+    for name in names:
+        extract = extracts[name]
         spec = extract.spec
         wanted = plan.layers[name].form is None if name in plan.layers else False
         fits = 64 * spec.parameters <= PIECES_AT_ONCE * wishes.piece_bytes
@@ -148,7 +171,7 @@ def _measured(held: list[Extract], wishes: Wishes, reason: str, projected: Mappi
         elif held[0].columns is not None:
             held[0], reason = dataclasses.replace(held[0], columns=None), NO_MEASURE
         else:
-            raise MemoryError
+            return unmeasured(held[0], wishes.fisher, NO_MEASURE)
 
 
 def attempt(call: Callable[[], T]) -> T | None:

@@ -18,7 +18,6 @@ from curvscope.records import SourceRow
 
 # What the split of one layer may always take; beyond that only where it is asked for.
 SPLIT_FREE = 2e10
-STACKED_BYTES = 256 * 2**20
 # Below this relative error float32 rows leave the shares no digits: squared errors are good to about 1e-6.
 LEAST_ERROR = {torch.float32: 1e-2, torch.float64: 1e-6}
 
@@ -30,8 +29,8 @@ def source_rows(extract: Extract, block: Block, built: Mapping[str, Built], *, e
     if isinstance(rows, str):
         return not_assessed(layer, rows)
     stated = with_rows(block, rows)
-    if stated.total_columns * stated.parameters * rows.inputs.element_size() > STACKED_BYTES:
-        stated = block
+    if rows.inputs.shape[0] > 2 * block.parameters:
+        stated = block  # with so many examples the products with G itself are fewer
     found: dict[str, SourceRow] = {}
     for flavour in FLAVOURS:
         name = f"kfac_{flavour}"

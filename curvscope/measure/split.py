@@ -24,7 +24,7 @@ from torch import Tensor
 from curvscope.curvature.block import Block
 from curvscope.curvature.kronecker import Kronecker
 
-# Numbers of a piece of columns times rows that are worked on together.
+# Numbers of a piece of columns times rows that are worked on together, where memory allows.
 PIECE = 2**22
 
 
@@ -63,17 +63,10 @@ def split_error(
 
     Sums run in float64, the products in the dtype of the rows. Costs 2 (N K) (N R) P operations.
     """
-    A, B = kronecker.A, kronecker.B
     a = inputs.flatten(0, 1)
     g = gradients.flatten(1, 2)
-    with_block = _against_block(block, a, g, mean)
-    turned = torch.einsum("kio,op,kip->i", g.double(), B, g.double())  # sum_k g^T B g of every position
-    a64, m64 = a.double(), mean.double()
-    own = ((a64 @ A) * a64).sum(1)
-    along = a64 @ (A @ m64)
-    diagonal_M = float((turned * own).sum())
-    mean_M = 2 * float((turned * (along - m64 @ A @ m64)).sum())
-    of_G, of_mean = with_block
+    of_G, of_mean = _against_block(block, a, g, mean)
+    diagonal_M, mean_M = _against_product(kronecker, a, g, mean, max(1, _numbers(block) // g.shape[-1]))
     size = kronecker.norm**2
     error = block.norm**2 - 2 * inner + size
     diagonal = of_G - diagonal_M  # <D, E>
@@ -105,24 +98,47 @@ def _against_block(block: Block, a: Tensor, g: Tensor, mean: Tensor) -> tuple[fl
     if block.columns.form == "formed":
         return _against_formed(block, a, g, m)
     squares = products = 0.0
-    rows, draws = a.shape[0], g.shape[0]
-    own = g.permute(1, 2, 0).contiguous()  # [rows, d_out, K]
-    step = max(1, PIECE // (rows * max(block.d_out, draws)))
-    columns = block.stacked()
-    for low in range(0, columns.shape[0], step):
-        V = columns[low : low + step].to(a.dtype)
-        turned = (a @ V.permute(2, 0, 1).flatten(1)).unflatten(1, V.shape[:2])  # [rows, c, d_out]
-        d = torch.bmm(turned, own)
-        c = torch.matmul(V @ m, own)
-        squares += float(torch.linalg.vector_norm(d, dtype=torch.float64) ** 2)
-        products += float((c * (d - c)).sum(dtype=torch.float64))
+    draws, limit = g.shape[0], _numbers(block)
+    rows = max(1, limit // (block.d_out * draws))
+    for first in range(0, a.shape[0], rows):
+        near = a[first : first + rows]
+        own = g[:, first : first + rows].permute(1, 2, 0).contiguous()  # [rows, d_out, K]
+        step = max(1, min(limit // (near.shape[0] * max(block.d_out, draws)), limit // block.parameters))
+        for piece in block.pieces(step):
+            V = piece.to(a.dtype)
+            turned = (near @ V.permute(2, 0, 1).flatten(1)).unflatten(1, V.shape[:2])  # [rows, c, d_out]
+            d = torch.bmm(turned, own)
+            c = torch.matmul(V @ m, own)
+            squares += float(torch.linalg.vector_norm(d, dtype=torch.float64) ** 2)
+            products += float((c * (d - c)).sum(dtype=torch.float64))
     return squares, 2 * products
+
+
+def _against_product(kronecker: Kronecker, a: Tensor, g: Tensor, mean: Tensor, step: int) -> tuple[float, float]:
+    """<D, B (x) A> and <mean term, B (x) A>, `step` positions at a time in float64."""
+    A, B, m = kronecker.A, kronecker.B, mean.double()
+    toward, constant = A @ m, float(m @ A @ m)
+    diagonal = of_mean = 0.0
+    for low in range(0, a.shape[0], step):
+        rows = a[low : low + step].double()
+        turned = torch.zeros(rows.shape[0], dtype=torch.float64, device=a.device)  # sum_k g^T B g of every position
+        for draw in g:
+            own = draw[low : low + step].double()
+            turned += torch.linalg.vecdot(own @ B, own)
+        diagonal += float((turned * torch.linalg.vecdot(rows @ A, rows)).sum())
+        of_mean += 2 * float((turned * (rows @ toward - constant)).sum())
+    return diagonal, of_mean
+
+
+def _numbers(block: Block) -> int:
+    """Numbers that are worked on together: of a slice of the block at most."""
+    return max(1, min(PIECE, block.piece_bytes // 8))
 
 
 def _against_formed(block: Block, a: Tensor, g: Tensor, m: Tensor) -> tuple[float, float]:
     """The same where G itself is kept, [P, P]."""
     squares = products = 0.0
-    step = max(1, PIECE // block.parameters)
+    step = max(1, _numbers(block) // block.parameters)
     for k in range(g.shape[0]):
         for low in range(0, a.shape[0], step):
             rows, own = a[low : low + step].double(), g[k, low : low + step].double()

@@ -124,6 +124,29 @@ def test_measures_shrink_their_slices_then_give_the_layer_up(monkeypatch: pytest
     assert run.layers["2"].factors["expand"].A.shape == (7, 7)
 
 
+def test_a_layer_that_can_not_be_measured_at_all_leaves_the_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    from curvscope.measure import layers
+
+    whole = analyze()
+    original = layers.measure_layer
+
+    def measure(extract: Any, wishes: Any, **options: Any) -> Any:
+        if extract.spec.name == "2":
+            raise FAILURES["cpu"]()
+        return original(extract, wishes, **options)
+
+    monkeypatch.setattr(layers, "measure_layer", measure)
+    run = analyze()
+    run.save(tmp_path / "run.h5")
+    saved = curvscope.open(tmp_path / "run.h5")
+    want = whole.layers["0"].errors["kfac_expand"].rel_frobenius
+    assert saved.layers["0"].errors["kfac_expand"].rel_frobenius == want
+    assert saved.layers["2"].row.status == "not_assessed"
+    assert "memory ran out" in saved.layers["2"].row.reason
+
+
 @pytest.mark.parametrize("stage", ["verify", "survey", "export"])
 def test_memory_that_runs_out_before_the_passes_is_refused_in_words(
     stage: str, monkeypatch: pytest.MonkeyPatch
@@ -132,7 +155,7 @@ def test_memory_that_runs_out_before_the_passes_is_refused_in_words(
         raise FAILURES["cpu"]()
 
     target = {
-        "verify": "curvscope.extract.pieces.verify",
+        "verify": "curvscope.extract.loaded.verify",
         "survey": "curvscope.extract.pieces.exact_columns",
         "export": "curvscope.graph.prepare.build",
     }[stage]

@@ -57,7 +57,7 @@ class Repeated:
     def swept(self, root: Root) -> dict[str, Extract]:
         """The sweep itself."""
         draws = root.fisher in ("probe", "mc")
-        return sweep(self.graph, self.tensors, self.layouts, root, self.forms, per_draw=draws)
+        return sweep(self.graph, self.tensors, self.layouts, root, self.forms, per_draw=self.forms if draws else ())
 
     def drawn(self, fisher: str, seed: int, samples: int) -> dict[str, Extract]:
         """What a sweep over the draws of one seed extracts, from the Jacobian."""
