@@ -1,9 +1,9 @@
-"""`python -m benchmarks.damping`: what the damping stage adds to an analysis, against the passes that extract.
+"""`python -m benchmarks.damping`: what the damping stage adds to an analysis, against the extraction.
 
-The stage is all that `measure.damping` does, the conditions aside, and what G's eigenvectors take beyond its
-eigenvalues, which the spectrum needs anyway. The passes are those of the same analysis: factors, gradient and columns.
-Both are counted in seconds of this process' own CPU time, at one thread, so that other processes weigh on both sides
-alike.
+The extraction is the sweep of the same analysis: forward and backward passes, factors of both flavours, gradient and
+columns of every layer. The stage is everything in `measure.damping` but the conditions, with its share of EKFAC's pass
+over the columns, and what the decomposition of G takes beyond G's eigenvalues, which the spectrum needs anyway. All are
+seconds of this process' own CPU time, at one thread, so that other processes weigh on both sides alike.
 """
 
 from __future__ import annotations
@@ -20,10 +20,13 @@ import torch
 from benchmarks.clock import Spread
 from benchmarks.ours import analyze
 from benchmarks.workloads import WORKLOADS, make
-from curvscope.curvature import block
-from curvscope.curvature.eigen import eigh, eigvalsh
+from curvscope.curvature.eigen import eigvalsh
+from curvscope.curvature.kronecker import Kronecker
+from curvscope.curvature.tiles import Tile
 from curvscope.extract.sweep import sweep
 from curvscope.measure import damping, layer
+from curvscope.measure.condition import preconditioned_condition
+from curvscope.measure.step_sums import FollowedSteps
 
 CHOICES = ("mlp", "resnet", "vit")
 
@@ -50,31 +53,72 @@ class Clock:
         return call
 
 
+class TimedSteps(FollowedSteps):
+    """Steps whose share of EKFAC's pass is timed."""
+
+    clock: Clock
+
+    def __call__(self, tile: Tile) -> None:
+        start = time.process_time()
+        super().__call__(tile)
+        self.clock.add("stage", time.process_time() - start)
+
+
+def timed_stage(clock: Clock) -> type[damping.DampingStage]:
+    """The stage with its parts timed: what it shares with the spectrum is done before, and on no one's account."""
+
+    class TimedStage(damping.DampingStage):
+        def __init__(self, subject: damping.Subject) -> None:
+            for block in subject.blocks:
+                clock.timed("shared", lambda block=block: (block.gram, block.diagonal))()
+                clock.timed("eigenvalues", eigvalsh)(block.gram)
+                clock.timed("decomposition", lambda block=block: block.solver)()
+            clock.timed("stage", super().__init__)(subject)
+
+        def follow(self, group: int, flavour: str, kronecker: Kronecker) -> FollowedSteps | None:
+            clock.timed("shared", lambda: kronecker.bases)()
+            return clock.timed("stage", super().follow)(group, flavour, kronecker)
+
+        def tables(self, *given: Any) -> Any:
+            return clock.timed("tables", super().tables)(*given)
+
+    return TimedStage
+
+
 def measure(name: str) -> dict[str, float]:
-    """CPU seconds of one analysis: passes, stage, eigenvectors (beyond eigenvalues), and their ratios."""
+    """CPU seconds of one analysis by part, and their ratios."""
     workload = make(name)
     clock = Clock()
-    values = clock.timed("eigenvalues", eigvalsh)
-
-    def both(matrix: torch.Tensor) -> Any:
-        values(matrix)
-        return vectors(matrix)
-
-    vectors = clock.timed("eigenvectors", eigh)
     from curvscope.extract import passes
 
+    steps = type("TimedSteps", (TimedSteps,), {"clock": clock})
     with (
-        mock.patch.object(passes, "sweep", clock.timed("passes", sweep)),
-        mock.patch.object(layer, "damping_tables", clock.timed("stage", damping.damping_tables)),
-        mock.patch.object(damping, "CONDITION_FREE", 0.0),
-        mock.patch.object(block, "eigh", both),
+        mock.patch.object(passes, "sweep", clock.timed("extraction", sweep)),
+        mock.patch.object(layer, "DampingStage", timed_stage(clock)),
+        mock.patch.object(damping, "FollowedSteps", steps),
+        mock.patch.object(damping, "preconditioned_condition", clock.timed("conditions", preconditioned_condition)),
     ):
-        analyze(workload)
+        clock.timed("analysis", analyze)(workload)
     found = clock.seconds
-    found["added"] = found["eigenvectors"] - found["eigenvalues"]
-    found["stage / passes"] = found["stage"] / found["passes"]
-    found["stage and eigenvectors / passes"] = (found["stage"] + found["added"]) / found["passes"]
+    found["stage"] += found["tables"] - found.get("conditions", 0.0)
+    found["analysis"] -= found["eigenvalues"]  # taken twice here
+    found["added"] = found["decomposition"] - found["eigenvalues"]
+    found["stage / extraction"] = found["stage"] / found["extraction"]
+    found["all / extraction"] = (found["stage"] + found["added"]) / found["extraction"]
+    found["all / analysis"] = (found["stage"] + found["added"]) / found["analysis"]
     return found
+
+
+COLUMNS = {
+    "extraction": "extraction",
+    "stage": "stage",
+    "added": "decomposition beyond eigenvalues",
+    "stage / extraction": "stage / extraction",
+    "all / extraction": "both / extraction",
+    "all / analysis": "both / analysis",
+    "conditions": "conditions",
+    "analysis": "analysis",
+}
 
 
 def main() -> None:
@@ -86,13 +130,12 @@ def main() -> None:
     if unknown:
         parser.error(f"no workload named {unknown[0]!r}; there are {', '.join(WORKLOADS)}")
     torch.set_num_threads(1)
-    names = ("passes", "stage", "added", "stage / passes", "stage and eigenvectors / passes")
-    print("CPU seconds at one thread, medians; load of the machine", f"{os.getloadavg()[0]:.1f}\n")
-    print("| workload | passes | stage | eigenvectors | stage / passes | stage and eigenvectors / passes |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    print(f"CPU seconds at one thread, medians of {options.repeats}; load of the machine {os.getloadavg()[0]:.1f}\n")
+    print(f"| workload | {' | '.join(COLUMNS.values())} |")
+    print("| --- " * (len(COLUMNS) + 1) + "|")
     for name in options.workloads:
         runs = [measure(name) for _ in range(options.repeats + 1)][1:]
-        cells = [f"{Spread.of([run[column] for run in runs]).median:.3g}" for column in names]
+        cells = [f"{Spread.of([run.get(column, 0.0) for run in runs]).median:.3g}" for column in COLUMNS]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 

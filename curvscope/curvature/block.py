@@ -13,9 +13,14 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from curvscope.curvature.eigen import eigh, eigvalsh
+from curvscope.curvature.shifted import EigenSolver, Solver
+from curvscope.curvature.tiles import Watch, turned_tiles
 from curvscope.extract.collector import Columns
 from curvscope.extract.plan import PIECE_BYTES
 from curvscope.extract.symmetric import GramSum
+
+# From this size on shifted solves go through the tridiagonal form; below, eigenvectors take less than half a second.
+TRIDIAGONAL_FROM = 1024
 
 
 class Block:
@@ -130,13 +135,25 @@ class Block:
     @cached_property
     def eigenvalues(self) -> Float64[Tensor, " small"]:
         """The min(P, N K) leading eigenvalues of G, descending, float64, as the solver gave them."""
-        values = self.eigenpairs[0] if "eigenpairs" in self.__dict__ else eigvalsh(self.gram)
+        values = self.solver.all_values if "solver" in self.__dict__ else eigvalsh(self.gram)
         return values.flip(0)
 
     @cached_property
     def eigenpairs(self) -> tuple[Float64[Tensor, " small"], Float64[Tensor, "small small"]]:
         """Eigenvalues, ascending, and eigenvectors of `gram`."""
         return eigh(self.gram)
+
+    @cached_property
+    def solver(self) -> Solver:
+        """Shifted solves with `gram`; its eigenvalues come from the same decomposition."""
+        relative = max(self.parameters, self.total_columns) * torch.finfo(torch.float64).eps
+        large = self.columns.form != "formed" and self.total_columns >= TRIDIAGONAL_FROM
+        if large and self.device.type == "cpu":
+            # SciPy's import takes as long as a small model's whole analysis
+            from curvscope.curvature.tridiagonal import TridiagonalSolver
+
+            return TridiagonalSolver(self.gram, relative)
+        return EigenSolver(*self.eigenpairs, relative)
 
     @cached_property
     def diagonal(self) -> Float64[Tensor, "d_out d_in"]:
@@ -150,11 +167,17 @@ class Block:
         return self._gram_and_diagonal[1]
 
     def rotated_squares(
-        self, U_B: Float64[Tensor, "d_out d_out"], U_A: Float64[Tensor, "d_in d_in"], *, fast: bool = False
+        self,
+        U_B: Float64[Tensor, "d_out d_out"],
+        U_A: Float64[Tensor, "d_in d_in"],
+        *,
+        fast: bool = False,
+        watch: Watch | None = None,
     ) -> Float64[Tensor, "d_out d_in"]:
         """`Lambda = sum (U_B^T V U_A)^2` [d_out, d_in]: the diagonal of G in the basis U_B (x) U_A.
 
-        float64; with `fast` the rotations run in the columns' own dtype (the sums do not).
+        float64; with `fast` the rotations run in the columns' own dtype (the sums do not). `watch` is shown every tile
+        of the turned columns; a formed block has none.
         """
         if self.columns.form == "formed":
             G = self.gram.view(self.d_out, self.d_in, self.d_out, self.d_in)
@@ -163,23 +186,11 @@ class Block:
             half = torch.einsum("oiqb,ob->biq", half, U_B)
             return torch.einsum("biq,ia,qa->ba", half, U_A, U_A)
         kind = self.dtype if fast else torch.float64
-        U_B, U_A = U_B.to(kind), U_A.to(kind)
-        result = torch.zeros(self.d_out, self.d_in, dtype=torch.float64, device=U_A.device)
-        if self.columns.gradients is not None:
-            outer = self.columns.form == "outer"
-            for a, g in self._rows(fast, 0 if outer else self.parameters):
-                turned, rotated = a @ U_A, g @ U_B
-                if outer:
-                    result += rotated.squeeze(2).square().sum(0).double().T @ turned.squeeze(1).square().double()
-                else:
-                    result += _squares(self._outer(rotated, turned)).view_as(result)
-            return result
-        assert self.columns.values is not None
-        flat = self.columns.values.flatten(0, 1)
-        step = max(1, self.piece_bytes // (self.parameters * 8))
-        for low in range(0, flat.shape[0], step):
-            piece = flat[low : low + step].to(kind)
-            result += torch.matmul(U_B.T, piece @ U_A).square().sum(0).double()
+        result = torch.empty(self.d_out, self.d_in, dtype=torch.float64, device=U_A.device)
+        for tile in turned_tiles(self.columns, U_B, U_A, dtype=kind, piece_bytes=self.piece_bytes):
+            result[tile.outputs, tile.inputs] = tile.squares
+            if watch is not None:
+                watch(tile)
         return result
 
     def matvec(self, X: Float64[Tensor, "d_out d_in"]) -> Float64[Tensor, "d_out d_in"]:

@@ -113,34 +113,31 @@ def exact_inverses(
 ) -> Float64[Tensor, "m d_out d_in"]:
     """`(scale G + lam I)^{-1} (gradient + decay)` for each lam, [m, d_out, d_in].
 
-    With the eigenvectors U of `V^T V` the part of the right side in the span of V is `V U (..) U^T V^T R`, which has no
-    division by lam; what is outside the span is divided by lam. Of the gradient, the part outside the span is dropped
-    where it is rounding (relative size below sqrt(P) eps, eps that of the run): for softmax and squared errors the
-    gradient lies in the span, and a division by lam would let its rounding grow.
+    With c the solution of least length of `V^T V c = V^T R` the part of the right side in the span of V is
+    `V (scale V^T V + lam)^{-1} c`, which has no division by lam; what is outside the span is divided by lam. Of the
+    gradient, the part outside the span is dropped where it is rounding (relative size below sqrt(P) eps, eps that of
+    the run): for softmax and squared errors the gradient lies in the span, and a division by lam would let its
+    rounding grow.
     """
-    values, vectors = block.eigenpairs
-    top = max(float(values[-1]), 0.0)
-    kept = values > top * max(block.parameters, block.total_columns) * torch.finfo(torch.float64).eps
-    values, vectors = values[kept], vectors[:, kept]
-    sides = torch.stack([gradient, decay])
+    solver, sides = block.solver, torch.stack([gradient, decay])
     if block.columns.form == "formed":
-        components = vectors.T @ sides.flatten(1).T  # coefficients of unit eigenvectors of G, [rank, 2]
+        starts = solver.inward(sides.flatten(1).T).T  # coefficients of unit eigenvectors of G, [2, rank]
 
-        def spanned(weights: Tensor) -> Tensor:
-            return (vectors @ weights).T.unflatten(1, (block.d_out, block.d_in))
+        def spanned(coordinates: Tensor) -> Tensor:
+            return solver.outward(coordinates.T).T.unflatten(1, (block.d_out, block.d_in))
     else:
-        roots = values.sqrt().unsqueeze(1)
-        components = vectors.T @ block.project(sides, fast=False).T / roots
+        products = solver.inward(block.project(sides, fast=False).T)
+        starts = torch.stack([solver.pseudo(one) for one in products.unbind(1)])
 
-        def spanned(weights: Tensor) -> Tensor:
-            return block.combinations(vectors @ (weights / roots))
+        def spanned(coordinates: Tensor) -> Tensor:
+            return block.combinations(solver.outward(coordinates.T))
 
-    outside = sides - spanned(components)
+    outside = sides - spanned(starts)
     bound = block.parameters**0.5 * 10 * eps * float(torch.linalg.norm(gradient))
     if float(torch.linalg.norm(outside[0])) <= bound:
         outside[0] = 0.0
-    lams = torch.tensor(list(dampings), dtype=torch.float64, device=values.device)
-    inside = spanned(components.sum(1, keepdim=True) / (scale * values.unsqueeze(1) + lams))
+    lams = torch.tensor(list(dampings), dtype=torch.float64, device=sides.device)
+    inside = spanned(solver.shifted(starts.sum(0), lams / scale) / scale)
     return inside + outside.sum(0) / lams.view(-1, 1, 1)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from curvscope.curvature.block import Block
 from curvscope.curvature.eigen import eigh
 from curvscope.curvature.lanczos import largest_magnitude
+from curvscope.curvature.tiles import Watch
 from curvscope.extract.plan import PIECES_AT_ONCE
 
 
@@ -69,10 +70,10 @@ class Kronecker:
 class EigenCorrected:
     """EKFAC: U diag(Lambda) U^T with U = U_B (x) U_A and Lambda = diag(U^T G U), [d_out, d_in]."""
 
-    def __init__(self, kronecker: Kronecker, block: Block, *, fast: bool = False) -> None:
+    def __init__(self, kronecker: Kronecker, block: Block, *, fast: bool = False, watch: Watch | None = None) -> None:
         self.kronecker = kronecker
         self.lam_A, self.U_A, self.lam_B, self.U_B = kronecker.bases
-        self.scale = block.rotated_squares(self.U_B, self.U_A, fast=fast)
+        self.scale = block.rotated_squares(self.U_B, self.U_A, fast=fast, watch=watch)
 
     @cached_property
     def inner(self) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from curvscope.curvature.block import Block
 from curvscope.curvature.grouped import GroupedApproximation
 from curvscope.curvature.kronecker import Approximation, Diagonal, EigenCorrected, Kronecker, nearest_kronecker
 from curvscope.curvature.summed import KroneckerSum
+from curvscope.curvature.tiles import Watch
 from curvscope.extract.cost import NEAREST_FREE, nearest_operations
 from curvscope.measure.terms import FLAVOURS, Term, product
 
@@ -29,19 +30,35 @@ class Built:
     note: str = ""
 
 
+# Makes the watch of one pass over the columns in the basis of a flavour's K-FAC; None: nobody watches it.
+Follow = Callable[[str, Kronecker], Watch | None]
+
+
+def follow_nothing(flavour: str, kronecker: Kronecker) -> None:
+    """Nobody watches EKFAC's pass."""
+
+
 def approximate(
-    block: Block, factors: Factors, *, positions: float, dtype: torch.dtype, seed: int, every: bool
+    block: Block,
+    factors: Factors,
+    *,
+    positions: float,
+    dtype: torch.dtype,
+    seed: int,
+    every: bool,
+    follow: Follow = follow_nothing,
 ) -> tuple[dict[str, Built], str]:
     """The approximations of one block by name, and why kron_best is not among them (empty: it is).
 
-    With one position an example the two flavours are the same matrix, and only expand is built.
+    With one position an example the two flavours are the same matrix, and only expand is built. `follow` is asked
+    before the pass of an EKFAC in the columns' own dtype; one in float64 that may come after it is not shown.
     """
     built: dict[str, Built] = {}
     for flavour in FLAVOURS:
         if flavour == "reduce" and positions == 1:
             continue
         kronecker = Kronecker(*factors[flavour])
-        corrected = _eigen_corrected(kronecker, block)
+        corrected = _eigen_corrected(kronecker, block, flavour, follow)
         built[f"kfac_{flavour}"] = Built(kronecker, corrected.inner, blindness(flavour, factors, positions))
         built[f"ekfac_{flavour}"] = Built(corrected, corrected.norm**2, _ambiguity(kronecker, dtype))
     return built, _of_the_block(block, Kronecker(*factors["expand"]), built, seed, every)
@@ -93,17 +110,19 @@ def side_by_side(parts: Sequence[dict[str, Built]], outputs: Sequence[int]) -> d
     return joined
 
 
-def _eigen_corrected(kronecker: Kronecker, block: Block) -> EigenCorrected:
+def _eigen_corrected(kronecker: Kronecker, block: Block, flavour: str, follow: Follow) -> EigenCorrected:
     """EKFAC, rotated in the columns' own dtype where both errors are large enough to bear it.
 
     float32 rotations leave about 1e-6 ||G||^2 in the squared errors: at a relative error of 0.1, its fourth digit.
     """
-    quick = EigenCorrected(kronecker, block, fast=True)
+    quick = EigenCorrected(kronecker, block, fast=True, watch=follow(flavour, kronecker))
     if block.dtype == torch.float64 or block.norm == 0.0:
         return quick
     of_ekfac = 1 - (quick.norm / block.norm) ** 2
     of_kfac = 1 + (kronecker.norm**2 - 2 * quick.inner) / block.norm**2
-    return quick if min(of_ekfac, of_kfac) > QUICK_ERROR**2 else EigenCorrected(kronecker, block)
+    if min(of_ekfac, of_kfac) > QUICK_ERROR**2:
+        return quick
+    return EigenCorrected(kronecker, block)
 
 
 def blindness(flavour: str, factors: Factors, positions: float) -> str:

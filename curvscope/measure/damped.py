@@ -1,18 +1,16 @@
-"""Damped steps of one block over a whole grid of damping, from one eigendecomposition of each matrix.
+"""Damped steps of one block over a whole grid of damping: the exact ones, and how approximations add their damping.
 
 With r the gradient (weight decay included) and mu = damping + weight decay, the exact step is -(G + mu I)^{-1} r and an
 approximation's -(M + mu I)^{-1} r. Signs are left out here: x = (G + mu I)^{-1} r and p = (M + mu I)^{-1} r. Whatever a
 row of tables/damping says follows from a few sums over them (`ExactSums`, `StepSums`), which add over groups.
 
-In the eigenbasis of M, p~ = r~ / (s + mu): no solve a value of damping. G's eigenvectors are u_i = V q_i / sqrt(g_i)
-with the eigenpairs of V^T V, so all that is needed of p is V^T p. Factored Tikhonov (arXiv:1503.05671, section 6.3):
-(B + sqrt(mu)/pi I) (x) (A + pi sqrt(mu) I), pi^2 = (tr A / d_A) / (tr B / d_B).
+r is V c but for rounding, c the solution of least length of V^T V c = V^T r. Then x = V y, y = (V^T V + mu I)^{-1} c,
+and all that is needed of a step p is V^T p: p.G p = |V^T p|^2, p.x = y.V^T p. Factored Tikhonov (arXiv:1503.05671,
+section 6.3): (B + sqrt(mu)/pi I) (x) (A + pi sqrt(mu) I), pi^2 = (tr A / d_A) / (tr B / d_B).
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,9 +19,6 @@ from torch import Tensor
 
 from curvscope.curvature.block import Block
 from curvscope.curvature.rotated import Rotated
-
-# Steps of so many bytes are worked on at a time, or of one of the block's slices where these are smaller.
-CHUNK_BYTES = 96 * 2**20
 
 
 @dataclass(frozen=True)
@@ -76,12 +71,11 @@ class StepSums:
 
 
 class ExactSteps:
-    """The exact block with the gradient split along its eigenvectors.
+    """The exact block with the gradient as a combination of its columns.
 
     Attributes:
-        values: g, the numerically nonzero eigenvalues of G (above g_max max(P, N K) eps), [rank].
+        values: g, the numerically nonzero eigenvalues of G (above g_max max(P, N K) eps), ascending.
         gradient: r = gradient + pull, [d_out, d_in] float64.
-        along: u_i . r, [rank].
         outside: what of r is outside the span of the columns, [d_out, d_in]; None where that is rounding.
         residual: share of the gradient itself (without weight decay) outside the span, as measured.
         decay: the weight decay, which adds to every damping, in the unit of the block.
@@ -91,80 +85,84 @@ class ExactSteps:
         """`pull` is weight decay times the weights, what it adds to the gradient."""
         self.block = block
         self.decay = decay
-        values, vectors = block.eigenpairs
-        eps = torch.finfo(torch.float64).eps
-        relative = max(block.parameters, block.total_columns) * eps
-        kept = values > max(float(values[-1]), 0.0) * relative
-        self.values = values[kept]
-        self._vectors = vectors[:, kept]
+        self.formed = block.columns.form == "formed"
+        self.solver = block.solver
+        self.values = self.solver.values
         gradient = gradient.double()
         # Eigenvectors that were dropped as zero may have carried sqrt(relative) of the gradient; float32 gradients and
         # columns differ by rounding. Neither may be divided by a small damping as if it were real.
+        relative = self.solver.relative
         tolerance = 10 * relative**0.5 + (1e4 * torch.finfo(block.dtype).eps if block.dtype != torch.float64 else 0.0)
-        self.along, outside = self._split(gradient)
+        self._right, self._start, outside = self._split(gradient)
         size = float(torch.linalg.norm(gradient))
         self.residual = float(torch.linalg.norm(outside)) / size if size > 0 else 0.0
         self.outside = outside if self.residual > tolerance else None
         self.gradient = gradient
         if pull is not None:
-            along, beyond = self._split(pull.double())
-            self.along = self.along + along
+            right, start, beyond = self._split(pull.double())
+            self._right, self._start = self._right + right, self._start + start
             self.outside = beyond if self.outside is None else self.outside + beyond
             self.gradient = gradient + pull.double()
         if self.values.numel() == block.parameters:
             self.outside = None  # the columns span everything
+        self._weights: dict[tuple[float, ...], Tensor] = {}
 
-    def _split(self, X: Tensor) -> tuple[Tensor, Tensor]:
-        """The components of X along the eigenvectors, and what is left of it."""
+    def _split(self, X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """V^T X and c with V c ~ X, in the solver's coordinates, and what V c leaves of X.
+
+        Of a formed block, which is its own V^T V: X and X, and what is outside G's range.
+        """
+        if self.formed:
+            inward = self.solver.inward(X.reshape(-1, 1))
+            return inward[:, 0], inward[:, 0], X - self.solver.outward(inward).view_as(X)
         # In float64 whatever the columns' dtype is: components along weak directions are small differences.
-        along = self.coordinates(X.unsqueeze(0), fast=False)[0]
-        if self.block.columns.form == "formed":
-            inside = (self._vectors @ along).view_as(X)
-        else:
-            inside = self.block.combine(self._vectors @ (along / self.values.sqrt()))
-        return along, X - inside
-
-    def coordinates(
-        self,
-        X: Float64[Tensor, "m d_out d_in"],
-        U_B: Tensor | None = None,
-        U_A: Tensor | None = None,
-        *,
-        fast: bool = True,
-    ) -> Float64[Tensor, "m rank"]:
-        """u_i . vec(U_B X U_A^T) of several X; with `fast` multiplied in the columns' own dtype."""
-        if self.block.columns.form == "formed":
-            X = X if U_A is None else X @ U_A.T
-            X = X if U_B is None else U_B @ X
-            return X.flatten(1) @ self._vectors
-        # unit length before the columns' own dtype, which may be float32
-        each = _per_length(X.flatten(1).square().sum(1))
-        return self.of_unit(X * each[:, None, None], U_B, U_A, fast=fast) / each[:, None]
-
-    def of_unit(
-        self, X: Tensor, U_B: Tensor | None = None, U_A: Tensor | None = None, *, fast: bool = True
-    ) -> Float64[Tensor, "m rank"]:
-        """`coordinates` of X whose size suits the columns' dtype; columns that are kept, not formed."""
-        return (self.block.project(X, U_B, U_A, fast=fast) @ self._vectors) / self.values.sqrt()
+        inward = self.solver.inward(self.block.project(X.unsqueeze(0), fast=False).T)
+        start = self.solver.pseudo(inward[:, 0])
+        combined = self.block.combine(self.solver.outward(start.unsqueeze(1))[:, 0])
+        return inward[:, 0], start, X - combined
 
     def inverse(self, X: Float64[Tensor, "d_out d_in"], shift: float) -> Float64[Tensor, "d_out d_in"]:
         """(G + shift I)^{-1} vec(X), by Woodbury: good to eps / shift, which is what the largest results need."""
-        along = self.coordinates(X.unsqueeze(0))[0]
-        weights = along * self.values / (shift * (self.values + shift))
-        if self.block.columns.form == "formed":
-            return X / shift - (self._vectors @ weights).view_as(X)
-        return X / shift - self.block.combine(self._vectors @ (weights / self.values.sqrt()))
+        if self.formed:
+            inward = self.solver.inward(X.reshape(-1, 1))
+            weights = inward * (self.values / (shift * (self.values + shift))).unsqueeze(1)
+            return X / shift - self.solver.outward(weights).view_as(X)
+        return (X - self.block.combine(self.solver.solve(self._products(X), shift))) / shift
+
+    def _products(self, X: Tensor) -> Tensor:
+        """V^T X of one X, at unit length in the columns' own dtype, which may be float32."""
+        each = per_length(X.square().sum())
+        return self.block.project((X * each).unsqueeze(0))[0] / each
 
     def sums(self, damping: Float64[Tensor, " m"]) -> ExactSums:
         """The exact steps' sums over a grid of damping."""
-        shift = damping[:, None] + self.decay
-        step = self.along / (self.values + shift)
-        rx, xx, xGx = step @ self.along, step.square().sum(1), step.square() @ self.values
+        shift = damping + self.decay
+        step = self.solver.shifted(self._start, shift)
+        curved = self.solver.times(step)
+        rx, xGx = step @ self._right, torch.linalg.vecdot(curved, step)
+        xx = torch.linalg.vecdot(step, step)
+        if not self.formed:
+            xx, xGx = xGx, torch.linalg.vecdot(curved, curved)
         if self.outside is not None:
             beyond = float(self.outside.square().sum())
-            rx, xx = rx + beyond / shift[:, 0], xx + beyond / shift[:, 0] ** 2
+            rx, xx = rx + beyond / shift, xx + beyond / shift**2
         rr = float(self.gradient.square().sum())
-        return ExactSums(rx, xx, xGx, (self.values / (self.values + shift)).sum(1), rr)
+        return ExactSums(rx, xx, xGx, (self.values / (self.values + shift[:, None])).sum(1), rr)
+
+    def against(self, products: Float64[Tensor, "m n"], shift: Float64[Tensor, " m"]) -> tuple[Tensor, Tensor]:
+        """(p.Gp, p.x) of steps p from their V^T p [m, N K] (a formed block: from p itself), shift by shift."""
+        weights = self._at(shift)
+        px = torch.linalg.vecdot(products, weights)
+        if not self.formed:
+            return products.square().sum(1), px
+        return torch.linalg.vecdot(products @ self.block.gram, products), px
+
+    def _at(self, shift: Tensor) -> Tensor:
+        """The exact steps' y [m, N K] (a formed block: x itself), kept for the grids that come again."""
+        key = tuple(shift.tolist())
+        if key not in self._weights:
+            self._weights[key] = self.solver.outward(self.solver.shifted(self._start, shift).T).T.contiguous()
+        return self._weights[key]
 
 
 @dataclass(frozen=True)
@@ -191,115 +189,6 @@ def mean_ratio(A_trace: float, d_A: int, B_trace: float, d_B: int) -> float | No
     return ((A_trace / d_A) / (B_trace / d_B)) ** 0.5
 
 
-@dataclass
-class _Part:
-    """A matrix's steps over a piece of its grid: p in M's basis, then what is left to know of it."""
-
-    matrix: int
-    sums: StepSums
-    shift: Tensor
-    steps: Tensor | None
-    along: Tensor | None = None
-
-
-def step_sums(
-    exact: ExactSteps, matrices: Sequence[Damped], damping: Sequence[Float64[Tensor, " m"]]
-) -> list[StepSums]:
-    """The sums of every approximation, each over its own grid of damping.
-
-    Elementwise work in float64 in M's own basis. Beyond that one pass over the columns serves all steps together
-    (2 N K P flops each), and turning them back costs 2 P (d_out + d_in) flops each; where a column is an outer product
-    its two vectors are turned instead.
-    """
-    parts: list[_Part] = []
-    waiting: list[_Part] = []
-    # the forms of a K-FAC and its EKFAC share their basis
-    turned: dict[tuple[int, int], tuple[Tensor, Tensor | None]] = {}
-    chunk = min(CHUNK_BYTES, exact.block.piece_bytes)
-    limit = max(1, chunk // (32 * exact.block.parameters))
-    for index, (damped, grid) in enumerate(zip(matrices, damping, strict=True)):
-        basis = damped.matrix
-        key = (id(basis.U_B), id(basis.U_A))
-        if key not in turned:
-            outside = None if exact.outside is None else basis.turned(exact.outside)
-            turned[key] = basis.turned(exact.gradient), outside
-        gradient, outside = turned[key]
-        for values in grid.split(limit):
-            part = _in_eigenbasis(index, damped, gradient, outside, values + exact.decay)
-            parts.append(part)
-            assert part.steps is not None
-            if exact.block.columns.form in ("outer", "formed"):
-                part.along = exact.coordinates(part.steps, basis.U_B, basis.U_A)
-                part.steps = None
-                continue
-            part.steps = _turned_back(part.steps, part.sums.pp, basis, exact.block.dtype)
-            waiting.append(part)
-            if sum(one.steps.nbytes for one in waiting if one.steps is not None) > chunk:
-                _project(exact, waiting)
-                waiting = []
-    _project(exact, waiting)
-    return [
-        _joined([_with_block(exact, part) for part in parts if part.matrix == index]) for index in range(len(matrices))
-    ]
-
-
-def _in_eigenbasis(index: int, damped: Damped, gradient: Tensor, outside: Tensor | None, shift: Tensor) -> _Part:
-    """The steps and every sum that needs nothing of G; p.x as far as it comes from outside the span."""
-    scale = damped.matrix.scale.flatten()
-    inverse = damped.inverse_scale(shift).flatten(1)
-    r = gradient.flatten()
-    dimension = inverse @ scale
-    p = inverse.mul_(r)
-    curved = p * scale
-    pMp = torch.linalg.vecdot(curved, p)
-    # mu p - r; in the eigenbasis form that is -s p, without the cancellation
-    beyond = curved if damped.pi is None else torch.addcmul(-r, p, shift[:, None])
-    sums = StepSums(
-        rp=p @ r,
-        pp=torch.linalg.vecdot(p, p),
-        pGp=torch.zeros_like(shift),
-        pMp=pMp,
-        px=torch.zeros_like(shift) if outside is None else (p @ outside.flatten()) / shift,
-        distance=torch.linalg.vecdot(beyond, beyond),
-        dimension=dimension,
-    )
-    return _Part(index, sums, shift, p.view(-1, *gradient.shape))
-
-
-def _turned_back(steps: Tensor, squares: Tensor, basis: Rotated, dtype: torch.dtype) -> Tensor:
-    """The steps at unit length in the layer's own axes, in the columns' own dtype."""
-    unit = (steps * _per_length(squares)[:, None, None]).to(dtype)
-    unit = unit if basis.U_A is None else unit @ basis.U_A.T.to(dtype)
-    return unit if basis.U_B is None else basis.U_B.to(dtype) @ unit
-
-
-def _per_length(squares: Tensor) -> Tensor:
-    """1 / length; 1 for steps of length zero."""
+def per_length(squares: Tensor) -> Tensor:
+    """1 / length; 1 where the length is zero."""
     return torch.where(squares > 0, squares, 1.0).rsqrt()
-
-
-def _project(exact: ExactSteps, waiting: Sequence[_Part]) -> None:
-    """Give every waiting part its components along G's eigenvectors, in one pass over the columns."""
-    if not waiting:
-        return
-    steps = torch.cat([part.steps for part in waiting if part.steps is not None])
-    lengths = torch.cat([part.sums.pp for part in waiting])
-    along = exact.of_unit(steps) / _per_length(lengths)[:, None]
-    for part, piece in zip(waiting, along.split([part.shift.numel() for part in waiting]), strict=True):
-        part.along, part.steps = piece, None
-
-
-def _with_block(exact: ExactSteps, part: _Part) -> StepSums:
-    """The part's sums with p.Gp and p.x filled in."""
-    assert part.along is not None
-    step = exact.along / (exact.values + part.shift[:, None])
-    px = torch.linalg.vecdot(part.along, step)
-    if exact.outside is not None:
-        # of p.r_outside / mu only the part of p outside the span counts: r_outside is orthogonal to the rest
-        px = px + part.sums.px
-    return dataclasses.replace(part.sums, pGp=part.along.square() @ exact.values, px=px)
-
-
-def _joined(parts: Sequence[StepSums]) -> StepSums:
-    """Pieces of a grid one after the other."""
-    return StepSums(*(torch.cat(each) for each in zip(*(vars(part).values() for part in parts), strict=True)))

@@ -1,16 +1,19 @@
 """tables/damping and tables/ranges of one layer: what each damping would have done with each approximation.
 
-The exact step and all approximations' steps come from one eigendecomposition a matrix (`curvscope.measure.damped`). The
-grid is relative to the mean eigenvalue of the block over all P of them, tr G / P, and goes on in decades until it has
-passed the largest one: beyond that even a wrong approximation lets the exact quadratic model decrease.
+The exact step and all approximations' steps come from one decomposition a matrix (`curvscope.measure.damped`); those of
+K-FAC and EKFAC are summed while EKFAC's pass over the columns goes on (`DampingStage.follow`). The grid is relative to
+the mean eigenvalue of the block over all P of them, tr G / P, and goes on in decades until it has passed the largest
+one: beyond that even a wrong approximation lets the exact quadratic model decrease.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -18,11 +21,12 @@ import torch
 from torch import Tensor
 
 from curvscope.curvature.block import Block
-from curvscope.curvature.kronecker import Approximation
+from curvscope.curvature.kronecker import Approximation, Kronecker
 from curvscope.curvature.rotated import rotated
 from curvscope.measure.condition import flops, preconditioned_condition
-from curvscope.measure.damped import Damped, ExactSteps, ExactSums, StepSums, mean_ratio, step_sums
+from curvscope.measure.damped import Damped, ExactSteps, ExactSums, StepSums, mean_ratio
 from curvscope.measure.ranges import Curve, Values, range_row, refined, with_form_gaps
+from curvscope.measure.step_sums import FollowedSteps, step_sums
 from curvscope.records import NAN, DampingRow, RangeRow
 
 RELATIVE_GRID = tuple(10.0**exponent for exponent in range(-8, 3))
@@ -54,12 +58,10 @@ class DampingWishes:
 
 @dataclass(frozen=True)
 class Subject:
-    """One layer with everything that its damped steps depend on.
+    """One layer with everything that its damped steps depend on, but for the approximations.
 
     Attributes:
         blocks: the exact block of each group, in the columns' unit.
-        approximations: name to the approximation of each group.
-        blind: approximations whose B is zero but for rounding.
         gradient: dL/dW, [d_out, d_in(+1)].
         scale: what turns the columns' unit into the loss's.
         dtype: the one the factors were summed in.
@@ -73,8 +75,6 @@ class Subject:
 
     layer: str
     blocks: Sequence[Block]
-    approximations: Mapping[str, Sequence[Approximation]]
-    blind: frozenset[str]
     gradient: Tensor
     scale: float
     dtype: torch.dtype
@@ -100,15 +100,6 @@ def why_skipped(blocks: Sequence[Block], always: bool) -> str:
     return f"eigenvectors of a block of min(P, N K) = {small} take minutes; --measure damping computes them"
 
 
-def damping_tables(subject: Subject) -> tuple[list[DampingRow], list[RangeRow]]:
-    """Both tables' rows of one layer: the grid's values, the optimizer's own and the recommended one of each form.
-
-    Numbers are those of `DampingRow` and `RangeRow`, in float64 from columns of the run's dtype. Degenerate layers are
-    answered in rows that say why they are not assessed.
-    """
-    return _Stage(subject).tables()
-
-
 @dataclass
 class _Variant:
     """One approximation in one form, in every group, with its steps over ascending damping."""
@@ -121,8 +112,12 @@ class _Variant:
     curve: Curve | None = None
 
 
-class _Stage:
-    """The work on one layer."""
+class DampingStage:
+    """The work on one layer: first the grid, then `follow` for every group and flavour, then `tables`.
+
+    Numbers are those of `DampingRow` and `RangeRow`, in float64 from columns of the run's dtype. Degenerate layers are
+    answered in rows that say why they are not assessed.
+    """
 
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
@@ -140,21 +135,43 @@ class _Stage:
         ]
         # below this the eigenvalues of G are rounding of the columns' own dtype
         eps = torch.finfo(subject.dtype).eps
-        self.unresolved = subject.scale * eps * max(float(block.eigenpairs[0][-1]) for block in subject.blocks)
-
-    def tables(self) -> tuple[list[DampingRow], list[RangeRow]]:
-        """All rows."""
-        layer, current = self.subject.layer, self.subject.current
+        self.unresolved = subject.scale * eps * max(0.0, *(float(one.values[-1:].sum()) for one in self.exact))
         grid = self._relative_grid() * self.mean
-        damping = np.unique(np.append(grid, [] if current is None else [current]))
+        self.damping = np.unique(np.append(grid, [] if subject.current is None else [subject.current]))
+        self.followed: dict[tuple[str, int], FollowedSteps] = {}
+
+    def follow(self, group: int, flavour: str, kronecker: Kronecker) -> FollowedSteps | None:
+        """What is to see every tile of the columns turned into K-FAC's basis; a second call starts afresh."""
+        block = self.subject.blocks[group]
+        if not len(self.damping) or block.columns.form == "formed":
+            return None
+        matrix = rotated(kronecker, self.subject.dtype)
+        shift = self._grid(self.damping) + self.exact[group].decay
+        found = FollowedSteps(self.exact[group], matrix, shift, self.subject.inputs or block.d_in)
+        self.followed[flavour, group] = found
+        return found
+
+    def tables(
+        self, approximations: Mapping[str, Sequence[Approximation]], blind: Collection[str] = ()
+    ) -> tuple[list[DampingRow], list[RangeRow]]:
+        """Both tables' rows: the grid's values, the optimizer's own and the recommended one of each form.
+
+        `approximations` maps a name to the approximation of each group; `blind` names those whose B is zero but for
+        rounding.
+        """
+        layer, damping = self.subject.layer, self.damping
         if not len(damping):
             reason = "the exact block is zero on this batch, so there is no scale for damping"
             return not_assessed(layer, reason), []
-        variants, refused = self._variants()
+        variants, refused = self._variants(approximations, blind)
         exact = self._exact(damping)
         rows = self._exact_rows(damping, exact)
-        for variant, sums in zip(variants, self._steps(variants, [damping] * len(variants)), strict=True):
-            self._fill(variant, damping, sums, exact)
+        known = self._followed()
+        others = [variant for variant in variants if (variant.name, variant.form) not in known]
+        for variant, sums in zip(others, self._steps(others, [damping] * len(others)), strict=True):
+            known[variant.name, variant.form] = sums
+        for variant in variants:
+            self._fill(variant, damping, known[variant.name, variant.form], exact)
         self._recommend(variants)
         self._conditions(variants)
         ranges = self._ranges(variants)
@@ -173,11 +190,23 @@ class _Stage:
         more = math.ceil(math.log10(top / self.mean)) - round(math.log10(RELATIVE_GRID[-1]))
         return np.array([*RELATIVE_GRID, *(RELATIVE_GRID[-1] * 10.0**step for step in range(1, more + 1))])
 
-    def _variants(self) -> tuple[list[_Variant], list[tuple[_Variant, str]]]:
+    def _followed(self) -> dict[tuple[str, str], StepSums]:
+        """Sums over all groups, by approximation and form, of what was followed in every group."""
+        groups = len(self.exact)
+        total: dict[tuple[str, str], list[StepSums]] = {}
+        for (flavour, _), followed in self.followed.items():
+            for (kind, form), sums in followed.sums().items():
+                total.setdefault((f"{kind}_{flavour}", form), []).append(sums)
+        self.followed = {}
+        return {key: reduce(operator.add, each) for key, each in total.items() if len(each) == groups}
+
+    def _variants(
+        self, approximations: Mapping[str, Sequence[Approximation]], blind: Collection[str]
+    ) -> tuple[list[_Variant], list[tuple[_Variant, str]]]:
         """Every approximation in every form it has, and the forms that are undefined, with the reason."""
         subject = self.subject
         found, refused = [], []
-        for name, groups in subject.approximations.items():
+        for name, groups in approximations.items():
             matrices = [rotated(one, subject.dtype) for one in groups]
             found.append(_Variant(name, "eigenbasis", [Damped(matrix) for matrix in matrices]))
             if not name.startswith("kfac"):
@@ -189,7 +218,7 @@ class _Stage:
                 pi = mean_ratio(traces[0], subject.inputs or matrix.lam_A.numel(), traces[1], matrix.lam_B.numel())
                 damped.append(None if pi is None else Damped(matrix, pi))
             factored = _Variant(name, "factored", [one for one in damped if one is not None])
-            if name in subject.blind or None in damped:
+            if name in blind or None in damped:
                 refused.append((factored, USE_EIGENBASIS))
             else:
                 found.append(factored)
@@ -202,10 +231,7 @@ class _Stage:
 
     def _exact(self, damping: Values) -> ExactSums:
         """The exact steps' sums over all groups."""
-        first, *others = [one.sums(self._grid(damping)) for one in self.exact]
-        for other in others:
-            first = first + other
-        return first
+        return reduce(operator.add, [one.sums(self._grid(damping)) for one in self.exact])
 
     def _steps(self, variants: Sequence[_Variant], damping: Sequence[Values]) -> list[StepSums]:
         """Every variant's sums over all groups, each over its own damping."""

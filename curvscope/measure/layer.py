@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,8 @@ from curvscope.extract.collector import Columns, Extract
 from curvscope.extract.plan import PIECE_BYTES, keeps_draws
 from curvscope.graph.matrix import to_matrix
 from curvscope.measure.accuracy import error_row
-from curvscope.measure.approximate import Built, approximate, approximate_tied, side_by_side
-from curvscope.measure.damping import DampingWishes, Subject, damping_tables, not_assessed, why_skipped
+from curvscope.measure.approximate import Built, approximate, approximate_tied, follow_nothing, side_by_side
+from curvscope.measure.damping import DampingStage, DampingWishes, Subject, not_assessed, why_skipped
 from curvscope.measure.draws import factors_of_draws
 from curvscope.measure.estimate import estimated_rows, estimated_spectra
 from curvscope.measure.layer_signs import layer_signs
@@ -330,9 +331,8 @@ def _exact(
     """All measures against the exact block; what comes back are the approximations of each group."""
     layer = extract.spec.name
     steps_refused = wishes.no_damping or why_skipped(blocks, wishes.damping.always)
-    if not steps_refused:
-        for part in blocks:
-            _ = part.eigenpairs  # the spectrum takes its eigenvalues from them, instead of computing them alone
+    # first of all: the spectrum then takes its eigenvalues from the decomposition, instead of computing them alone
+    steps = None if steps_refused else _steps(extract, blocks, wishes, found)
     found.add_spectrum(layer, "ggn", block_spectrum(block), block.trace)
     every = "spectral" in wishes.measure
     if extract.spec.exact_only:
@@ -344,7 +344,7 @@ def _exact(
         )
         found.add_spectrum(layer, "diag", approximation_spectrum(diagonal, wishes.dtype), diagonal.trace)
         built = {"diag": Built(diagonal, diagonal.norm**2)}
-        _damped(extract, blocks, built, wishes, found, steps_refused)
+        _damped(extract, steps, built, found, steps_refused)
         return ()
     best = "kron_best" in wishes.measure
     if extract.roles:
@@ -352,8 +352,16 @@ def _exact(
         _not_assessed(layer, wishes.fisher, NO_EKFAC, found, [f"ekfac_{flavour}" for flavour in FLAVOURS])
     else:
         parts = [
-            approximate(one, factors, positions=extract.positions, dtype=wishes.dtype, seed=wishes.seed, every=best)
-            for one, factors in zip(blocks, _group_factors(extract), strict=True)
+            approximate(
+                one,
+                factors,
+                positions=extract.positions,
+                dtype=wishes.dtype,
+                seed=wishes.seed,
+                every=best,
+                follow=follow_nothing if steps is None else partial(steps.follow, group),
+            )
+            for group, (one, factors) in enumerate(zip(blocks, _group_factors(extract), strict=True))
         ]
     refusal = next((reason for _, reason in parts if reason), "")
     built = dict(parts[0][0])
@@ -377,7 +385,7 @@ def _exact(
             reason=one.note,
         )
         found.add_approximation(layer, name, one.approximation, wishes.dtype)
-    _damped(extract, blocks, built, wishes, found, steps_refused)
+    _damped(extract, steps, built, found, steps_refused)
     if extract.single:
         # One position an example: both flavours are the same matrix.
         for kind in ("kfac", "ekfac"):
@@ -431,38 +439,19 @@ def _add_projected(
         found.errors[name] = dataclasses.replace(found.errors[name], trace_ratio=ratio, reason=why)
 
 
-def _damped(
-    extract: Extract,
-    blocks: list[Block],
-    built: dict[str, Built],
-    wishes: Wishes,
-    found: _Findings,
-    refused: str,
-) -> None:
-    """tables/damping and tables/ranges of a layer with exact columns."""
+def _steps(extract: Extract, blocks: list[Block], wishes: Wishes, found: _Findings) -> DampingStage | None:
+    """The damping stage of a layer with exact columns; None where its gradient was not kept."""
     spec, asked = extract.spec, wishes.damping
-    if refused or extract.gradient is None:
-        reason = refused or "the layer's gradient was not kept"
-        found.damping = not_assessed(spec.name, reason, "skipped" if refused else "not_assessed")
-        return
+    if extract.gradient is None:
+        return None
     decay = asked.decay.get(spec.name, 0.0)
-    sums = [name for name, one in built.items() if isinstance(one.approximation, KroneckerSum)]
-    built = {name: one for name, one in built.items() if name not in sums}
-    approximations: dict[str, list[Any]] = {
-        name: list(one.approximation.parts)
-        if isinstance(one.approximation, GroupedApproximation)
-        else [one.approximation]
-        for name, one in built.items()
-    }
     weights = to_matrix(spec, asked.weights) if decay else None
     if weights is not None and extract.tokens is not None:
         weights = weights[:, extract.tokens]
-    found.damping, found.ranges = damping_tables(
+    return DampingStage(
         Subject(
             layer=spec.name,
             blocks=blocks,
-            approximations=approximations,
-            blind=frozenset(name for name, one in built.items() if name.startswith("kfac") and one.note),
             gradient=extract.gradient.reshape(-1, blocks[0].d_in),
             scale=found.scale,
             dtype=wishes.dtype,
@@ -475,9 +464,28 @@ def _damped(
             inputs=0 if extract.tokens is None else spec.d_in,
         )
     )
-    found.damping += [
-        DampingRow(spec.name, name, "eigenbasis", status="not_assessed", reason=NO_INVERSE) for name in sums
-    ]
+
+
+def _damped(
+    extract: Extract, steps: DampingStage | None, built: dict[str, Built], found: _Findings, refused: str
+) -> None:
+    """tables/damping and tables/ranges of a layer with exact columns."""
+    layer = extract.spec.name
+    if steps is None:
+        reason = refused or "the layer's gradient was not kept"
+        found.damping = not_assessed(layer, reason, "skipped" if refused else "not_assessed")
+        return
+    sums = [name for name, one in built.items() if isinstance(one.approximation, KroneckerSum)]
+    built = {name: one for name, one in built.items() if name not in sums}
+    approximations: dict[str, list[Any]] = {
+        name: list(one.approximation.parts)
+        if isinstance(one.approximation, GroupedApproximation)
+        else [one.approximation]
+        for name, one in built.items()
+    }
+    blind = [name for name, one in built.items() if name.startswith("kfac") and one.note]
+    found.damping, found.ranges = steps.tables(approximations, blind)
+    found.damping += [DampingRow(layer, name, "eigenbasis", status="not_assessed", reason=NO_INVERSE) for name in sums]
 
 
 def _factor_spectra(extract: Extract, wishes: Wishes, found: _Findings) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import mpmath
@@ -14,8 +15,8 @@ from torch import Tensor
 from curvscope.curvature.block import Block
 from curvscope.curvature.kronecker import Approximation, Diagonal, EigenCorrected, Kronecker
 from curvscope.extract.collector import Columns, Form
-from curvscope.measure.damping import Subject, damping_tables
-from curvscope.records import DampingRow
+from curvscope.measure.damping import DampingStage, Subject
+from curvscope.records import DampingRow, RangeRow
 
 N, K = 3, 2
 
@@ -76,10 +77,32 @@ def approximations(block: Block) -> dict[str, list[Approximation]]:
     }
 
 
-def subject(block: Block, gradient: Tensor, **options: Any) -> Subject:
-    given: dict[str, Any] = {"scale": 1.0, "dtype": torch.float64, "blind": frozenset(), "always": True}
-    given["approximations"] = approximations(block)
-    return Subject("layer", [block], gradient=gradient, **(given | options))
+@dataclass(frozen=True)
+class Given:
+    """A layer with its approximations."""
+
+    subject: Subject
+    approximations: dict[str, list[Approximation]]
+    blind: frozenset[str] = frozenset()
+
+
+def subject(block: Block, gradient: Tensor, **options: Any) -> Given:
+    given: dict[str, Any] = {"scale": 1.0, "dtype": torch.float64, "always": True}
+    found = options.pop("approximations", None) or approximations(block)
+    blind = options.pop("blind", frozenset())
+    return Given(Subject("layer", [block], gradient=gradient, **(given | options)), found, blind)
+
+
+def damping_tables(given: Given, *, followed: bool = True) -> tuple[list[DampingRow], list[RangeRow]]:
+    """The stage's tables; the steps of K-FAC and EKFAC summed during EKFAC's pass, or all after it."""
+    stage = DampingStage(given.subject)
+    for name, groups in given.approximations.items() if followed else ():
+        kind, _, flavour = name.partition("_")
+        for group, one in enumerate(groups):
+            if kind == "kfac":
+                assert isinstance(one, Kronecker)
+                EigenCorrected(one, given.subject.blocks[group], watch=stage.follow(group, flavour, one))
+    return stage.tables(given.approximations, given.blind)
 
 
 def gradients(block: Block, inside: bool) -> Tensor:
@@ -231,11 +254,8 @@ def test_groups_are_one_block_diagonal_layer() -> None:
     gradient = torch.cat([gradients(block, True) for block in blocks])
     weights = torch.randn(gradient.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     each = [approximations(block) for block in blocks]
-    given = Subject(
-        "layer", blocks, {name: [one[name][0] for one in each] for name in each[0]}, frozenset(), gradient, 1.0,
-        torch.float64, current=0.2, decay=0.01, weights=weights,
-    )  # fmt: skip
-    rows, ranges = damping_tables(given)
+    one_layer = Subject("layer", blocks, gradient, 1.0, torch.float64, current=0.2, decay=0.01, weights=weights)
+    rows, ranges = damping_tables(Given(one_layer, {name: [one[name][0] for one in each] for name in each[0]}))
     V = torch.block_diag(*[columns(block) for block in blocks])
     whole = Block(Columns("dense", V.shape[1], 1, values=V.T.reshape(1, -1, 4, 3)), 4, 3)
     dense = Dense(whole, gradient, 0.01, weights)
