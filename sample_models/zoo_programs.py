@@ -190,8 +190,8 @@ class KFAC(Optimizer):
             hook.remove()
         p = logits.detach().softmax(1)
         sums = [torch.zeros(len(layer.weight), len(layer.weight), dtype=torch.float64) for layer in self.layers]
-        for chosen in range(CLASSES):
-            unit = torch.eye(CLASSES)[chosen].expand_as(p)
+        for chosen in range(p.shape[1]):
+            unit = torch.eye(p.shape[1])[chosen].expand_as(p)
             root = p[:, chosen : chosen + 1].sqrt() * (unit - p)
             gradients = torch.autograd.grad(logits, [outputs[one] for one in self.layers], root, retain_graph=True)
             for total, gradient in zip(sums, gradients, strict=True):
