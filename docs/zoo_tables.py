@@ -70,7 +70,7 @@ def truths(cases: Sequence[Case], programs: Sequence[str]) -> str:
         for strength in fault.strengths:
             times = f" x{strength:g}" if strength != 1 else ""
             cells = [
-                "".join(found.get((name, strength, program, seed), " ") for seed in range(SEEDS)).strip()
+                "".join(found.get((name, strength, program, seed), "-") for seed in range(SEEDS)).replace("-" * SEEDS, "")
                 for program in programs
             ]
             lines.append(table_row([name + times, *cells]))

@@ -25,7 +25,7 @@ REFRESH = 5
 POISONED = 3
 KFAC_LR = 0.03
 KFAC_DAMPING = 0.1
-EVERY = ("mlp", "cnn", "transformer", "recurrent")
+EVERY = ("mlp", "cnn", "transformer", "recurrent", "residual")
 
 
 class Data(Protocol):
@@ -337,17 +337,17 @@ FAULTS = {
     for fault in (
         Fault("group_lr", EVERY, 60, end=_group_lr, strengths=(10.0, 100.0), local=True),
         Fault("init", EVERY, 0, start=_scale_weight, strengths=(8.0, 30.0), local=True),
-        Fault("dead_units", ("mlp", "cnn"), 20, start=_dead, local=True),
+        Fault("dead_units", ("mlp", "cnn", "residual"), 20, start=_dead, local=True),
         Fault("unscaled_inputs", EVERY, 2, data=lambda images: 100.0 * images + 100.0),
         Fault("poisoned_example", EVERY, 60, end=_poison),
         Fault("attention_logits", ("transformer",), 60, end=_blow_attention, local=True),
-        Fault("no_norm", ("cnn", "transformer"), 10, norms=True),
+        Fault("no_norm", ("cnn", "transformer", "residual"), 10, norms=True),
         Fault("stale_moments", EVERY, 60, rate=3.0, both=_shift, end=_converged, cure=_warm_moments, optimizer="adam"),
         Fault("adam_eps", EVERY, 20, start=_set(eps=1.0), optimizer="adam"),
         Fault("adam_beta2", EVERY, 20, start=_set(beta2=0.1), optimizer="adam"),
         Fault("recurrent_weight", ("recurrent",), 20, start=_scale_weight, strengths=(6.0,), local=True),
         Fault("saturated_outputs", EVERY, 60, end=_scale_weight, strengths=(30.0,), local=True),
-        Fault("kfac_damping_small", ("mlp", "cnn"), 60, optimizer="kfac", damping=1e-5),
-        Fault("kfac_damping_large", ("mlp", "cnn"), 60, optimizer="kfac", damping=1e3),
+        Fault("kfac_damping_small", ("mlp", "cnn", "residual"), 60, optimizer="kfac", damping=1e-5),
+        Fault("kfac_damping_large", ("mlp", "cnn", "residual"), 60, optimizer="kfac", damping=1e3),
     )
 }

@@ -229,7 +229,7 @@ def test_tables_count(cases: list[Case]) -> None:
     assert "| spikes | 2 | 1 of 2 (50%) |" in no_harm(idle)
     assert counted(cases) == cases
     other = [dataclasses.replace(case, program="cnn") for case in cases]
-    assert "2 of 2 (100%) | 0 of 1 (0%)" in page([*cases, *other], [], ["mlp", "cnn"], 1.0)
+    assert "2 of 2 (100%) | 0 of 1 (0%)" in page([*cases, *other], cases, ["mlp", "cnn"])
 
 
 def test_programs_have_the_layers_that_faults_strike() -> None:
