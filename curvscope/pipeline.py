@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from importlib import metadata
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from curvscope._version import __version__
-from curvscope.diagnose import rules
-from curvscope.errors import AnalysisError, DeviceError
+from curvscope.assemble import Found, assembled
+from curvscope.errors import AnalysisError, BatchError, DeviceError
 from curvscope.extract.choose import DTYPES, budget
+from curvscope.extract.footprint import release
 from curvscope.extract.plan import size_in_words
 from curvscope.extract.ready import describe_plan, get_ready
 from curvscope.extract.sweep import Progress, no_progress
@@ -25,17 +23,17 @@ from curvscope.load.problem import Problem
 from curvscope.measure.layer import Wishes, keep_nothing
 from curvscope.measure.layers import attempt, measure_layers, timed
 from curvscope.measure.optimizer import damping_wishes
-from curvscope.measure.stability_stage import Assessment, Wanted, stability_stage
-from curvscope.measure.stage import NetworkStage
-from curvscope.measure.whole import SHARE_OF_TIME, estimated_seconds
+from curvscope.measure.series import SHARE_OF_TIME, estimated_seconds
+from curvscope.measure.spreads import Wanted
+from curvscope.measure.stability_stage import Assessment, stability_stage
+from curvscope.measure.stage import NetworkStage, no_tables, open_network
 from curvscope.planned import PlannedRun
-from curvscope.records import CoverageRow, Layer, ModelInfo, RunInfo
 from curvscope.run import Run
 from curvscope.settings import Settings, checked_settings
 from curvscope.units import parse_bytes
 
 T = TypeVar("T")
-WHOLE_MEMORY = "memory ran out over the whole batch, which they need at once; give a smaller batch."
+WHOLE_MEMORY = "memory ran out in passes over the whole network, even over the smallest pieces of the data"
 # What the stability measures may take of --time.
 STABILITY_SHARE = 0.25
 # Forward passes that sharpness on the batch and its halves, and by layer, costs as a rule.
@@ -65,6 +63,9 @@ def analyze(
     dump: Sequence[str] | str = (),
     dataset_size: int | None = None,
     damping: float | None = None,
+    scheduler: Any = None,
+    clip_norm: float | None = None,
+    batches: int | None = None,
     progress: bool | Progress = False,
 ) -> Run:
     """The curvature of every linear layer of a model on one batch, and how well K-FAC describes it.
@@ -77,7 +78,8 @@ def analyze(
             torch.export archive, safetensors with `factory`, Hugging Face folder). It is never modified.
         batch: `(inputs, targets)`, a file, or None for a bundle's own; inputs a tensor, a tuple or a dict. Or several:
             a folder of files, a list of pairs, a DataLoader, or a callable that returns one pair or an iterable of
-            them. The result is that of their concatenation, and memory does not grow with their number.
+            them. The result is that of their concatenation, and memory does not grow with their number. All are read
+            anew for every pass, and have to be the same then.
         loss: "cross_entropy", "mse", "bce_with_logits" or "causal_lm" (settings after a colon, such as
             "cross_entropy:class_axis=last"), a torch loss module, or a callable `(outputs, targets) -> scalar`; None
             for a bundle's own.
@@ -105,6 +107,11 @@ def analyze(
         dump: "spectra" keeps eigenvectors, "columns" and "blocks" the matrices themselves.
         dataset_size: examples of the whole training set, which the evidence (and the weight decay it suggests) needs.
         damping: the damping that the optimizer uses, in the loss's own scale; None for the checkpoint's, if it has one.
+        scheduler: the learning rate scheduler of a live `optimizer`; what it will do is judged, too.
+        clip_norm: the bound that the training keeps on the gradient's norm; it comes before the checkpoint's, and 0
+            says that there is none.
+        batches: how many of several batches to take, from the first on; None for all. A source without a length that
+            goes on after 1000 batches is refused without it.
         progress: True for lines on stderr, or a callable `(stage, item, done, total)`.
 
     Raises:
@@ -134,6 +141,9 @@ def analyze(
             example_index=example_index,
             dataset_size=dataset_size,
             damping=damping,
+            scheduler=scheduler,
+            clip_norm=clip_norm,
+            batches=batches,
             seed=seed,
             dump=dump,
         ),
@@ -174,6 +184,8 @@ def _given(
     memory: int | str | None = None,
     time: float = 60.0,
     example_index: str | int | None = None,
+    scheduler: Any = None,
+    clip_norm: float | None = None,
     **options: Any,
 ) -> _Given:
     for name in ("layers", "skip", "measure", "dump"):
@@ -198,6 +210,9 @@ def _given(
             trust=trust,
             example_axes=settings.example_axes,
             example_index=settings.example_index,
+            scheduler=scheduler,
+            clip_norm=clip_norm,
+            batches=settings.batches,
         )
     return _Given(*_one_damping(problem, settings), report, seconds)
 
@@ -239,14 +254,24 @@ def _with_fallback(given: _Given, call: Callable[[_Given, torch.device], T]) -> 
     )
 
 
+def _check_dataset(settings: Settings, examples: int) -> None:
+    """Refuse a training set that is smaller than the batch taken from it."""
+    if settings.dataset_size is not None and settings.dataset_size < examples:
+        raise BatchError(
+            f"The training set is said to have {settings.dataset_size} examples, and the batch has {examples}.",
+            where="--dataset-size",
+            remedy="Give the number of examples in the whole training set; with causal_lm and other sequences an "
+            "example is a row of the batch, not a token.",
+        )
+
+
 def _planned(given: _Given, device: torch.device) -> PlannedRun:
     ready = get_ready(given.problem, given.settings, device, given.report, dict(given.seconds))
+    _check_dataset(given.settings, ready.passes.pieces.survey.examples)
     planned = describe_plan(ready)
-    if ready.passes.pieces.survey.batches > 1:
-        return planned
     # the whole network's stages: known numbers of passes, and bounds in shares of --time
     forward, time = ready.passes.pass_seconds().column, given.settings.time_seconds
-    steps = estimated_seconds(ready.passes.graph, forward)
+    steps = estimated_seconds(ready.passes.graph, forward, alone=not ready.passes.pieces.in_pieces())
     if steps > SHARE_OF_TIME * time and "steps" not in given.settings.measure:
         steps = 0.0
     known = ready.problem.optimizer is not None or bool(ready.problem.optimizer_options)
@@ -260,133 +285,54 @@ def _analyzed(given: _Given, run_on: torch.device) -> Run:
     settings, report, seconds = given.settings, given.report, dict(given.seconds)
     ready = get_ready(given.problem, settings, run_on, report, seconds)
     problem, passes, notes = ready.problem, ready.passes, ready.notes
-    graph, survey, chosen, samples_taken = passes.graph, passes.pieces.survey, ready.fisher, ready.samples
-    kind = DTYPES[settings.dtype]
-    whole = passes.pieces.whole()
+    graph, chosen = passes.graph, ready.fisher
+    _check_dataset(settings, passes.pieces.survey.examples)
     stage = None
-    if whole is None:
-        notes.append(
-            "There are several batches, so what follows the whole network (tables steps, evidence and stability) is "
-            "not assessed: analyze one batch for that."
-        )
-    else:
-        with timed(seconds, "steps"):
-            stage = attempt(
-                partial(
-                    NetworkStage,
-                    graph,
-                    whole.tensors,
-                    problem,
-                    whole.targets,
-                    examples=survey.examples,
-                    outputs=ready.layouts.outputs.new_zeros(()).expand(ready.outputs),
-                    settings=settings,
-                    fisher=chosen,
-                )
-            )
+    with timed(seconds, "steps"):
+        opened = attempt(partial(open_network, passes.pieces, ready.layouts, settings))
+        release()
+        if opened is not None:
+            stage = attempt(partial(NetworkStage, opened[0], problem, settings, chosen))
     wishes = Wishes(
         chosen,
         settings.measure,
         settings.dump,
         settings.seed,
-        kind,
+        DTYPES[settings.dtype],
         ready.plan.piece_bytes,
         keep_nothing if stage is None else stage.keep,
         damping_wishes(problem.optimizer, graph, settings),
     )
     measured, squared_gradient = measure_layers(passes, ready.plan, wishes, report, seconds, ready.estimated)
-    of_network: Mapping[str, list[Any]] = {"steps": [], "global_damping": [], "evidence": []}
-    if stage is not None:
-        report("steps", "", 0, 1)
-        with timed(seconds, "steps"):
-            of_network = attempt(stage.tables) or of_network
-        report("steps", "", 1, 1)
-    if whole is not None and not of_network["steps"]:
-        notes.append(f"Tables steps and evidence are not assessed: {WHOLE_MEMORY}")
-    stability = Assessment([])
-    if whole is not None:
+    report("steps", "", 0, 1)
+    with timed(seconds, "steps"):
+        of_network = None if stage is None else attempt(stage.tables)
+    report("steps", "", 1, 1)
+    if of_network is None:
+        of_network = no_tables(WHOLE_MEMORY, chosen)
+        notes.append(f"Tables steps and evidence are not assessed: {WHOLE_MEMORY}.")
+    # what was kept of all layers for the steps
+    del stage, wishes
+    release()
+    assessed = None
+    if opened is not None:
+        network, room = opened
         report("stability", "", 0, 1)
-        with timed(seconds, "stability"):
-            assessed = attempt(
-                partial(
-                    stability_stage,
-                    problem,
-                    graph,
-                    whole.tensors,
-                    whole.targets,
-                    passes.pieces.axes,
-                    ready.layouts.output,
-                    measured,
-                    squared_gradient**0.5,
-                    Wanted(
-                        seed=settings.seed,
-                        full="stability" in settings.measure,
-                        seconds=STABILITY_SHARE * settings.time_seconds,
-                        memory_bytes=budget(settings),
-                    ),
-                )
-            )
-        if assessed is None:
-            notes.append(f"Stability is not assessed: {WHOLE_MEMORY}")
-        stability = assessed or stability
-        notes += stability.notes
-        report("stability", "", 1, 1)
-    table = [*stability.rows, *(row for layer in measured.values() for row in layer.signs)]
-    with timed(seconds, "findings"):
-        coverage = [
-            CoverageRow(use.parameter, use.layer, use.count, use.treatment, reason=use.reason) for use in graph.uses
-        ]
-        trained = sum(row.count for row in coverage if row.treatment != "frozen")
-        covered = sum(row.count for row in coverage if row.treatment == "kronecker")
-        info = ModelInfo(
-            name=problem.name,
-            checkpoint=problem.source,
-            loss_name=problem.loss.label,
-            loss=passes.loss,
-            gradient_norm=squared_gradient**0.5,
-            parameters=sum(row.count for row in coverage),
-            coverage=covered / trained if trained else 0.0,
-            examples=survey.examples,
-            outputs=str(ready.outputs),
-            graph=graph.origin,
-            mode_note=_mode_note(problem),
-            step=-1 if problem.step is None else problem.step,
-            optimizer=stability.optimizer,
-            learning_rate=stability.learning_rate,
-        )
-        findings = rules.find(info, measured, coverage, table, stability.examples)
-        notes += _padding_note(measured)
-    return Run(
-        info=RunInfo(
-            created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            curvscope_version=__version__,
-            torch_version=torch.__version__,
-            backpack_version=metadata.version("backpack-for-pytorch"),
-            device=_device_words(run_on),
-            dtype=settings.dtype,
+        wanted = Wanted(
             seed=settings.seed,
-            fisher=chosen,
-            samples=samples_taken if chosen in ("probe", "mc") or ready.estimated else 0,
-        ),
-        model=info,
-        config=settings.as_dict(),
-        layers=measured,
-        tables={
-            "layers": [layer.row for layer in measured.values()],
-            "coverage": coverage,
-            "errors": [row for layer in measured.values() for row in layer.errors.values()],
-            "spectra": [row for layer in measured.values() for row in layer.spectra.values()],
-            "damping": [row for layer in measured.values() for row in layer.damping],
-            "ranges": [row for layer in measured.values() for row in layer.ranges],
-            **of_network,
-            "stability": table,
-            "sources": [row for layer in measured.values() for row in layer.sources.values()],
-            "examples": [*stability.examples, *(row for layer in measured.values() for row in layer.examples)],
-            "findings": findings,
-        },
-        notes=[*problem.notes, *notes],
-        seconds=seconds,
-    )
+            full="stability" in settings.measure,
+            seconds=STABILITY_SHARE * settings.time_seconds,
+            memory_bytes=budget(settings),
+            basis_bytes=room.basis,
+            together=room.together,
+        )
+        with timed(seconds, "stability"):
+            assessed = attempt(partial(stability_stage, problem, network, measured, wanted))
+        report("stability", "", 1, 1)
+    if assessed is None:
+        notes.append(f"Stability is not assessed: {WHOLE_MEMORY}.")
+    found = Found(measured, squared_gradient**0.5, of_network, assessed or Assessment([]))
+    return assembled(ready, found, seconds)
 
 
 def _words(value: Sequence[str] | str | None) -> tuple[str, ...]:
@@ -407,23 +353,3 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
-
-
-def _device_words(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def _mode_note(problem: Problem) -> str:
-    """What eval mode hides, as a clause; empty where it hides nothing."""
-    return " and ".join(problem.hidden_by_eval)
-
-
-def _padding_note(layers: Mapping[str, Layer]) -> list[str]:
-    """Says that rows were left out as padding: it changes factors that other tools count them in."""
-    shares = [layer.row.padded for layer in layers.values() if layer.row.padded > 0]
-    if not shares:
-        return []
-    return [
-        f"Padding: up to {max(shares):.0%} of the rows of {len(shares)} layers belong to positions that no counted "
-        "output depends on; they are left out of A and of R_n (column padded of the layers table)."
-    ]

@@ -41,6 +41,7 @@ class Settings:
         dataset_size: examples of the whole training set, for the evidence.
         example_index: the input, by name or position, that holds the graph of every node.
         damping: the optimizer's own damping, in the loss's scale (None: the checkpoint's, if it has one).
+        batches: how many of several batches are taken, from the first on (None: all).
     """
 
     fisher: str = "auto"
@@ -59,6 +60,7 @@ class Settings:
     dataset_size: int | None = None
     example_index: str | None = None
     damping: float | None = None
+    batches: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as plain values, as /config stores them."""
@@ -95,7 +97,13 @@ def checked_settings(**given: Any) -> Settings:
             "damping must be positive and finite.", where="--damping", remedy="Leave it out if the optimizer has none."
         )
     if given.get("dataset_size") is not None and given["dataset_size"] < 1:
-        raise UsageError("dataset_size must be at least 1.", where="--dataset-size", remedy="Count the training set.")
+        raise UsageError(
+            f"The training set has at least one example; got {given['dataset_size']}.",
+            where="--dataset-size",
+            remedy="Give the number of examples in the whole training set, or leave it out.",
+        )
+    if given.get("batches") is not None and given["batches"] < 1:
+        raise UsageError("batches must be at least 1.", where="--batches", remedy="Leave it out to take all.")
     if given["memory_bytes"] is not None and given["memory_bytes"] <= 0:
         raise UsageError("memory must be positive.", where="--memory", remedy="Write bytes, or words such as 8GiB.")
     return Settings(**given)

@@ -20,16 +20,15 @@ from torch import Tensor, nn
 import curvscope
 from curvscope.curvature.extremes import Pair
 from curvscope.graph.functional import Graph
-from curvscope.graph.prepare import prepare
 from curvscope.graph.sites import LayerSpec
-from curvscope.load import check_targets, load_problem
+from curvscope.load import load_problem
 from curvscope.load.optimizer_settings import OptimizerSettings, ParameterSettings, optimizer_settings
 from curvscope.load.problem import OptimizerState
 from curvscope.measure.network import Network, Vector
 from curvscope.measure.preconditioner import Preconditioner, preconditioner
 from curvscope.measure.sharpness import Space, preconditioned, sharpness
 from curvscope.measure.update import denominator
-from curvscope.settings import Settings
+from tests.networks import all_examples
 
 SAMPLES = Path(__file__).parent.parent / "sample_models"
 WITHOUT_DIAGONAL = ("kfac", "shampoo")
@@ -67,22 +66,17 @@ class Sample:
 
 
 def load_sample(name: str) -> Sample:
-    problem = load_problem(SAMPLES / f"{name}.pt")
-    prepared = prepare(problem, Settings(dtype="float64"), torch.device("cpu"), torch.float64)
-    graph, flat = prepared.graph, prepared.flat
-    tensors = [t.double() if t.is_floating_point() else t for t in flat.tensors]
-    with torch.no_grad():
-        loss = check_targets(problem.loss, graph.function({}, tensors), problem.targets)
-    network = Network(graph, tensors, loss, problem.targets)
-    return as_sample(network, graph)
+    examples = all_examples(load_problem(SAMPLES / f"{name}.pt"))
+    graph = examples.pieces.graph
+    return as_sample(Network(graph, examples), graph)
 
 
 def as_sample(network: Network, graph: Graph) -> Sample:
+    (piece,) = network.pieces()
+
     def gradient(parameters: Vector) -> dict[str, Tensor]:
         fresh = {name: p.detach().requires_grad_() for name, p in parameters.items()}
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            outputs = graph.function(fresh, network.tensors)
-        value = network._value(outputs)
+        value = network._value(network.outputs(piece, fresh), piece)
         return dict(zip(fresh, torch.autograd.grad(value, list(fresh.values())), strict=True))
 
     return Sample(network, graph, gradient)
@@ -287,8 +281,9 @@ def growths(sample: Sample, make: Make, factor: float, **more: Any) -> tuple[Top
 
 
 def kfac_growths(sample: Sample, run: curvscope.Run, damping: float, factor: float) -> tuple[Top, float, float]:
-    """As `growths`, for K-FAC-expand with the run's frozen factors; other parameters stay fixed."""
-    factors = {name: layer.factors for name, layer in run.layers.items() if layer.factors}
+    """As `growths`, for K-FAC-expand with the run's frozen factors; embeddings and other parameters stay fixed."""
+    pairs = {name: layer.factors for name, layer in run.layers.items() if "expand" in layer.factors}
+    factors = {name: pair for name, pair in pairs.items() if pair["expand"].A.ndim == 2}
     specs = {name: sample.graph.layers[name] for name in factors}
     layers = {
         name: (specs[name], torch.tensor(each["expand"].A).double(), torch.tensor(each["expand"].B).double())

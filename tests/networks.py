@@ -7,21 +7,28 @@ from typing import Any
 import torch
 from torch import nn
 
+from curvscope.extract.examples import Examples
+from curvscope.extract.pieces import Pieces
 from curvscope.graph.functional import Graph
-from curvscope.graph.prepare import prepare
-from curvscope.load import check_targets, load_problem
+from curvscope.graph.prepare import prepare, varying_axes
+from curvscope.load import load_problem
+from curvscope.load.problem import Problem
 from curvscope.measure.network import Network
 from curvscope.settings import Settings
 
 
-def graph_and_network(model: nn.Module, inputs: Any, targets: Any, loss: Any) -> tuple[Graph, Network]:
+def graph_and_network(model: nn.Module, batch: Any, targets: Any, loss: Any, **options: Any) -> tuple[Graph, Network]:
     """The functional graph of the model and the network over it."""
-    problem = load_problem(model, (inputs, targets), loss)
-    prepared = prepare(problem, Settings(dtype="float64"), torch.device("cpu"), torch.float64)
-    graph = prepared.graph
-    tensors = [t.double() if t.is_floating_point() else t for t in prepared.flat.tensors]
-    aims = problem.targets
-    aims = aims.double() if aims.is_floating_point() else aims
-    with torch.no_grad():
-        settled = check_targets(problem.loss, graph.function({}, tensors), aims)
-    return graph, Network(graph, tensors, settled, aims)
+    examples = all_examples(load_problem(model, (batch, targets), loss, **options))
+    return examples.pieces.graph, Network(examples.pieces.graph, examples)
+
+
+def all_examples(problem: Problem, size: int | None = None) -> Examples:
+    """All data of a problem, in pieces of that size."""
+    kind = torch.float64
+    prepared = prepare(problem, Settings(dtype="float64"), torch.device("cpu"), kind, varying_axes(problem))
+    pieces = Pieces(problem, prepared, torch.device("cpu"), kind)
+    layouts = pieces.verify()
+    pieces.look(layouts, 0.0)
+    pieces.settle(layouts)
+    return Examples(pieces.sized(size))

@@ -50,6 +50,15 @@ def analyze(
             rich_help_panel=INPUT,
         ),
     ] = None,
+    batches: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="K",
+            help="Take the first K of several batches (default: all; a source without a length may have 1000).",
+            rich_help_panel=INPUT,
+        ),
+    ] = None,
     loss: Annotated[
         str | None,
         typer.Option(
@@ -122,7 +131,6 @@ def analyze(
     dataset_size: Annotated[
         int | None,
         typer.Option(
-            min=1,
             metavar="N",
             help="Examples of the whole training set: for the evidence and the weight decay it suggests.",
             rich_help_panel=CURVATURE,
@@ -196,6 +204,7 @@ def analyze(
     beta2: optimizers.Beta2 = None,
     eps: optimizers.Eps = None,
     weight_decay: optimizers.WeightDecay = None,
+    clip_norm: optimizers.ClipNorm = None,
     damping: optimizers.Damping = None,
     format: options.Format = "table",
     fail_on: Annotated[
@@ -246,6 +255,7 @@ def analyze(
                 dry_run,
                 model=checkpoint,
                 batch=batch,
+                batches=batches,
                 loss=loss,
                 factory=model,
                 trust=trust,
@@ -274,6 +284,7 @@ def analyze(
                 dump=tuple(dump or ()),
                 dataset_size=dataset_size,
                 damping=damping,
+                clip_norm=clip_norm,
             )
         if dry_run:
             _print_plan(found, format)

@@ -7,6 +7,7 @@ Every sum over examples is a sum over pieces. `share` is what makes a piece's lo
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +24,7 @@ from curvscope.graph.export import FlatInputs, flatten_inputs
 from curvscope.graph.graph_inputs import batch_vector, edge_lists, owners
 from curvscope.graph.ownership import verify_graphs
 from curvscope.graph.prepare import Prepared
+from curvscope.graph.ragged import Ragged
 from curvscope.graph.shadow import moved
 from curvscope.graph.trial import refused
 from curvscope.graph.verify import Independent, Layouts, all_tokens, looked_up, verify
@@ -80,6 +82,7 @@ class Survey:
         columns: K of the exact root, that of the batch that has most.
         positions: site -> most rows an example.
         total: what a mean divides by; 0 for a sum.
+        terms: how many terms of a named loss count (with their class weights); 0 for a callable.
         seconds: of a forward pass over everything.
         largest: the examples of the largest batch.
     """
@@ -91,6 +94,7 @@ class Survey:
     total: float
     seconds: float
     largest: int
+    terms: float = 0.0
 
 
 class Pieces:
@@ -178,7 +182,7 @@ class Pieces:
         Raises:
             BatchError, LossError: targets that do not suit the loss, with the batch they are in; no term counts in any.
         """
-        examples, batches, columns, total, largest = 0, 0, 0, 0.0, 0
+        examples, batches, columns, terms, largest = 0, 0, 0, 0.0, 0
         positions: dict[str, int] = {}
         for loaded in self._loaded():
             batches += 1
@@ -190,8 +194,7 @@ class Pieces:
                 elif self.loss.name != "callable" and (has_terms(self.loss, loaded.targets) or not self.many):
                     self.loss = check_targets(self.loss, outputs, loaded.targets)
                     self._check_weights(known)
-                    if self.loss.settings["reduction"] == "mean":
-                        total += denominator(self.loss, outputs, loaded.targets)
+                    terms += denominator(self.loss, outputs, loaded.targets)
                 if has_terms(self.loss, loaded.targets) or not self.many:
                     columns = max(columns, exact_columns(self.loss, outputs, known.output, loaded.targets))
             examples, largest = examples + loaded.examples, max(largest, loaded.examples)
@@ -204,7 +207,8 @@ class Pieces:
                 remedy="Check ignore_index and the class weights against the targets.",
             )
         each = seconds / layouts.examples
-        self._survey = Survey(examples, batches, columns, positions, total, each * examples, largest)
+        total = terms if self.loss.settings.get("reduction") == "mean" else 0.0
+        self._survey = Survey(examples, batches, columns, positions, total, each * examples, largest, terms)
         return self.loss
 
     def settle(self, layouts: Layouts) -> None:
@@ -238,13 +242,45 @@ class Pieces:
         """The example axis of every input, None where it has none."""
         return self._prepared.axes
 
-    def whole(self) -> Piece | None:
-        """The one batch in one piece, however many pieces the passes take it in; None where there are several."""
-        if self.survey.batches > 1:
-            return None
-        (loaded,) = self._loaded()
-        layouts = replace(self._of_shape(loaded), examples=loaded.examples)
-        return Piece(loaded.name, loaded.tensors, loaded.targets, layouts, 0, 1.0)
+    def sized(self, size: int | None) -> Pieces:
+        """The same data in pieces of another size, which may be halved without these."""
+        other = copy.copy(self)
+        other.size = size
+        return other
+
+    @property
+    def can_pick(self) -> bool:
+        """Whether the graph takes any number of examples, and the loss any part of them."""
+        return self._prepared.any_size and self._divisible
+
+    def pick(self, piece: Piece, index: Tensor) -> Piece:
+        """These examples of a piece alone, in this order; its share is still to be set.
+
+        Raises:
+            ValueError: they can't be taken out: rows of graphs, or targets that do not lie as the outputs do.
+        """
+        layouts, count = piece.layouts, piece.layouts.examples
+        if isinstance(layouts.output, Ragged):
+            raise ValueError("the rows of graphs")
+        tensors = [
+            tensor if axis is None else tensor.index_select(axis, index.to(tensor.device))
+            for tensor, axis in zip(piece.tensors, self.axes, strict=True)
+        ]
+        targets = self._taken(piece.targets, layouts, count, index)
+        counts = has_terms(self.loss, targets)
+        return replace(
+            piece, tensors=tensors, targets=targets, layouts=replace(layouts, examples=len(index)), counts=counts
+        )
+
+    def weight(self, piece: Piece) -> float:
+        """What a mean over the piece alone divides by; 1 for a sum."""
+        if not self.survey.total:
+            return 1.0
+        if self.loss.name == "callable":
+            return float(piece.layouts.examples)
+        if not piece.counts:
+            return 0.0
+        return denominator(self.loss, _outputs(piece.layouts, piece.layouts.examples), piece.targets)
 
     def apart(self, independent: Independent | None) -> None:
         """From now on the layouts say how positions are kept apart."""
@@ -268,7 +304,11 @@ class Pieces:
                 low = max(1, layouts.examples // 3)
                 cuts = [(0, low), (low, layouts.examples)]
                 parts = [
-                    (layout.take(outputs, *cut), self._take_targets(loaded, layouts, *cut), cut[1] - cut[0])
+                    (
+                        layout.take(outputs, *cut),
+                        self._taken(loaded.targets, layouts, loaded.examples, slice(*cut)),
+                        cut[1] - cut[0],
+                    )
                     for cut in cuts
                 ]
                 self._set_total(averages(self.loss, parts, (outputs, part)))
@@ -321,7 +361,7 @@ class Pieces:
                 tensor if axis is None else tensor.narrow(axis, low, count)
                 for tensor, axis in zip(loaded.tensors, loaded.axes, strict=True)
             ]
-            targets = self._take_targets(loaded, layouts, low, high)
+            targets = self._taken(loaded.targets, layouts, loaded.examples, slice(low, high))
         counts = has_terms(self.loss, targets)
         share = 1.0
         if survey.total and self.loss.name == "callable":
@@ -435,7 +475,7 @@ class Pieces:
         """The targets of the examples that the layouts' outputs are of."""
         if layouts.examples >= loaded.examples:
             return loaded.targets
-        return self._take_targets(loaded, layouts, 0, layouts.examples)
+        return self._taken(loaded.targets, layouts, loaded.examples, slice(0, layouts.examples))
 
     def _can_split(self, loaded: _Loaded, layouts: Layouts) -> bool:
         """Whether examples can be taken out of a batch: the graph takes any number, and targets follow the outputs."""
@@ -448,13 +488,26 @@ class Pieces:
         plain = layouts.output.axis == 0 and layouts.output.outer == 1
         return plain and all(leaf.ndim > 0 and leaf.shape[0] == size for leaf in leaves)
 
-    def _take_targets(self, loaded: _Loaded, layouts: Layouts, low: int, high: int) -> Any:
-        """The targets of some examples: they lie as in the outputs, whose class axis indices do not have."""
-        layout, targets = layouts.output, loaded.targets
+    def _taken(self, targets: Any, layouts: Layouts, examples: int, chosen: slice | Tensor) -> Any:
+        """The targets of some of the examples: they lie as in the outputs, whose class axis indices do not have.
+
+        Raises:
+            ValueError: single ones are chosen, and targets lie otherwise.
+        """
+        layout = layouts.output
         if self.loss.name in ("cross_entropy", "causal_lm") and not targets.is_floating_point():
-            axis = class_axis(self.loss.name, self.loss.settings, _outputs(layouts, loaded.examples), targets)
+            axis = class_axis(self.loss.name, self.loss.settings, _outputs(layouts, examples), targets)
             layout = replace(layout, axis=layout.axis - (axis < layout.axis))
-        return pytree.tree_map(lambda leaf: layout.take(leaf, low, high) if isinstance(leaf, Tensor) else leaf, targets)
+        size = layout.outer * examples * layout.inner
+
+        def taken(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            if isinstance(chosen, Tensor) and (leaf.ndim <= layout.axis or leaf.shape[layout.axis] != size):
+                raise ValueError("targets that do not lie as the outputs do")
+            return layout.pick(leaf, chosen)
+
+        return pytree.tree_map(taken, targets)
 
     def _weighs_examples(self, layouts: Layouts) -> bool:
         """Whether weights of the loss are those of single examples."""
@@ -488,7 +541,7 @@ class Pieces:
 
 def _outputs(layouts: Layouts, examples: int) -> Tensor:
     """A stand-in for the outputs of that many examples: their shape, dtype and device, and no memory."""
-    if examples == layouts.examples:
+    if isinstance(layouts.output, Ragged):
         return layouts.outputs
     shape = list(layouts.outputs.shape)
     shape[layouts.output.axis] = layouts.output.outer * examples * layouts.output.inner

@@ -73,21 +73,62 @@ class UnitsSeen:
 
 @dataclass(frozen=True)
 class Activations:
-    """Everything seen in one pass."""
+    """Everything seen in one pass over all data."""
 
     attention: tuple[AttentionSeen, ...]
     units: tuple[UnitsSeen, ...]
 
 
-def observe(graph: Graph, tensors: Sequence[Tensor]) -> Activations | None:
-    """Attention and units on this batch; None for a graph of eager modules."""
-    if graph.plain is None:
-        return None
-    names = {spec.weight: name for name, spec in graph.layers.items() if not spec.exact_only}
-    observer = _Observer(graph.plain, _Sources({key: p.shape for key, p in graph.parameters.items()}, names))
-    with torch.no_grad():
-        observer.run(*tensors)
-    return Activations(tuple(observer.attention), tuple(observer.units))
+class Observer:
+    """Attention and units, seen piece by piece; nothing in a graph of eager modules."""
+
+    def __init__(self, graph: Graph) -> None:
+        self._observer: _Observer | None = None
+        if graph.plain is not None:
+            names = {spec.weight: name for name, spec in graph.layers.items() if not spec.exact_only}
+            sources = _Sources({key: p.shape for key, p in graph.parameters.items()}, names)
+            self._observer = _Observer(graph.plain, sources)
+
+    def add(self, tensors: Sequence[Tensor]) -> None:
+        """Runs the graph on the inputs of further examples."""
+        if self._observer is not None:
+            with torch.no_grad():
+                self._observer.run(*tensors)
+
+    def seen(self) -> Activations | None:
+        """What all of them showed; None for a graph of eager modules."""
+        if self._observer is None:
+            return None
+        attention = (one.seen() for one in self._observer.attention.values())
+        return Activations(tuple(attention), tuple(one.seen() for one in self._observer.units.values()))
+
+
+@dataclass
+class _Attention:
+    """Sums over the rows seen so far."""
+
+    layer: str
+    logit: float = 0.0
+    entropy: float = 0.0
+    rows: int = 0
+
+    def seen(self) -> AttentionSeen:
+        return AttentionSeen(self.layer, self.logit, self.entropy / self.rows)
+
+
+@dataclass
+class _Units:
+    """Sums over the values seen so far; `still` are the units that were flat at all of them."""
+
+    layer: str
+    kind: str
+    still: Tensor
+    flat: int = 0
+    values: int = 0
+
+    def seen(self) -> UnitsSeen:
+        saturated = float("nan") if self.kind == "relu" else self.flat / self.values
+        return UnitsSeen(self.layer, self.kind, saturated, float(self.still.double().mean()))
 
 
 class _Sources:
@@ -123,8 +164,8 @@ class _Observer(fx.Interpreter):
     def __init__(self, module: fx.GraphModule, sources: _Sources) -> None:
         super().__init__(module)
         self.sources = sources
-        self.attention: list[AttentionSeen] = []
-        self.units: list[UnitsSeen] = []
+        self.attention: dict[str, _Attention] = {}
+        self.units: dict[str, _Units] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         """The node's value; what it shows is noted."""
@@ -134,7 +175,7 @@ class _Observer(fx.Interpreter):
                 self._fused(n)
             elif n.target in SOFTMAX and self._weighs(n):
                 logits, _ = self.fetch_args_kwargs_from_env(n)
-                self._attention(n.args[0], logits[0], logits[1])
+                self._attention(n, logits[0], logits[1])
             elif n.target in BOUNDED or n.target in RECTIFIED:
                 self._unit(n, result)
         return result
@@ -152,7 +193,7 @@ class _Observer(fx.Interpreter):
             logits = logits.masked_fill(~allowed, -math.inf)
         if mask is not None:
             logits = logits.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else logits + mask
-        self._attention(node.args[0], logits, -1)
+        self._attention(node, logits, -1)
 
     def _weighs(self, node: fx.Node) -> bool:
         """Whether the softmax weighs something in a product: an attention's, not a classifier's."""
@@ -165,7 +206,7 @@ class _Observer(fx.Interpreter):
                 pending += list(user.users)
         return False
 
-    def _attention(self, source: Any, logits: Tensor, axis: int) -> None:
+    def _attention(self, node: fx.Node, logits: Tensor, axis: int) -> None:
         logits = logits.double().movedim(axis, -1)
         floor = torch.finfo(torch.float32).min / 2  # some models mask with the least number instead of -inf
         allowed = logits > floor
@@ -176,8 +217,12 @@ class _Observer(fx.Interpreter):
         p = torch.softmax(logits, -1)[rows]
         entropy = -(p * torch.where(p > 0, p, torch.ones_like(p)).log()).sum(-1) / keys[rows].double().log()
         largest = float(logits[allowed].abs().max())
-        layer = self.sources.layer(source, everything=True)
-        self.attention.append(AttentionSeen(layer, largest, float(entropy.mean())))
+        if node.name not in self.attention:
+            self.attention[node.name] = _Attention(self.sources.layer(node.args[0], everything=True))
+        seen = self.attention[node.name]
+        seen.logit = max(seen.logit, largest)
+        seen.entropy += float(entropy.sum())
+        seen.rows += entropy.numel()
 
     def _unit(self, node: fx.Node, values: Tensor) -> None:
         layer = self.sources.layer(node.args[0])
@@ -187,10 +232,13 @@ class _Observer(fx.Interpreter):
         flat = values.movedim(axis, -1).flatten(0, -2)
         if node.target in RECTIFIED:
             still = flat <= 0
-            saturated = float("nan")
         else:
             low, high = BOUNDED[node.target]
             still = (flat < low) | (flat > high)
-            saturated = float(still.double().mean())
-        kind = str(node.target).removeprefix("aten.").split(".")[0].removesuffix("_")
-        self.units.append(UnitsSeen(layer, kind, saturated, float(still.all(0).double().mean())))
+        if node.name not in self.units:
+            kind = str(node.target).removeprefix("aten.").split(".")[0].removesuffix("_")
+            self.units[node.name] = _Units(layer, kind, still.all(0))
+        seen = self.units[node.name]
+        seen.still = seen.still & still.all(0)
+        seen.flat += int(still.sum())
+        seen.values += still.numel()

@@ -51,9 +51,13 @@ class Layout:
 
     def take(self, tensor: Tensor, low: int, high: int) -> Tensor:
         """The tensor of examples low to high alone, its layout the same."""
+        return self.pick(tensor, slice(low, high))
+
+    def pick(self, tensor: Tensor, chosen: slice | Tensor) -> Tensor:
+        """The tensor of some examples alone, by a slice or their numbers in any order, its layout the same."""
         shape = list(tensor.shape)
-        part = self.split(tensor)[low:high]
-        shape[self.axis] = self.outer * (high - low) * self.inner
+        part = self.split(tensor)[chosen.to(tensor.device) if isinstance(chosen, Tensor) else chosen]
+        shape[self.axis] = self.outer * part.shape[0] * self.inner
         return part.movedim(0, self.axis + 1).reshape(shape)
 
     def split(self, tensor: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from curvscope.load.checkpoint import Checkpoint, load_checkpoint
 from curvscope.load.eval_mode import eval_mode, hidden_by_eval
 from curvscope.load.loss import load_loss
 from curvscope.load.optimizer import as_optimizer_state
-from curvscope.load.optimizer_options import optimizer_options
+from curvscope.load.optimizer_options import check_options, optimizer_options
 from curvscope.load.problem import Batch, Problem
 from curvscope.load.state_dict import Factory, build_model, check_weights
 from curvscope.load.targets import check_targets
@@ -38,6 +38,9 @@ def load_problem(
     example_axes: Mapping[str, int] | Mapping[int, int] | None = None,
     example_index: str | int | None = None,
     step: int | None = None,
+    scheduler: Any = None,
+    clip_norm: float | None = None,
+    batches: int | None = None,
 ) -> Problem:
     """Everything an analysis needs, from what the user gave.
 
@@ -54,21 +57,30 @@ def load_problem(
         example_axes: the example axis of an input by name or position, where it is not axis 0.
         example_index: the input, by name or position, that holds the graph of every node; None takes the bundle's.
         step: the training step; None takes the checkpoint's.
+        scheduler: the learning rate scheduler of a live `optimizer`.
+        clip_norm: the bound on the gradient's norm; it comes before the checkpoint's, 0 says that there is none.
+        batches: how many of several batches to take, from the first on; None takes all.
 
     Raises:
         CheckpointError: the checkpoint can't be read, is not trusted, or does not fit its model.
         BatchError: the batch can't be read, is missing, empty, or not finite.
         LossError: the loss is missing or unknown.
         ModelError: weights that are NaN or Inf.
-        UsageError: an optimizer that does not train this model, or words that name none.
+        UsageError: an optimizer that does not train this model, words that name none, or settings that the
+            optimizer does not have. Words are looked at before anything is loaded.
     """
+    said = isinstance(optimizer, (str, Mapping))
+    options = optimizer_options(optimizer) if said else {}
+    options |= optimizer_options({"clip_norm": clip_norm})
     found, source = _checkpoint(model, factory, trust)
     check_weights(found.model)
-    batches = open_batches(bundle_batch(found.bundle) if batch is None and found.bundle is not None else batch)
+    given = bundle_batch(found.bundle) if batch is None and found.bundle is not None else batch
+    opened = open_batches(given, batches)
     own_loss = found.bundle.loss() if loss is None and found.bundle is not None else None
     chosen = load_loss(own_loss if loss is None else loss)
     module = found.model if isinstance(found.model, nn.Module) else None
-    said = isinstance(optimizer, (str, Mapping))
+    state = found.optimizer if optimizer is None or said else as_optimizer_state(optimizer, module, scheduler=scheduler)
+    check_options(options, state)
     axes = named_axes(example_axes)
     index = None if example_index is None else str(example_index)
     if found.bundle is not None:
@@ -83,18 +95,18 @@ def load_problem(
                 own = None if batch is None else given.inputs
                 return dataclasses.replace(given, inputs=bundle.graph_inputs(own))
 
-            batches = batches.changed(as_graph_takes_them)
+            opened = opened.changed(as_graph_takes_them)
             # the graph's inputs are positional, whatever their names were
             axes = {str(names.index(name)) if name in names else name: axis for name, axis in axes.items()}
             index = str(names.index(index)) if index in names else index
-    first = batches.first()
+    first = opened.first()
     return Problem(
         model=found.model,
         inputs=first.inputs,
         targets=first.targets,
         loss=chosen,
-        optimizer=found.optimizer if optimizer is None or said else as_optimizer_state(optimizer, module),
-        optimizer_options=optimizer_options(optimizer) if said else {},
+        optimizer=state,
+        optimizer_options=options,
         source=source,
         name=found.name,
         example_axes=axes,
@@ -102,7 +114,7 @@ def load_problem(
         step=found.step if step is None else step,
         notes=found.notes,
         hidden_by_eval=_hidden(found),
-        batches=None if batches.held is not None else batches,
+        batches=None if opened.held is not None else opened,
     )
 
 

@@ -27,6 +27,8 @@ MANY = (
     "Several batches are a folder of batch files, a callable that returns an iterable of (inputs, targets), or in "
     "Python a list of pairs or a DataLoader."
 )
+# Batches that are read of a source that does not say how many it has; one that goes on may never end.
+MOST_UNTOLD = 1000
 Change = Callable[[Batch], Batch]
 _END = object()
 
@@ -34,12 +36,23 @@ _END = object()
 class Batches:
     """Batches that can be read again and again, each checked as a single one is.
 
-    `held` is the batch itself where there is one and no reading is needed.
+    `held` is the batch itself where there is one and no reading is needed; `most` is how many are read of several, None
+    all of them. A source without a length may have `MOST_UNTOLD`, unless `told` says that it ends.
     """
 
-    def __init__(self, start: Callable[[], Iterable[Any]], source: str, *, held: Batch | None = None) -> None:
+    def __init__(
+        self,
+        start: Callable[[], Iterable[Any]],
+        source: str,
+        *,
+        held: Batch | None = None,
+        most: int | None = None,
+        told: bool = False,
+    ) -> None:
         self.source = source
         self.held = held
+        self.most = most
+        self._told = told
         self._start = start
         self._change: Change | None = None
         self._known: list[int] | None = None
@@ -89,13 +102,15 @@ class Batches:
                 self._random = torch.random.get_rng_state()
             torch.random.set_rng_state(self._random)
             try:
-                iterator = iter(self._start())
+                given = self._start()
+                endless = self.most is None and not self._told and not _has_length(given)
+                iterator = iter(given)
             except BatchError:
                 raise
             except Exception as cause:
                 raise self._failed(cause, "before the first batch") from cause
             state = torch.random.get_rng_state()
-        while True:
+        while number != self.most:
             number += 1
             name = f"{self.source}, batch {number}"
             with user_code():
@@ -108,11 +123,18 @@ class Batches:
                     raise self._failed(cause, f"at batch {number}") from cause
                 state = torch.random.get_rng_state()
             if item is _END:
+                number -= 1
                 break
+            if endless and number > MOST_UNTOLD:
+                raise BatchError(
+                    f"It has no length and goes on after {MOST_UNTOLD} batches; it may never end.",
+                    where=self.source,
+                    remedy="Say how many to take: --batches K (in Python batches=K) takes the first K.",
+                )
             batch = item if isinstance(item, Batch) else pair_batch(item, name)
             check_batch(batch)
             yield batch if self._change is None else self._change(batch)
-        if number == 1:
+        if number == 0:
             raise BatchError("There is no batch: it yielded nothing.", where=self.source, remedy=MANY)
 
     def _failed(self, cause: Exception, when: str) -> BatchError:
@@ -131,8 +153,8 @@ class Batches:
         )
 
 
-def open_batches(batch: Any) -> Batches:
-    """The batches given as `load_batch` takes one, or as several.
+def open_batches(batch: Any, most: int | None = None) -> Batches:
+    """The batches given as `load_batch` takes one, or as several, of which the first `most` are read.
 
     Several are a folder of batch files (by name), a callable that returns an iterable of pairs (or
     "package.module:callable"), or an iterable such as a DataLoader. A list of pairs is several batches; a tuple of two
@@ -144,13 +166,13 @@ def open_batches(batch: Any) -> Batches:
     if isinstance(batch, (str, os.PathLike)):
         path = Path(batch)
         if path.is_dir():
-            return _folder(path)
+            return _folder(path, most)
         if not path.is_file() and isinstance(batch, str) and is_import_spec(batch):
-            return _named(batch)
+            return _named(batch, most)
     elif callable(batch) and not isinstance(batch, Iterable):
-        return _called(batch, "batch")
+        return _called(batch, "batch", most)
     elif _several(batch):
-        return Batches(lambda: batch, "batch")
+        return Batches(lambda: batch, "batch", most=most)
     elif isinstance(batch, Iterator):
         raise BatchError(
             "A generator can be read only once, and every pass over the model reads all batches.",
@@ -158,12 +180,12 @@ def open_batches(batch: Any) -> Batches:
             remedy="Give the function that makes it, or a list of pairs.",
         )
     elif isinstance(batch, Iterable) and not isinstance(batch, (Mapping, Sequence, Tensor, Batch)):
-        return Batches(lambda: batch, "batch")
+        return Batches(lambda: batch, "batch", most=most)
     held = load_batch(batch)
     return Batches(lambda: (), held.source, held=held)
 
 
-def _folder(path: Path) -> Batches:
+def _folder(path: Path, most: int | None) -> Batches:
     """Every file of a folder is a batch, in the order of their names.
 
     Raises:
@@ -179,10 +201,10 @@ def _folder(path: Path) -> Batches:
                 where=str(entry),
                 remedy=f"Keep batch files only in it. {FILE_FORMS}",
             )
-    return Batches(lambda: (load_batch(entry) for entry in entries), str(path))
+    return Batches(lambda: (load_batch(entry) for entry in entries), str(path), most=most, told=True)
 
 
-def _named(text: str) -> Batches:
+def _named(text: str, most: int | None) -> Batches:
     spec = parse_import_spec(text, argument="--batch", error=BatchError)
     function = import_object(spec, argument="--batch", error=BatchError)
     if not callable(function):
@@ -191,10 +213,10 @@ def _named(text: str) -> Batches:
             where=f"--batch {text}",
             remedy="Name a function that takes no arguments and returns (inputs, targets), or an iterable of them.",
         )
-    return _called(lambda: function(*spec.args, **spec.kwargs), f"--batch {text}")
+    return _called(lambda: function(*spec.args, **spec.kwargs), f"--batch {text}", most)
 
 
-def _called(function: Callable[[], Any], source: str) -> Batches:
+def _called(function: Callable[[], Any], source: str, most: int | None) -> Batches:
     """What a callable returns: a pair, which is held, or an iterable of pairs, for which it is called again."""
     with user_code():
         random = torch.random.get_rng_state()
@@ -207,12 +229,21 @@ def _called(function: Callable[[], Any], source: str) -> Batches:
                 remedy="Call it on its own to see the full traceback, or add --debug.",
             ) from cause
     if _several(found) or (isinstance(found, Iterable) and not isinstance(found, (Mapping, Sequence, Tensor))):
-        batches = Batches(function, source)
+        batches = Batches(function, source, most=most)
         batches._random = random
         return batches
     held = pair_batch(found, source)
     check_batch(held)
     return Batches(lambda: (), source, held=held)
+
+
+def _has_length(value: Iterable[Any]) -> bool:
+    """Whether it says how many batches it has; a DataLoader over an iterable dataset raises instead."""
+    try:
+        len(value)  # type: ignore[arg-type]
+    except (TypeError, NotImplementedError):
+        return False
+    return True
 
 
 def _several(value: Any) -> bool:

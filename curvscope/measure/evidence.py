@@ -16,13 +16,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from curvscope.graph.matrix import to_matrix
-from curvscope.load.class_axis import class_axis, next_tokens
 from curvscope.load.problem import Loss
 from curvscope.measure.network import Vector
 from curvscope.measure.parts import KRONECKER, LayerPart
@@ -46,12 +44,20 @@ class Likelihood:
 
 
 def likelihood(
-    loss: Loss, value: float, outputs: Tensor, targets: Any, examples: int, dataset_size: int | None
+    loss: Loss, value: float, terms: float, classes: bool, examples: int, dataset_size: int | None
 ) -> Likelihood:
-    """The training set's negative log likelihood from the loss `value` on one batch of `examples`.
+    """The training set's negative log likelihood from the loss `value` on the examples at hand.
 
-    Of a mean over terms (tokens, pixels, outputs) a training example has as many as one of the batch has on average.
-    Squared errors are a Gaussian's with the batch's own mean squared residual as variance.
+    Of a mean over terms (tokens, pixels, outputs) a training example has as many as these have on average. Squared
+    errors are a Gaussian's with their own mean squared residual as variance.
+
+    Args:
+        loss: the loss as trained.
+        value: L over all data.
+        terms: how many terms of it count, see `curvscope.load.reduction.denominator`.
+        classes: whether the targets are numbers of classes.
+        examples: N.
+        dataset_size: examples of the whole training set.
     """
     if dataset_size is None:
         return Likelihood(reason="the size of the training set is not known: --dataset-size")
@@ -63,15 +69,8 @@ def likelihood(
             return Likelihood(reason=f"with {key} the loss is no negative log likelihood")
     if settings.get("label_smoothing"):
         return Likelihood(reason="with label smoothing the loss is no negative log likelihood")
-    if loss.name in ("cross_entropy", "causal_lm"):
-        if targets.is_floating_point():
-            return Likelihood(reason="class probabilities as targets are no observations")
-        # settles where the classes lie; every index that counts is one term
-        class_axis(loss.name, settings, outputs, targets)
-        indices = next_tokens(settings, targets) if loss.name == "causal_lm" else targets
-        terms = int((indices != settings["ignore_index"]).sum())
-    else:
-        terms = outputs.numel()
+    if loss.name in ("cross_entropy", "causal_lm") and not classes:
+        return Likelihood(reason="class probabilities as targets are no observations")
     an_example = terms / examples
     mean = settings["reduction"] == "mean"
     scale = dataset_size * (an_example if mean else 1 / examples)

@@ -1,64 +1,42 @@
-"""Signs of scale: of the inputs, of single examples, of weights, of what the layers pass on, of the outputs."""
+"""Signs of scale: of what the first layers read, of weights, of what the layers pass on."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor
 
 from curvscope.graph.activations import Activations
 from curvscope.graph.entry import Shape
 from curvscope.graph.matrix import to_matrix
 from curvscope.graph.sites import LayerSpec
-from curvscope.load.class_axis import class_axis, next_tokens
-from curvscope.load.problem import Loss
 from curvscope.measure.network import Vector
 from curvscope.measure.signs import missing, sign_row
 from curvscope.records import KroneckerFactors, StabilityRow
 
 NOT_SEEN = "the model runs as eager modules, whose order is not seen"
-# float32's 1 - p at the logit gap of `logit_gap`: an output this sure is certain.
-CERTAIN = 0.999
 # Networks of fewer convolutions do without a norm.
 FEW_CONVOLUTIONS = 3
 
 
 def input_signs(
-    tensors: Sequence[Tensor],
-    axes: Sequence[int | None],
+    odd: StabilityRow,
     shape: Shape | None,
     factors: Mapping[str, Mapping[str, KroneckerFactors]],
     specs: Mapping[str, LayerSpec],
 ) -> list[StabilityRow]:
-    """`odd_example`: the largest RMS of one example's inputs over the median example's. `input_scale`, of the layers
-    that read the model's inputs: the RMS of what they read.
+    """`odd_example`, see `InputSizes`, and `input_scale` of the layers that read the model's inputs: the RMS of what
+    they read.
     """
-    rows = [_odd(tensors, axes)]
     if shape is None:
-        return [*rows, missing("input_scale", NOT_SEEN)]
+        return [odd, missing("input_scale", NOT_SEEN)]
+    rows = [odd]
     for layer in shape.first:
         scale = _input_rms(layer, factors, specs)
         if not math.isnan(scale):
             rows.append(sign_row("input_scale", scale, layer=layer))
     return rows
-
-
-def _odd(tensors: Sequence[Tensor], axes: Sequence[int | None]) -> StabilityRow:
-    worst, reason = float("nan"), "no input is a floating-point tensor with an example axis"
-    for tensor, axis in zip(tensors, axes, strict=True):
-        if axis is None or not tensor.is_floating_point() or tensor.ndim < 2 or tensor.shape[axis] < 3:
-            continue
-        sizes = tensor.double().movedim(axis, 0).flatten(1).square().mean(1).sqrt()
-        middle = float(sizes.median())
-        if not middle > 0 or not math.isfinite(middle):
-            continue
-        place = int(sizes.argmax())
-        ratio = float(sizes[place]) / middle
-        if math.isnan(worst) or ratio > worst:
-            worst, reason = ratio, f"example {place}"
-    return missing("odd_example", reason) if math.isnan(worst) else sign_row("odd_example", worst, reason=reason)
 
 
 def _input_rms(
@@ -141,34 +119,3 @@ def _worst(
 ) -> None:
     if (name, layer) not in found or value > found[name, layer][0]:
         found[name, layer] = (value, reason)
-
-
-def output_signs(loss: Loss, outputs: Tensor, targets: object, layer: str = "") -> list[StabilityRow]:
-    """Of softmax losses with class targets, over the terms that count: `logit_gap`, the median of the largest logit
-    less the second; `wrong_and_certain`, the share of terms with p > 0.999 on another class than the target. `layer` is
-    the one that makes the outputs, where there is one.
-    """
-    names = ("logit_gap", "wrong_and_certain")
-    if loss.name not in ("cross_entropy", "causal_lm"):
-        return []
-    if not isinstance(targets, Tensor) or targets.is_floating_point():
-        return [missing(name, "the targets are probabilities, not classes") for name in names]
-    axis = class_axis(loss.name, loss.settings, outputs, targets)
-    if loss.name == "causal_lm":
-        targets = next_tokens(loss.settings, targets)
-    logits = outputs.detach().double().movedim(axis, -1).flatten(0, -2)
-    wanted = targets.to(outputs.device).flatten()
-    counts = wanted != loss.settings.get("ignore_index", -100)
-    if logits.shape[0] != wanted.shape[0] or logits.shape[-1] < 2 or not bool(counts.any()):
-        return [missing(name, "the targets do not lie as the outputs do") for name in names]
-    logits, wanted = logits[counts], wanted[counts]
-    two = logits.topk(2, dim=-1).values
-    gap = float((two[:, 0] - two[:, 1]).median())
-    p, likeliest = torch.softmax(logits, -1).max(-1)
-    sure = (p > CERTAIN) & (likeliest != wanted)
-    share = float(sure.double().mean())
-    largest = float(-torch.log_softmax(logits, -1).gather(-1, wanted[:, None]).min())
-    return [
-        sign_row("logit_gap", gap, layer=layer, reason=f"largest |logit| {float(logits.abs().max()):.3g}"),
-        sign_row("wrong_and_certain", share, layer=layer, reason=f"largest term of the loss {largest:.3g}"),
-    ]

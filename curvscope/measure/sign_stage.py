@@ -3,62 +3,75 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from curvscope.graph.activations import observe
+from curvscope.extract.pieces import Piece
+from curvscope.graph.activations import Observer
 from curvscope.graph.entry import shape_of
 from curvscope.graph.functional import Graph
 from curvscope.graph.sites import LayerSpec
 from curvscope.load.optimizer_settings import OptimizerSettings
-from curvscope.load.problem import Loss
+from curvscope.measure.data_signs import InputSizes, OutputSigns
 from curvscope.measure.layer_signs import noise_rows
 from curvscope.measure.network import Network
 from curvscope.measure.preconditioner import Preconditioner
-from curvscope.measure.scale_signs import activation_signs, input_signs, norm_signs, output_signs, weight_signs
+from curvscope.measure.scale_signs import activation_signs, input_signs, norm_signs, weight_signs
 from curvscope.measure.update_signs import update_signs
 from curvscope.records import Layer, StabilityRow
 
 
-@dataclass(frozen=True)
-class Seen:
-    """What the stages before have found out: the pieces that signs are read from."""
-
-    graph: Graph
-    tensors: Sequence[Tensor]
-    axes: Sequence[int | None]
-    loss: Loss
-    outputs: Tensor | None
-    targets: Any
-    layers: Mapping[str, Layer]
-
-
 def signs(
-    seen: Seen,
-    network: Network | None,
+    network: Network,
+    layers: Mapping[str, Layer],
     gradients: Sequence[Mapping[str, Tensor]],
     settings: OptimizerSettings | None,
     P: Preconditioner | None,
 ) -> list[StabilityRow]:
-    """The network's signs and those of its layers; `gradients` of the batch and of its halves, for spreads."""
-    factors = {name: layer.factors for name, layer in seen.layers.items()}
-    specs = {name: spec for name, spec in seen.graph.layers.items() if spec.selected}
-    shape = shape_of(seen.graph)
-    rows = _noise(seen)
+    """The network's signs and those of its layers, by one reading of the data.
+
+    Args:
+        network: the loss on all data.
+        layers: what was measured of each layer.
+        gradients: of all data and of its halves, for spreads.
+        settings: the optimizer's, where one is known.
+        P: its preconditioner, where there is one.
+    """
+    graph = network.graph
+    factors = {name: layer.factors for name, layer in layers.items()}
+    specs = {name: spec for name, spec in graph.layers.items() if spec.selected}
+    shape = shape_of(graph)
+    rows = _noise(graph, layers)
     last = shape.last[0] if shape is not None and len(shape.last) == 1 and shape.last[0] in specs else ""
-    if seen.outputs is not None:
-        rows += output_signs(seen.loss, seen.outputs, seen.targets, last)
-    rows += input_signs(seen.tensors, seen.axes, shape, factors, specs)
-    rows += weight_signs(seen.graph.parameters, specs, shape, factors)
-    activations = observe(seen.graph, seen.tensors)
+    sizes, outputs, observer = _seen(network, last)
+    rows += outputs.rows()
+    rows += input_signs(sizes.row(), shape, factors, specs)
+    rows += weight_signs(graph.parameters, specs, shape, factors)
+    activations = observer.seen()
     rows += activation_signs(activations)
     rows += norm_signs(shape, activations)
-    if settings is not None and network is not None:
+    if settings is not None:
         rows += update_signs(settings, network.parameters, gradients, {n: members(s) for n, s in specs.items()}, P)
     return rows
+
+
+def _seen(network: Network, last: str) -> tuple[InputSizes, OutputSigns, Observer]:
+    """What inputs, outputs and activations show; `last` is the layer that makes the outputs."""
+    graph, data = network.graph, network.examples
+
+    def start() -> tuple[InputSizes, OutputSigns, Observer]:
+        return InputSizes(data.pieces.axes), OutputSigns(data.loss, last), Observer(graph)
+
+    def take(seen: tuple[InputSizes, OutputSigns, Observer], piece: Piece) -> tuple[InputSizes, OutputSigns, Observer]:
+        sizes, outputs, observer = seen
+        sizes.add(piece.tensors)
+        with torch.no_grad():
+            outputs.add(network.outputs(piece), piece.targets)
+        observer.add(piece.tensors)
+        return seen
+
+    return network.gathered(start, take, 2)
 
 
 def members(spec: LayerSpec) -> Sequence[str]:
@@ -68,13 +81,13 @@ def members(spec: LayerSpec) -> Sequence[str]:
     return [spec.weight, *([spec.bias] if spec.bias is not None else [])]
 
 
-def _noise(seen: Seen) -> list[StabilityRow]:
+def _noise(graph: Graph, layers: Mapping[str, Layer]) -> list[StabilityRow]:
     """The noise of the whole gradient, over all layers that were analyzed."""
-    squares = [layer.example_gradients for layer in seen.layers.values() if layer.example_gradients is not None]
+    squares = [layer.example_gradients for layer in layers.values() if layer.example_gradients is not None]
     if not squares:
         return []
     total = torch.as_tensor(sum(squares))
-    squared = sum(float(layer.attributes.get("gradient_norm", 0.0)) ** 2 for layer in seen.layers.values())
-    left_out = [use.parameter for use in seen.graph.uses if use.treatment == "uncovered"]
+    squared = sum(float(layer.attributes.get("gradient_norm", 0.0)) ** 2 for layer in layers.values())
+    left_out = [use.parameter for use in graph.uses if use.treatment == "uncovered"]
     reason = f"without {len(left_out)} parameters that belong to no layer here" if left_out else ""
     return noise_rows(total, squared, reason=reason)

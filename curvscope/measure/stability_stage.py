@@ -4,56 +4,40 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from curvscope.curvature.extremes import LEAST_BASIS, Extremes
-from curvscope.errors import AnalysisError
-from curvscope.graph.functional import Graph
-from curvscope.graph.layout import Layout
+from curvscope.errors import AnalysisError, out_of_memory
 from curvscope.graph.sites import LayerSpec
 from curvscope.load.optimizer_settings import OptimizerSettings, optimizer_settings
 from curvscope.load.problem import Problem
 from curvscope.measure import stability
-from curvscope.measure.halves import Batch, Half, halves
+from curvscope.measure.halves import halves
 from curvscope.measure.layer_signs import example_rows, indices
 from curvscope.measure.network import Network
 from curvscope.measure.preconditioner import Preconditioner, Unassessable, preconditioner
-from curvscope.measure.sharpness import Product, Space, energy_shares, preconditioned, restricted, sharpness
-from curvscope.measure.sign_stage import Seen, members, signs
+from curvscope.measure.sharpness import Space, decay_share, energy_shares
+from curvscope.measure.sign_stage import members, signs
 from curvscope.measure.signs import sign_row
+from curvscope.measure.spreads import Spreads, Wanted
 from curvscope.measure.stability import Spread, verdict
+from curvscope.measure.surroundings import clip_scale, clipped_rows, norm_of, scheduled_row
 from curvscope.measure.thresholds import rule
 from curvscope.records import NAN, ExampleRow, KroneckerFactors, Layer, StabilityRow
 
 # Layers with at least this share of the top direction's energy get spreads and verdicts of their own.
 LARGE_SHARE = 0.1
-MOST_PRODUCTS = 100
-TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-4}
-BASIS_BYTES = 256 * 2**20
+# From this share on an eigenvalue is told to be weight decay.
+DECAY_SHARE = 0.5
 # The smallest basis of the iteration, and what a product and P^{-1/2} hold beside it.
 LEAST_VECTORS = 2 * (LEAST_BASIS + 2)
 NO_OPTIMIZER = "no optimizer is known: the checkpoint holds none that fits the model, and none was given (--optimizer)"
+NO_MEMORY = "memory ran out for products with the Hessian, even with one example at a time"
 QUADRATIC = "full-batch threshold of the quadratic model; training on mini-batches can diverge below it"
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """How much to spend, and on what precision; the defaults are those of the run's dtype.
-
-    Without an optimizer there is nothing to judge: then only `full` measures halves and layers.
-    """
-
-    seed: int = 0
-    full: bool = False
-    seconds: float = 15.0
-    memory_bytes: int = 2 * BASIS_BYTES
-    tolerance: float | None = None
-    most_products: int = MOST_PRODUCTS
 
 
 @dataclass(frozen=True)
@@ -67,107 +51,41 @@ class Assessment:
     notes: tuple[str, ...] = ()
 
 
-def stability_stage(
-    problem: Problem,
-    graph: Graph,
-    tensors: Sequence[Tensor],
-    targets: Any,
-    axes: Sequence[int | None],
-    output: Layout,
-    layers: Mapping[str, Layer],
-    gradient_norm: float,
-    wanted: Wanted,
-) -> Assessment:
+def stability_stage(problem: Problem, network: Network, layers: Mapping[str, Layer], wanted: Wanted) -> Assessment:
     """The stability table of a problem whose loss is settled; a model without second derivatives gets the reason."""
-    settings, stage, network = None, None, None
-    examples = next((layer.row.examples for layer in layers.values()), 0)
+    stage = None
     listed: list[ExampleRow] = []
+    shapes = {name: p.shape for name, p in network.parameters.items()}
+    settings = optimizer_settings(problem.optimizer, shapes, problem.optimizer_options)
     try:
-        network = Network(graph, tensors, problem.loss, targets)
-        shapes = {name: p.shape for name, p in network.parameters.items()}
-        settings = optimizer_settings(problem.optimizer, shapes, problem.optimizer_options)
         factors = {name: layer.factors for name, layer in layers.items()}
-        batch = Batch(network, graph, problem.loss, axes, output, examples)
-        rows, found = _assess(batch, settings, graph.layers, factors, wanted)
+        rows, found = _assess(network, settings, network.graph.layers, factors, wanted)
         if found is not None:
             stage, direction, space = found
             listed = _top_examples(stage, direction, space, layers)
-    except (RuntimeError, AnalysisError) as error:  # no second derivative, one that is not finite, or memory
+    except (
+        RuntimeError,
+        AnalysisError,
+        MemoryError,
+    ) as error:  # no second derivative, one that is not finite, or memory
         reason = f"the Hessian can't be multiplied with: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        if out_of_memory(error):
+            reason = NO_MEMORY
         rows = [StabilityRow("network", "", "preconditioned_sharpness", status="not_assessed", reason=reason)]
-    gradients = [] if network is None else [network.gradient()]
+    gradients = [network.gradient()]
     if stage is not None:
         gradients += [{name: half.scale * g for name, g in half.network.gradient().items()} for half in stage.parts]
-    with torch.no_grad():
-        outputs = None if network is None else network.outputs()
-    seen = Seen(graph, tensors, axes, problem.loss, outputs, targets, layers)
-    rows += signs(seen, network, gradients, settings, None if stage is None else stage.P)
+        stage.products.clear()
+    rows += signs(network, layers, gradients, settings, None if stage is None else stage.P)
     if listed:
         rows.append(sign_row("example_share", listed[0].curvature_share, reason=indices(listed)))
     if settings is None:
         return Assessment(rows, listed)
-    notes = optimizer_notes(settings, gradient_norm)
-    return Assessment(rows, listed, settings.label, settings.learning_rate, tuple(notes))
-
-
-@dataclass
-class _Stage:
-    """What the parts of the stage share."""
-
-    batch: Batch
-    wanted: Wanted
-    parts: list[Half]
-    no_parts: str
-    P: Preconditioner | None
-    products: list[Product] = field(default_factory=list)
-    deadline: float = 0.0
-
-    @property
-    def networks(self) -> list[Network]:
-        return [self.batch.network, *(half.network for half in self.parts)]
-
-    def product(self, index: int) -> Product:
-        """The Hessian product of the batch (0) or a half, on the batch's scale, its graph built when first wanted."""
-        while len(self.products) <= index:
-            number = len(self.products)
-            scale = self.parts[number - 1].scale if number else 1.0
-            self.products.append(_scaled(self.networks[number].hessian_product(), scale))
-        return self.products[index]
-
-    def extremes(self, matvec: Callable[[Tensor], Tensor], space: Space, **options: int) -> Extremes:
-        network = self.batch.network
-        kind = next(iter(network.parameters.values())).dtype
-        return sharpness(
-            matvec,
-            space,
-            seed=self.wanted.seed,
-            tolerance=self.wanted.tolerance or TOLERANCES.get(kind, 1e-3),
-            max_products=self.wanted.most_products,
-            deadline=self.deadline,
-            basis_bytes=min(BASIS_BYTES, self.wanted.memory_bytes // 2),
-            **options,
-        )
-
-    def on(self, index: int, space: Space, P: Preconditioner | None, **options: int) -> Extremes:
-        """The ends of the (preconditioned) Hessian's spectrum on the batch or a half."""
-        network = self.networks[index]
-        if P is None or P.identity:
-            return self.extremes(restricted(self.product(index), network, space), space, **options)
-        return self.extremes(preconditioned(self.product(index), network, space, P), space, **options)
-
-    def spread(self, space: Space, P: Preconditioner | None, whole: Extremes | None = None) -> tuple[Spread, Extremes]:
-        """On the batch and all halves."""
-        whole = whole or self.on(0, space, P)
-        parts = [self.on(index + 1, space, P) for index in range(len(self.parts))]
-        return Spread.of(whole, parts), whole
-
-    @property
-    def late(self) -> bool:
-        return time.monotonic() > self.deadline
+    return Assessment(rows, listed, settings.label, settings.learning_rate, settings.notes)
 
 
 def assess(
-    batch: Batch,
+    network: Network,
     settings: OptimizerSettings | None,
     specs: Mapping[str, LayerSpec],
     factors: Mapping[str, Mapping[str, KroneckerFactors]],
@@ -180,30 +98,30 @@ def assess(
     of the top direction's energy, and the block's `preconditioned_sharpness` (without an optimizer `hessian_top`) where
     the share is large or time is left. `wanted.seconds` bounds all of it; what it cut off says so.
     """
-    return _assess(batch, settings, specs, factors, wanted)[0]
+    return _assess(network, settings, specs, factors, wanted)[0]
 
 
 def _assess(
-    batch: Batch,
+    network: Network,
     settings: OptimizerSettings | None,
     specs: Mapping[str, LayerSpec],
     factors: Mapping[str, Mapping[str, KroneckerFactors]],
     wanted: Wanted,
-) -> tuple[list[StabilityRow], tuple[_Stage, Tensor, Space] | None]:
+) -> tuple[list[StabilityRow], tuple[Spreads, Tensor, Space] | None]:
     """The rows, and what they came from: the stage, the top direction (where P is 1) and the space it lies in."""
     started = time.monotonic()
-    if (least := 8 * Space.of(batch.network).size * LEAST_VECTORS) > wanted.memory_bytes:
+    if (least := 8 * Space.of(network).size * LEAST_VECTORS) > wanted.memory_bytes:
         reason = f"its vectors take {least / 2**30:.2g} GiB, over --memory ({wanted.memory_bytes / 2**30:.2g} GiB)"
         return [StabilityRow("network", "", "preconditioned_sharpness", status="not_assessed", reason=reason)], None
     spare = settings is None and not wanted.full
-    found = NO_OPTIMIZER if spare else halves(batch, seed=wanted.seed)
+    found = NO_OPTIMIZER if spare else halves(network, seed=wanted.seed)
     P: Preconditioner | None = None
     refusal = NO_OPTIMIZER
     if settings is not None:
-        made = preconditioner(settings, list(batch.network.parameters), specs, factors)
+        made = preconditioner(settings, list(network.parameters), specs, factors)
         P, refusal = (None, made.reason) if isinstance(made, Unassessable) else (made, "")
     parts, no_parts = ([], found) if isinstance(found, str) else (found, "")
-    stage = _Stage(batch, wanted, parts, no_parts, P, deadline=started + wanted.seconds)
+    stage = Spreads(network, wanted, parts, no_parts, P, deadline=started + wanted.seconds)
     rows, direction, space = _network_rows(stage, settings, refusal)
     if spare:
         return rows, (stage, direction, space)
@@ -212,12 +130,12 @@ def _assess(
     return rows, (stage, direction, space)
 
 
-def _top_examples(stage: _Stage, direction: Tensor, space: Space, layers: Mapping[str, Layer]) -> list[ExampleRow]:
+def _top_examples(stage: Spreads, direction: Tensor, space: Space, layers: Mapping[str, Layer]) -> list[ExampleRow]:
     """The examples that carry most of the GGN along the top direction; none where it has no curvature there."""
     vector = space.split(direction)
     if stage.P is not None:
         vector = stage.P.inverse_root(vector)
-    energy = stage.batch.network.example_curvature(vector, stage.batch.output)
+    energy = stage.network.example_curvature(vector)
     total = float(energy.sum())
     if not total > 0 or bool((energy < 0).any()):
         return []
@@ -225,18 +143,11 @@ def _top_examples(stage: _Stage, direction: Tensor, space: Space, layers: Mappin
     return example_rows("", energy / total, torch.as_tensor(sum(squares)) if squares else None)
 
 
-def _scaled(product: Product, scale: float) -> Product:
-    """Scale times the operator."""
-    if scale == 1.0:
-        return product
-    return lambda vector: {name: scale * tensor for name, tensor in product(vector).items()}
-
-
 def _network_rows(
-    stage: _Stage, settings: OptimizerSettings | None, refusal: str
+    stage: Spreads, settings: OptimizerSettings | None, refusal: str
 ) -> tuple[list[StabilityRow], Tensor, Space]:
     """The network's rows, the top direction (in coordinates where P is 1), and the space it lies in."""
-    P, network = stage.P, stage.batch.network
+    P, network = stage.P, stage.network
     everything = Space.of(network)
     plain = stage.on(0, everything, None, bottom=1)
     governs = P is None or P.identity
@@ -248,7 +159,7 @@ def _network_rows(
             "network",
             "",
             "ggn_top",
-            Spread.of(stage.extremes(restricted(network.ggn_product(), network, everything), everything), []),
+            Spread.of(stage.ggn(everything), []),
             timed_out=stage.late,
         ),
     ]
@@ -261,7 +172,7 @@ def _network_rows(
         spread, whole = stage.spread(space, P)
     joint = not P.fixed
     said = verdict(spread, P.step.threshold, halved=bool(stage.parts), joint=joint)
-    limits = [QUADRATIC, stage.no_parts]
+    limits = [QUADRATIC, stage.no_parts, _decay(whole, space, P)]
     if P.fixed:
         limits.append(f"{len(P.fixed)} parameters are held fixed ({P.fixed[0]}, ...): {P.fixed_reason}")
     main = max((settings.parameters[name] for name in P.names), key=lambda one: one.lr)
@@ -280,10 +191,31 @@ def _network_rows(
         )
     )
     rows += _consequences(stage, P, spread, said, main.lr)
-    return rows, whole.top[0].vector, space
+    if settings.clip is not None:
+        norm = norm_of(network.gradient())
+        clipped = _clipped(stage, P, space, spread, clip_scale(norm, settings.clip))
+        rows += clipped_rows(settings, P, spread, clipped, norm, lr=main.lr, halved=bool(stage.parts))
+    scheduled = scheduled_row(settings, P, spread, halved=bool(stage.parts))
+    return [*rows, *([] if scheduled is None else [scheduled])], whole.top[0].vector, space
 
 
-def _bottom(plain: Extremes, stage: _Stage) -> StabilityRow:
+def _clipped(stage: Spreads, P: Preconditioner, space: Space, plain: Spread, scale: float) -> Spread:
+    """The spread of P^{-1} (s H + wd); without wd it is the plain one's, s times."""
+    if scale == 1.0 or not any(P.l2.values()):
+        return plain.scaled(scale)
+    stage.products.clear()
+    return dataclasses.replace(stage, factor=scale, products={}).spread(space, P)[0]
+
+
+def _decay(whole: Extremes, space: Space, P: Preconditioner) -> str:
+    """Says where an eigenvalue is weight decay more than curvature; then it is the same on every part of the batch."""
+    share = decay_share(whole.top[0].vector, whole.top[0].value, space, P)
+    if share < DECAY_SHARE:
+        return ""
+    return f"{share:.0%} of it is weight decay over P, at weights with hardly any gradient: no batch changes it"
+
+
+def _bottom(plain: Extremes, stage: Spreads) -> StabilityRow:
     """The Hessian's most negative eigenvalue, which the same iteration gives; an upper bound where not converged."""
     pair = plain.bottom[0]
     return StabilityRow(
@@ -297,7 +229,7 @@ def _bottom(plain: Extremes, stage: _Stage) -> StabilityRow:
     )
 
 
-def _consequences(stage: _Stage, P: Preconditioner, spread: Spread, said: str, lr: float) -> list[StabilityRow]:
+def _consequences(stage: Spreads, P: Preconditioner, spread: Spread, said: str, lr: float) -> list[StabilityRow]:
     """The growth factor along the top direction, and the largest rate that would be stable."""
     known = spread.converged and not P.momentum_differs
     why = "groups differ in momentum" if P.momentum_differs else "the sharpness is a lower bound only"
@@ -332,7 +264,7 @@ def _consequences(stage: _Stage, P: Preconditioner, spread: Spread, said: str, l
 
 
 def _layer_rows(
-    stage: _Stage,
+    stage: Spreads,
     settings: OptimizerSettings | None,
     specs: Mapping[str, LayerSpec],
     direction: Tensor,
@@ -364,24 +296,27 @@ def _layer_rows(
             reason = f"the {stage.wanted.seconds:.3g} s for stability were spent on the network and on larger layers"
             rows.append(StabilityRow("layer", name, quantity, status="skipped", reason=reason))
             continue
-        rows.append(_block_row(stage, settings, name, quantity, Space.of(stage.batch.network, own), shares[name]))
+        rows.append(_block_row(stage, settings, name, quantity, Space.of(stage.network, own), shares[name]))
     return rows
 
 
 def _block_row(
-    stage: _Stage, settings: OptimizerSettings | None, name: str, quantity: str, space: Space, share: float
+    stage: Spreads, settings: OptimizerSettings | None, name: str, quantity: str, space: Space, share: float
 ) -> StabilityRow:
     """One layer's block; its spread and verdict only where the layer carries much of the top direction."""
     P = stage.P
     large = share >= LARGE_SHARE
     local = None if P is None else dataclasses.replace(P, names=space.names)
-    spread = stage.spread(space, local)[0] if large else Spread.of(stage.on(0, space, local), [])
+    whole = stage.on(0, space, local)
+    spread = stage.spread(space, local, whole)[0] if large else Spread.of(whole, [])
     if P is None or settings is None:
         return stability.eigenvalue_row("layer", name, quantity, spread, timed_out=stage.late)
     said, reason = "not_assessed", f"{share:.1%} of the top direction: no spread was measured"
     if large:
         said = verdict(spread, P.step.threshold, halved=bool(stage.parts))
-        reason = "the block alone: below says nothing of the whole network" if said == "below" else ""
+        decay = _decay(whole, space, P)
+        alone = "the block alone: below says nothing of the whole network" if said == "below" else ""
+        reason = "; ".join(filter(None, (decay, alone)))
     return stability.eigenvalue_row(
         "layer",
         name,
@@ -393,17 +328,3 @@ def _block_row(
         reason=reason,
         timed_out=stage.late,
     )
-
-
-def optimizer_notes(settings: OptimizerSettings | None, gradient_norm: float) -> list[str]:
-    """What was found beside the optimizer, and whether clipping shortens the step here."""
-    if settings is None:
-        return []
-    notes = list(settings.notes)
-    if settings.clip is not None:
-        if gradient_norm > settings.clip:
-            acts = f"acts here (norm {gradient_norm:.3g}): steps are {settings.clip / gradient_norm:.2g} times as long"
-        else:
-            acts = f"does not act here (norm {gradient_norm:.3g})"
-        notes.append(f"Gradient clipping at {settings.clip:g} {acts}; the stability verdict is that without it.")
-    return notes

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
 from curvscope.extract.choose import budget
-from curvscope.graph.functional import Graph
+from curvscope.extract.examples import Examples
+from curvscope.extract.pieces import Pieces
+from curvscope.graph.verify import Layouts
 from curvscope.load.decay import l2_decay, own_damping
 from curvscope.load.problem import Problem
-from curvscope.measure import whole
-from curvscope.measure.evidence import evidence_rows, likelihood
+from curvscope.measure import series, whole
+from curvscope.measure.evidence import Likelihood, evidence_rows, likelihood
 from curvscope.measure.layer import Keep, keep_nothing
 from curvscope.measure.network import Network
+from curvscope.measure.room import Room, fitted, room_of
 from curvscope.records import Row
 from curvscope.settings import Settings
 
@@ -23,40 +24,25 @@ from curvscope.settings import Settings
 class NetworkStage:
     """Steps and evidence of the whole network.
 
-    Steps are taken where they are estimated to cost less than `whole.SHARE_OF_TIME` of --time, or are asked for;
+    Steps are taken where they are estimated to cost less than `series.SHARE_OF_TIME` of --time, or are asked for;
     evidence where the size of the training set is given.
 
     Args:
-        graph: the functional graph.
-        tensors: the batch, flat.
+        network: the loss on all data.
         problem: loss (its class axis settled) and optimizer.
-        targets: the batch's targets.
-        examples: N.
-        outputs: the model's outputs on the batch.
         settings: the run's.
         fisher: how the loss Hessian's root is taken.
     """
 
-    def __init__(
-        self,
-        graph: Graph,
-        tensors: Sequence[Tensor],
-        problem: Problem,
-        targets: Any,
-        *,
-        examples: int,
-        outputs: Tensor,
-        settings: Settings,
-        fisher: str,
-    ) -> None:
+    def __init__(self, network: Network, problem: Problem, settings: Settings, fisher: str) -> None:
+        self.network = network
+        self.problem = problem
+        self.settings = settings
         self.fisher = fisher
-        self.likelihood_of = (problem.loss, outputs, targets, examples, settings.dataset_size)
         self.found: whole.WholeNetwork | None = None
-        network = Network(graph, tensors, problem.loss, targets)
-        self.why_no_steps = "" if "steps" in settings.measure else _too_long(graph, network, settings)
+        self.why_no_steps = "" if "steps" in settings.measure else _too_long(network, settings)
         if not self.why_no_steps or settings.dataset_size is not None:
             self.found = whole.begin(
-                graph,
                 network,
                 l2_decay(problem.optimizer),
                 own_damping(problem.optimizer) if settings.damping is None else settings.damping,
@@ -73,34 +59,48 @@ class NetworkStage:
 
     def tables(self) -> dict[str, list[Row]]:
         """The tables steps, global_damping and evidence."""
-        loss, outputs, targets, examples, dataset_size = self.likelihood_of
         if self.found is None:
             steps, summaries = whole.no_steps(self.why_no_steps)
-            found = likelihood(loss, 0.0, outputs, targets, examples, dataset_size)
-            return {
-                "steps": list(steps),
-                "global_damping": list(summaries),
-                "evidence": list(evidence_rows([], {}, found, fisher=self.fisher)),
-            }
-        steps, summaries = self.found.finish()
-        value = self.found.objective.value
-        found = likelihood(loss, value, outputs, targets, examples, dataset_size)
-        parameters = self.found.objective.network.parameters
-        return {
-            "steps": list(steps),
-            "global_damping": list(summaries),
-            "evidence": list(evidence_rows(self.found.parts, parameters, found, fisher=self.fisher)),
-        }
+        else:
+            steps, summaries = self.found.finish()
+        survey, targets = self.network.examples.pieces.survey, self.problem.targets
+        found = likelihood(
+            self.problem.loss,
+            self.network.value,
+            survey.terms,
+            isinstance(targets, Tensor) and not targets.is_floating_point(),
+            survey.examples,
+            self.settings.dataset_size,
+        )
+        parts = [] if self.found is None else self.found.parts
+        evidence = evidence_rows(parts, self.network.parameters, found, fisher=self.fisher)
+        return {"steps": list(steps), "global_damping": list(summaries), "evidence": list(evidence)}
 
 
-def _too_long(graph: Graph, network: Network, settings: Settings) -> str:
+def no_tables(reason: str, fisher: str) -> dict[str, list[Row]]:
+    """The same tables, not assessed for a reason."""
+    steps, summaries = whole.no_steps(reason)
+    evidence = evidence_rows([], {}, Likelihood(reason=reason), fisher=fisher)
+    return {"steps": list(steps), "global_damping": list(summaries), "evidence": list(evidence)}
+
+
+def open_network(pieces: Pieces, layouts: Layouts, settings: Settings) -> tuple[Network, Room]:
+    """The loss on all data, in pieces that keep its passes to --memory, and what these may take.
+
+    `layouts` are those of all data.
+    """
+    examples, room = fitted(Examples(pieces), room_of(pieces.graph, layouts, settings))
+    return Network(pieces.graph, examples), room
+
+
+def _too_long(network: Network, settings: Settings) -> str:
     """Why steps are left out by default: their estimated time, from a forward pass that is timed; empty if short."""
     start = time.perf_counter()
     network.loss()
-    seconds = whole.estimated_seconds(graph, time.perf_counter() - start)
-    if seconds <= whole.SHARE_OF_TIME * settings.time_seconds:
+    seconds = series.estimated_seconds(network.graph, time.perf_counter() - start, alone=network.examples.alone)
+    if seconds <= series.SHARE_OF_TIME * settings.time_seconds:
         return ""
     return (
-        f"they would take about {seconds:.2g} s, over {whole.SHARE_OF_TIME:.0%} of --time {settings.time_seconds:g}: "
+        f"they would take about {seconds:.2g} s, over {series.SHARE_OF_TIME:.0%} of --time {settings.time_seconds:g}: "
         "--measure steps takes them all the same"
     )

@@ -84,20 +84,22 @@ class Objective:
             name: g + self.rates[name] * network.parameters[name] if name in self.rates else g
             for name, g in self.gradient.items()
         }
-        self.value = network.loss()
+        self.value = network.value
 
     @cached_property
     def form(self) -> Callable[[Vector], float]:
         """V -> v^T G v."""
         return self.network.ggn_form()
 
+    def forget(self) -> None:
+        """Free the graph that `form` keeps; it is built anew when wanted."""
+        self.__dict__.pop("form", None)
+
     @cached_property
     def rounding(self) -> float:
         """The size of rounding in a change of the loss: that of the outputs, of the sum over terms, and of theta."""
         eps = max(torch.finfo(p.dtype).eps for p in self.network.parameters.values())
-        with torch.no_grad():
-            outputs = self.network.outputs()
-        scale = abs(self.value) + float(outputs.double().square().mean()) ** 0.5
+        scale = abs(self.value) + self.network.scale
         return eps * (scale + norm(self.network.parameters) * norm(self.gradient))
 
     def change(self, vector: Vector, length: float = 1.0) -> float:

@@ -14,64 +14,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from curvscope.extract.cost import ASSUMED
-from curvscope.graph.functional import Graph
-from curvscope.graph.sites import LayerSpec
+from curvscope.errors import out_of_memory
 from curvscope.measure.network import Network
 from curvscope.measure.parts import EXACT, Keeper, LayerPart
 from curvscope.measure.recommend import GRADIENT_COSINE, LOWER, RAISE, holds_from, lowest
+from curvscope.measure.series import DECADES, EXTRA_DECADES, SERIES, SHARE_OF_MEMORY, kept_bytes
 from curvscope.measure.steps import NOISE_FACTOR, Objective, Step, joint_step
 from curvscope.records import NAN, GlobalDampingRow, StepRow
 
-SERIES = (
-    ("kfac_expand", "eigenbasis"),
-    ("kfac_reduce", "eigenbasis"),
-    ("ekfac_expand", "eigenbasis"),
-    ("ekfac_reduce", "eigenbasis"),
-    (EXACT, "eigenbasis"),
-    ("kfac_expand", "factored"),
-    ("kfac_reduce", "factored"),
-)
-# Decades above the mean eigenvalue. The best step's damping is of the size of the network's largest eigenvalues, not
-# of the mean: with fewer examples than parameters most eigenvalues are zero.
-DECADES = range(-1, 6)
-EXTRA_DECADES = 2
 PROBES = 4
 FACTORS = (0.1, 1.0, 10.0, 100.0, 1000.0)
-# Passes of the whole stage, in forward passes: per series 10 dampings with a product with J (three), 18 for the
-# recommendation, 3 line searches of 8, 9 for dampings of each layer's own.
-FORWARD_PASSES = len(SERIES) * (10 * 4 + 18 + 24 + 9)
-STEPS_A_SERIES = 41
-SHARE_OF_TIME = 0.2
-# Tokens of a large vocabulary that a batch is taken to look up, for the estimates of time and memory.
-TOKENS = 4096
-SHARE_OF_MEMORY = 0.25
-
-
-def estimated_seconds(graph: Graph, forward_seconds: float) -> float:
-    """What the stage takes, from the seconds of one forward pass: the passes, and the products that make the steps."""
-    solves = sum(
-        4.0 * spec.d_out * _inputs(spec) * (_inputs(spec) + spec.d_out // spec.groups)
-        for spec in graph.chosen()
-        if not spec.exact_only and not spec.roles
-    )
-    return FORWARD_PASSES * forward_seconds + len(SERIES) * STEPS_A_SERIES * solves / ASSUMED.product64
-
-
-def kept_bytes(graph: Graph, itemsize: int) -> int:
-    """What is kept of all layers until the steps are taken: bases and right sides, and steps of the exact blocks."""
-    nodes = 2 * (len(DECADES) + 1 + 2 * EXTRA_DECADES) + 1
-    total = 0
-    for spec in graph.chosen():
-        d_in = _inputs(spec)
-        bases = 0 if spec.exact_only or spec.roles else 2 * 8 * (spec.groups * d_in**2 + spec.d_out**2 // spec.groups)
-        total += bases + spec.parameters * (4 * 8 + nodes * itemsize)
-    return total
-
-
-def _inputs(spec: LayerSpec) -> int:
-    """The inputs that a layer's curvature runs over; of an embedding no more tokens than a batch is likely to have."""
-    return min(spec.d_in, TOKENS) if spec.kind == "embedding" else spec.d_in + (spec.bias is not None)
 
 
 @dataclass
@@ -107,6 +59,7 @@ class WholeNetwork:
         """The rows of tables/steps and tables/global_damping."""
         if self.why_no_steps:
             return no_steps(self.why_no_steps)
+        self.rows, self.summaries = [], []
         for approximation, form in SERIES:
             reason = self._refusal(approximation)
             twin = approximation.replace("reduce", "expand")
@@ -349,7 +302,6 @@ def _no_summary(approximation: str, form: str, reason: str) -> GlobalDampingRow:
 
 
 def begin(
-    graph: Graph,
     network: Network,
     rates: Mapping[str, float],
     current: float | None,
@@ -362,8 +314,7 @@ def begin(
     """Decide the dampings and get ready to keep the layers' shares.
 
     Args:
-        graph: the functional graph, whose chosen layers will be measured.
-        network: the loss around its parameters.
+        network: the loss around its parameters; the chosen layers of its graph will be measured.
         rates: the optimizer's L2 decay by parameter.
         current: the optimizer's own damping, where it has one.
         fisher: how the loss Hessian's root is taken.
@@ -379,7 +330,10 @@ def begin(
             mean = mean_eigenvalue(objective, seed)
         except (RuntimeError, NotImplementedError) as error:
             # an operation without a second derivative
+            if out_of_memory(error):
+                raise
             why_no_steps = f"products with the network's GGN fail: {str(error).splitlines()[0]}"
+        objective.forget()
     unit = 10.0 ** round(math.log10(mean)) if mean > 0 and math.isfinite(mean) else 1.0
     grid = tuple(unit * 10.0**decade for decade in DECADES)
     # one decade more than the search may reach
@@ -387,7 +341,7 @@ def begin(
     nodes = {unit * 10.0 ** (half / 2) for half in range(2 * first + 1, 2 * last, 2)}
     nodes |= {unit * 10.0**decade for decade in range(first, last + 1)}
     dtype = next(iter(network.parameters.values())).dtype
-    if not why_no_steps and kept_bytes(graph, dtype.itemsize) > SHARE_OF_MEMORY * memory_bytes:
+    if not why_no_steps and kept_bytes(network.graph, dtype.itemsize) > SHARE_OF_MEMORY * memory_bytes:
         why_no_steps = "what steps need of every layer exceeds a quarter of --memory: raise it"
     keeper = Keeper(
         objective.gradient,

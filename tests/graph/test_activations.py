@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from curvscope.graph.activations import Activations, observe
+from curvscope.graph.activations import Activations, Observer
 from tests.networks import graph_and_network
 
 
@@ -18,7 +19,27 @@ def seen(model: nn.Module, inputs: Any) -> Activations | None:
     with torch.no_grad():
         targets = torch.randn_like(model(inputs))
     graph, _ = graph_and_network(model, inputs, targets, "mse")
-    return observe(graph, [inputs])
+    whole, pieces = Observer(graph), Observer(graph)
+    whole.add([inputs])
+    for piece in inputs.split([2, inputs.shape[0] - 2]):
+        pieces.add([piece])
+    assert_close(whole.seen(), pieces.seen())
+    return whole.seen()
+
+
+def approx(value: float) -> Any:
+    return pytest.approx(value, rel=1e-12, nan_ok=True)
+
+
+def assert_close(one: Activations | None, other: Activations | None) -> None:
+    """Seen at once or piece by piece, the numbers are the same."""
+    if one is None or other is None:
+        assert one is other
+        return
+    for left, right in zip((*one.attention, *one.units), (*other.attention, *other.units), strict=True):
+        expected = dataclasses.asdict(right)
+        numbers = {name: value for name, value in expected.items() if isinstance(value, float)}
+        assert dataclasses.asdict(left) == {**expected, **{name: approx(value) for name, value in numbers.items()}}
 
 
 class OwnAttention(nn.Module):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import curvscope
 from curvscope.load.loss import named_loss
+from curvscope.load.reduction import denominator
 from curvscope.measure.evidence import LogEvidence, likelihood
 from curvscope.records import EvidenceRow
 from tests import models
@@ -110,7 +111,7 @@ def test_draws_leave_ekfac_out() -> None:
     ],
 )
 def test_losses_that_are_no_likelihood_are_told(name: str, settings: dict[str, Any], reason: str) -> None:
-    found = likelihood(named_loss(name, settings), 1.0, torch.randn(4, 3), torch.zeros(4, 3), 4, SIZE)
+    found = likelihood(named_loss(name, settings), 1.0, 4, True, 4, SIZE)
     assert reason in found.reason
 
 
@@ -132,7 +133,7 @@ def test_the_scale_makes_the_loss_the_training_sets_likelihood(name: str, reduct
     targets: Tensor = torch.randint(4, (6,)) if name == "cross_entropy" else torch.rand(6, 4).round().double()
     variance = float((outputs - targets).detach().square().mean()) if name == "mse" else 1.0
     value = loss(outputs, targets)
-    found = likelihood(loss, float(value.detach()), outputs.detach(), targets, 6, SIZE)
+    found = likelihood(loss, float(value.detach()), denominator(loss, outputs, targets), True, 6, SIZE)
     assert found.nll == pytest.approx(SIZE / 6 * nll_of(name, outputs.detach(), targets, variance), rel=1e-12)
     # the curvature in the outputs, too: the second derivative of scale * L is that of the likelihood
     (first,) = torch.autograd.grad(value, outputs)
@@ -148,11 +149,11 @@ def test_ignored_tokens_are_no_terms() -> None:
     outputs, tokens = torch.randn(2, 5, 7).double(), torch.randint(7, (2, 5))
     tokens[0, 3:] = -100
     value = float(loss(outputs, tokens))
-    found = likelihood(loss, value, outputs, tokens, 2, SIZE)
+    found = likelihood(loss, value, denominator(loss, outputs, tokens), True, 2, SIZE)
     assert found.scale == SIZE * 6 / 2
     assert "3 terms an example" in found.assumed
 
 
 def test_residuals_of_zero_have_no_variance() -> None:
-    found = likelihood(named_loss("mse", {}), 0.0, torch.ones(2, 2), torch.ones(2, 2), 2, SIZE)
+    found = likelihood(named_loss("mse", {}), 0.0, 4, False, 2, SIZE)
     assert "residuals are zero" in found.reason

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
@@ -11,13 +10,14 @@ from torch import Tensor, nn
 
 import curvscope
 from curvscope.curvature.extremes import Extremes, Pair
-from curvscope.graph.layout import Layout
 from curvscope.load.optimizer import as_optimizer_state
 from curvscope.load.optimizer_options import optimizer_options
 from curvscope.load.optimizer_settings import OptimizerSettings, optimizer_settings
-from curvscope.measure.halves import Batch, halves
+from curvscope.measure.halves import halves
+from curvscope.measure.network import Network
+from curvscope.measure.spreads import Wanted
 from curvscope.measure.stability import Spread, verdict
-from curvscope.measure.stability_stage import NO_OPTIMIZER, Wanted, assess, optimizer_notes
+from curvscope.measure.stability_stage import NO_OPTIMIZER, assess
 from curvscope.records import StabilityRow
 from tests import models
 from tests.networks import graph_and_network
@@ -61,23 +61,24 @@ def test_a_part_of_what_moves_is_never_below() -> None:
     assert verdict(spread, 7, halved=True, joint=False) == "above"
 
 
-def problem(loss: Any = "cross_entropy", examples: int = 12) -> tuple[nn.Module, Batch]:
+def problem(loss: Any = "cross_entropy", examples: int = 12) -> tuple[nn.Module, Network]:
     torch.manual_seed(0)
     model = models.mlp(4, 6, 5, 3).double()
     x, y = torch.randn(examples, 4).double(), torch.randint(3, (examples,))
-    graph, network = graph_and_network(model, x, y, loss)
-    from curvscope.load import load_problem
-
-    settled = load_problem(model, (x, y), loss).loss
-    return model, Batch(network, graph, settled, (0,), Layout(0), examples)
+    return model, graph_and_network(model, x, y, loss)[1]
 
 
-def rows_of(batch: Batch, settings: OptimizerSettings | None, **wanted: Any) -> list[StabilityRow]:
-    return assess(batch, settings, batch.graph.layers, {}, Wanted(**{"tolerance": 1e-9, **wanted}))
+def data(network: Network) -> tuple[Tensor, Tensor]:
+    (piece,) = network.pieces()
+    return piece.tensors[0], piece.targets
 
 
-def settings_of(batch: Batch, words: str) -> OptimizerSettings:
-    shapes = {name: p.shape for name, p in batch.network.parameters.items()}
+def rows_of(network: Network, settings: OptimizerSettings | None, **wanted: Any) -> list[StabilityRow]:
+    return assess(network, settings, network.graph.layers, {}, Wanted(**{"tolerance": 1e-9, **wanted}))
+
+
+def settings_of(network: Network, words: str) -> OptimizerSettings:
+    shapes = {name: p.shape for name, p in network.parameters.items()}
     found = optimizer_settings(None, shapes, optimizer_options(words))
     assert found is not None
     return found
@@ -98,15 +99,15 @@ def dense_top(model: nn.Module, x: Tensor, y: Tensor, reduction: str = "mean") -
 @pytest.mark.parametrize("loss", ["cross_entropy", "cross_entropy:reduction=sum"])
 @pytest.mark.parametrize("examples", [12, 9])
 def test_halves_are_the_network_on_those_examples(loss: str, examples: int) -> None:
-    model, batch = problem(loss, examples)
-    parts = halves(batch, seed=3)
+    model, network = problem(loss, examples)
+    parts = halves(network, seed=3)
     assert not isinstance(parts, str)
     order = torch.randperm(examples, generator=torch.Generator().manual_seed(3))
     for half, index in zip(parts, (order[: examples // 2], order[examples // 2 :]), strict=True):
         assert half.examples == len(index)
         assert half.scale == (examples / len(index) if loss.endswith("sum") else 1.0)
-        x, y = batch.network.tensors[0][index], batch.network.targets[index]
-        assert torch.equal(half.network.tensors[0], x)
+        x, y = (part[index] for part in data(network))
+        assert torch.equal(data(half.network)[0], x)
         reduction = "sum" if loss.endswith("sum") else "mean"
         want = float(nn.functional.cross_entropy(model(x), y, reduction=reduction).detach())
         assert half.network.loss() == pytest.approx(want, rel=1e-12)
@@ -127,53 +128,50 @@ def test_a_fixed_batch_size_takes_every_example_twice() -> None:
     torch.manual_seed(0)
     model = Fixed(8).double()
     x, y = torch.randn(8, 4).double(), torch.randint(3, (8,))
-    graph, network = graph_and_network(model, x, y, "cross_entropy")
-    parts = halves(Batch(network, graph, network._loss, (0,), Layout(0), 8), seed=0)
+    _, network = graph_and_network(model, x, y, "cross_entropy")
+    parts = halves(network, seed=0)
     assert not isinstance(parts, str)
     for half in parts:
-        assert (half.network.tensors[0].shape[0], half.examples) == (8, 4)
-        assert torch.equal(half.network.tensors[0][:4], half.network.tensors[0][4:])
+        inputs, _ = data(half.network)
+        assert (inputs.shape[0], half.examples) == (8, 4)
+        assert torch.equal(inputs[:4], inputs[4:])
 
 
 def test_what_can_not_be_halved_says_so() -> None:
-    _, batch = problem(examples=3)
-    assert halves(batch, seed=0) == "a batch of 3 can't be halved"
-    _, batch = problem()
-    other = dataclasses.replace(
-        batch, loss=dataclasses.replace(batch.loss, function=lambda f, y: f.square().sum().sqrt())
-    )
-    other.network._loss = other.loss
-    assert "neither a mean nor a sum" in halves(other, seed=0)
+    _, network = problem(examples=3)
+    assert halves(network, seed=0) == "a batch of 3 can't be halved"
+    _, network = problem(lambda f, y: f.square().sum().sqrt())
+    assert "neither a mean nor a sum" in halves(network, seed=0)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_the_rows_are_the_dense_numbers(reduction: str) -> None:
-    model, batch = problem(f"cross_entropy:reduction={reduction}")
-    x, y = batch.network.tensors[0], batch.network.targets
+    model, network = problem(f"cross_entropy:reduction={reduction}")
+    x, y = data(network)
     top = dense_top(model, x, y, reduction)
     order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
     # a sum's halves stand for twice as many examples
     scale = 2.0 if reduction == "sum" else 1.0
     tops = [scale * dense_top(model, x[index], y[index], reduction) for index in (order[:6], order[6:])]
-    found = rows_of(batch, settings_of(batch, "sgd:lr=0.1"))
-    network = {row.quantity: row for row in found if row.scope == "network"}
-    assert network["hessian_top"].value == pytest.approx(top, rel=1e-8)
-    sharpness = network["preconditioned_sharpness"]
+    found = rows_of(network, settings_of(network, "sgd:lr=0.1"))
+    rows = {row.quantity: row for row in found if row.scope == "network"}
+    assert rows["hessian_top"].value == pytest.approx(top, rel=1e-8)
+    sharpness = rows["preconditioned_sharpness"]
     assert (sharpness.value, sharpness.low, sharpness.high) == pytest.approx(
         (top, min(top, *tops), max(top, *tops)), rel=1e-8
     )
     assert sharpness.threshold == pytest.approx(20.0, rel=1e-14)
-    assert network["growth_factor"].value == pytest.approx(abs(1 - 0.1 * top), rel=1e-8)
-    assert network["largest_stable_lr"].value == pytest.approx(2 / top, rel=1e-8)
+    assert rows["growth_factor"].value == pytest.approx(abs(1 - 0.1 * top), rel=1e-8)
+    assert rows["largest_stable_lr"].value == pytest.approx(2 / top, rel=1e-8)
     shares = [row.value for row in found if row.quantity == "direction_share"]
     assert sum(shares) == pytest.approx(1.0, rel=1e-9)
 
 
 @pytest.mark.parametrize(("times", "expected"), [(0.2, "below"), (5.0, "above"), (0.97, "undecided")])
 def test_verdicts_follow_the_rate(times: float, expected: str) -> None:
-    model, batch = problem()
-    top = dense_top(model, batch.network.tensors[0], batch.network.targets)
-    found = rows_of(batch, settings_of(batch, f"sgd:lr={times * 2 / top},momentum=0"))
+    model, network = problem()
+    top = dense_top(model, *data(network))
+    found = rows_of(network, settings_of(network, f"sgd:lr={times * 2 / top},momentum=0"))
     said = {row.quantity: row.verdict for row in found if row.scope == "network"}
     assert said["preconditioned_sharpness"] == said["growth_factor"] == said["largest_stable_lr"] == expected
     blocks = [row for row in found if row.scope == "layer" and row.quantity == "preconditioned_sharpness"]
@@ -185,40 +183,61 @@ def test_verdicts_follow_the_rate(times: float, expected: str) -> None:
 
 
 def test_l2_decay_is_added_once_also_to_a_sums_halves() -> None:
-    _, batch = problem("cross_entropy:reduction=sum")
-    plain = rows_of(batch, settings_of(batch, "sgd:lr=0.01"))
-    decayed = rows_of(batch, settings_of(batch, "sgd:lr=0.01,weight_decay=0.7"))
+    _, network = problem("cross_entropy:reduction=sum")
+    plain = rows_of(network, settings_of(network, "sgd:lr=0.01"))
+    decayed = rows_of(network, settings_of(network, "sgd:lr=0.01,weight_decay=0.7"))
     for before, after in zip(plain, decayed, strict=True):
         if before.scope == "network" and before.quantity == "preconditioned_sharpness":
             for column in ("value", "low", "high"):
                 assert getattr(after, column) == pytest.approx(getattr(before, column) + 0.7, rel=1e-9)
 
 
+def test_an_eigenvalue_that_is_weight_decay_says_so() -> None:
+    """Dead weights under Adam: P is as small as the decay, wd / P far over any curvature, on every part the same."""
+    model, batch = problem()
+    shapes = {name: p.shape for name, p in batch.parameters.items()}
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-6, weight_decay=1e-2)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    plain = optimizer_settings(as_optimizer_state(optimizer, model), shapes)
+    assert not [row for row in rows_of(batch, plain, full=True) if "weight decay" in row.reason]
+    optimizer.param_groups[0]["weight_decay"] = 5.0
+    optimizer.state[model[0].weight]["exp_avg_sq"][0] = 1e-12
+    dead = optimizer_settings(as_optimizer_state(optimizer, model), shapes)
+    told = {row.scope: row for row in rows_of(batch, dead) if "is weight decay over P" in row.reason}
+    assert set(told) == {"network", "layer"}
+    assert told["layer"].layer == "0"
+    share = float(told["layer"].reason.partition("%")[0]) / 100
+    root = (1 - 0.9) * ((1e-12 / (1 - 0.999)) ** 0.5 + 1e-8)
+    assert share == pytest.approx(5.0 / root / told["layer"].value, abs=0.006)
+
+
 def test_without_an_optimizer_sharpness_is_there_and_no_verdict() -> None:
-    _, batch = problem()
-    network = {row.quantity: row for row in rows_of(batch, None, full=True) if row.scope == "network"}
-    assert network["hessian_top"].low <= network["hessian_top"].value <= network["hessian_top"].high
-    governs = network["preconditioned_sharpness"]
+    _, network = problem()
+    rows = {row.quantity: row for row in rows_of(network, None, full=True) if row.scope == "network"}
+    assert rows["hessian_top"].low <= rows["hessian_top"].value <= rows["hessian_top"].high
+    governs = rows["preconditioned_sharpness"]
     assert (governs.verdict, governs.status, governs.reason) == ("not_assessed", "not_assessed", NO_OPTIMIZER)
-    assert "growth_factor" not in network
-    assert {row.scope for row in rows_of(batch, None)} == {"network"}
+    assert "growth_factor" not in rows
+    assert {row.scope for row in rows_of(network, None)} == {"network"}
 
 
 def test_missing_moments_are_not_assessed() -> None:
-    model, batch = problem()
-    shapes = {name: p.shape for name, p in batch.network.parameters.items()}
+    model, network = problem()
+    shapes = {name: p.shape for name, p in network.parameters.items()}
     fresh = torch.optim.AdamW(model.parameters())
     settings = optimizer_settings(as_optimizer_state(fresh, model), shapes)
-    governs = next(row for row in rows_of(batch, settings) if row.quantity == "preconditioned_sharpness")
+    governs = next(row for row in rows_of(network, settings) if row.quantity == "preconditioned_sharpness")
     assert (governs.verdict, governs.status) == ("not_assessed", "not_assessed")
     assert "no exp_avg_sq" in governs.reason
 
 
 def test_frozen_parameters_have_no_part() -> None:
-    model, batch = problem()
-    shapes = {name: p.shape for name, p in batch.network.parameters.items()}
+    model, network = problem()
+    shapes = {name: p.shape for name, p in network.parameters.items()}
     part = torch.optim.SGD(model[0].parameters(), lr=0.1)
-    found = rows_of(batch, optimizer_settings(as_optimizer_state(part, model), shapes))
+    found = rows_of(network, optimizer_settings(as_optimizer_state(part, model), shapes))
     shares = {row.layer: row.value for row in found if row.quantity == "direction_share"}
     assert shares["0"] == pytest.approx(1.0)
     assert sum(shares.values()) == pytest.approx(1.0)
@@ -228,8 +247,8 @@ def test_frozen_parameters_have_no_part() -> None:
 
 
 def test_spent_time_is_told() -> None:
-    _, batch = problem()
-    found = rows_of(batch, settings_of(batch, "sgd:lr=10"), seconds=0.0)
+    _, network = problem()
+    found = rows_of(network, settings_of(network, "sgd:lr=10"), seconds=0.0)
     governs = next(row for row in found if row.quantity == "preconditioned_sharpness")
     assert governs.status == "not_converged"
     assert "time" in governs.reason
@@ -262,16 +281,10 @@ def test_a_curvature_that_is_not_finite_is_told_and_the_rest_goes_on() -> None:
 
 
 def test_a_memory_bound_is_kept_and_told() -> None:
-    _, batch = problem()
-    (row,) = rows_of(batch, settings_of(batch, "sgd:lr=0.1"), memory_bytes=1000)
+    _, network = problem()
+    (row,) = rows_of(network, settings_of(network, "sgd:lr=0.1"), memory_bytes=1000)
     assert (row.quantity, row.verdict) == ("preconditioned_sharpness", "not_assessed")
     assert "over --memory" in row.reason
-
-
-@pytest.mark.parametrize(("norm", "words"), [(4.0, "steps are 0.5 times as long"), (1.0, "does not act here")])
-def test_clipping_is_told(norm: float, words: str) -> None:
-    settings = OptimizerSettings("sgd", "SGD", {}, clip=2.0)
-    assert words in optimizer_notes(settings, norm)[0]
 
 
 def test_through_the_pipeline_with_groups() -> None:
