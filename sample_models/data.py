@@ -61,6 +61,14 @@ class Pixels:
 
 
 @dataclass(frozen=True)
+class Tumours:
+    """Scikit-learn's breast cancer data: 30 measures of a tumour, standardised, float32 [n, 30]; labels 0 and 1."""
+
+    train_images: Tensor
+    train_labels: Tensor
+
+
+@dataclass(frozen=True)
 class Text:
     """A text as numbers of `ALPHABET`, int64: the first nine tenths to train on, the rest to test."""
 
@@ -117,6 +125,16 @@ class Neighbourhoods:
             "edge_weight": torch.cat([weights for _, _, weights in graphs]),
             "batch": torch.repeat_interleave(torch.arange(len(graphs)), sizes),
         }
+
+
+def load_tumours() -> Tumours:
+    """All 569 of them, in an order of `SPLIT_SEED`."""
+    from sklearn.datasets import load_breast_cancer
+
+    measures, labels = load_breast_cancer(return_X_y=True)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SPLIT_SEED))
+    rows = torch.as_tensor(measures)[order]
+    return Tumours(((rows - rows.mean(0)) / rows.std(0)).float(), torch.as_tensor(labels)[order].long())
 
 
 def load_digits() -> Digits:

@@ -1,7 +1,8 @@
 """Sick networks and their healthy twins: one known fault each, on the digits, for measuring what diagnosis is worth.
 
-A twin pair shares program, seed, data and schedule; the sick one has one fault. Whether the fault really harms is not
-taken from its label: `outlook` runs the real optimizer on from the checkpoint, and `verdict` compares the twins.
+A twin pair shares program, seed, data and schedule; the sick one has one fault, of the first of its strengths unless
+that is asked otherwise. Whether the fault really harms is not taken from its label: `outlook` and `long_outlook` run
+the real optimizer on from the checkpoint, and `verdict` compares the twins.
 """
 
 from __future__ import annotations
@@ -10,25 +11,38 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from sample_models.data import CLASSES, Digits
 from sample_models.zoo_programs import KFAC, PROGRAMS, Optimizer, Program, make_optimizer
 
 BATCH = 64
 OUTLOOK = 40
+LONG_OUTLOOK = 200
 REFRESH = 5
 POISONED = 3
 KFAC_LR = 0.03
 KFAC_DAMPING = 0.1
-EVERY = ("mlp", "cnn", "transformer", "recurrent")
+EVERY = ("mlp", "cnn", "transformer", "recurrent", "residual")
+
+
+class Data(Protocol):
+    """What a program learns from: the digits, or anything that lies like them."""
+
+    @property
+    def train_images(self) -> Tensor:
+        """Inputs, examples first."""
+
+    @property
+    def train_labels(self) -> Tensor:
+        """Classes from 0."""
 
 
 @dataclass
 class Case:
-    """What a fault may change."""
+    """What a fault may change; the first `BATCH` of the images are those that are analyzed."""
 
     program: Program
     model: nn.Module
@@ -36,6 +50,7 @@ class Case:
     images: Tensor
     labels: Tensor
     layer: str
+    strength: float
 
 
 Change = Callable[[Case], None]
@@ -58,6 +73,7 @@ class Fault:
         optimizer: "adam" or "kfac" for both, where it is not the program's own.
         norms: both twins train at the rate for norms; the sick one has none.
         damping: the sick one's, for K-FAC.
+        strengths: how many times what is struck is changed, the weakest first, where the fault has a size.
         local: whether one layer is to blame.
     """
 
@@ -73,6 +89,7 @@ class Fault:
     optimizer: str = ""
     norms: bool = False
     damping: float = KFAC_DAMPING
+    strengths: tuple[float, ...] = (1.0,)
     local: bool = False
 
 
@@ -80,7 +97,8 @@ class Fault:
 class Specimen:
     """One network at a checkpoint: model, optimizer, batch, and what was done to it.
 
-    `layer` is the struck one, "" where the whole network is; `judged` [BATCH] tells the examples that harm is read off.
+    `layer` is the struck one, "" where the whole network is; `judged` [BATCH] tells the examples that harm is read off;
+    `stream` are all images and labels that training goes on with, the batch the first of them.
     """
 
     program: str
@@ -93,6 +111,8 @@ class Specimen:
     images: Tensor
     labels: Tensor
     judged: Tensor
+    stream: tuple[Tensor, Tensor]
+    strength: float = 1.0
 
     @property
     def given_optimizer(self) -> Optimizer | str:
@@ -103,8 +123,11 @@ class Specimen:
         return f"kfac:lr={settings['lr']},damping={settings['damping']}"
 
 
-def twin(digits: Digits, program_name: str, fault_name: str, seed: int, *, sick: bool) -> Specimen:
-    """One half of a pair, trained from its seed; equal arguments give equal specimens to the bit."""
+def twin(data: Data, program_name: str, fault_name: str, seed: int, *, sick: bool, strength: float = 0.0) -> Specimen:
+    """One half of a pair, trained from its seed; equal arguments give equal specimens to the bit.
+
+    `strength` is the fault's, its first by default.
+    """
     program, fault = PROGRAMS[program_name], FAULTS[fault_name]
     generator = torch.Generator().manual_seed(seed)
     build = program.build
@@ -117,16 +140,16 @@ def twin(digits: Digits, program_name: str, fault_name: str, seed: int, *, sick:
     kind = program.optimizer if fault.optimizer in ("", "kfac") else fault.optimizer
     lr = program.lr if kind == program.optimizer else program.adam_lr
     optimizer = make_optimizer(kind, model, program.normed_lr if fault.norms else fault.rate * lr)
-    images = fault.data(digits.train_images) if sick and fault.data else digits.train_images
+    images = fault.data(data.train_images) if sick and fault.data else data.train_images
     order = torch.randperm(len(images), generator=generator)
-    held, rest = order[:BATCH], order[BATCH:]
     layer = struck(program, fault, seed)
-    case = Case(program, model, optimizer, images[held].clone(), digits.train_labels[held].clone(), layer)
+    strength = strength or fault.strengths[0]
+    case = Case(program, model, optimizer, images[order], data.train_labels[order], layer, strength)
     _apply(fault.start if sick else None, case)
     model.train()
     for _ in range(fault.steps):
-        chosen = rest[torch.randint(len(rest), (BATCH,), generator=generator)]
-        _step(case, images[chosen], digits.train_labels[chosen])
+        chosen = BATCH + torch.randint(len(order) - BATCH, (BATCH,), generator=generator)
+        _step(case, case.images[chosen], case.labels[chosen])
     model.eval()
     _apply(fault.both, case)
     _apply(fault.end if sick else fault.cure, case)
@@ -134,8 +157,10 @@ def twin(digits: Digits, program_name: str, fault_name: str, seed: int, *, sick:
         case.optimizer = KFAC(model, KFAC_LR, fault.damping if sick else KFAC_DAMPING)
     judged = torch.arange(BATCH) != POISONED
     where = layer if sick else ""
+    stream = case.images, case.labels
+    batch = stream[0][:BATCH].clone(), stream[1][:BATCH].clone()
     return Specimen(
-        program_name, fault_name, seed, sick, where, model, case.optimizer, case.images, case.labels, judged
+        program_name, fault_name, seed, sick, where, model, case.optimizer, *batch, judged, stream, strength
     )
 
 
@@ -163,21 +188,40 @@ def outlook(specimen: Specimen, steps: int = OUTLOOK) -> list[float]:
     In eval mode; K-FAC takes its factors anew every `REFRESH` steps. Model and optimizer of the specimen stay as they
     are. It ends early where the loss is no longer finite.
     """
+    return _losses(specimen, steps, lambda: (specimen.images, specimen.labels))
+
+
+def long_outlook(specimen: Specimen, steps: int = LONG_OUTLOOK) -> list[float]:
+    """The same while training goes on: on batches drawn from all of the specimen's data, equal ones for twins."""
+    generator = torch.Generator().manual_seed(specimen.seed)
+    images, labels = specimen.stream
+
+    def draw() -> tuple[Tensor, Tensor]:
+        chosen = torch.randint(len(labels), (BATCH,), generator=generator)
+        return images[chosen], labels[chosen]
+
+    return _losses(specimen, steps, draw)
+
+
+def _losses(specimen: Specimen, steps: int, draw: Callable[[], tuple[Tensor, Tensor]]) -> list[float]:
+    """The judged examples' mean loss before each step, and after the last."""
     model, optimizer = copy.deepcopy((specimen.model, specimen.optimizer))
     losses: list[float] = []
     for step in range(steps + 1):
-        each = nn.functional.cross_entropy(model(specimen.images), specimen.labels, reduction="none")
-        losses.append(each.detach()[specimen.judged].mean().item())
+        with torch.no_grad():
+            each = nn.functional.cross_entropy(model(specimen.images), specimen.labels, reduction="none")
+        losses.append(each[specimen.judged].mean().item())
         if not (math.isfinite(losses[-1]) and bool(each.isfinite().all())):
             break
+        images, labels = draw()
         if isinstance(optimizer, KFAC) and step % REFRESH == 0:
             try:
-                optimizer.refresh(specimen.images)
+                optimizer.refresh(images)
             except torch.linalg.LinAlgError:
                 losses[-1] = math.nan
                 break
         optimizer.zero_grad()
-        each.mean().backward()
+        nn.functional.cross_entropy(model(images), labels).backward()
         optimizer.step()
     return losses
 
@@ -185,7 +229,7 @@ def outlook(specimen: Specimen, steps: int = OUTLOOK) -> list[float]:
 def verdict(losses: list[float], healthy: list[float]) -> str:
     """What became of a run, in one word, beside its healthy twin's (which may be itself).
 
-    "diverges": the loss is not finite, or ends (mean of the last 5) over 1.2 times its beginning, by 0.05 at least.
+    "diverges": the loss is not finite, or ends (mean of its last eighth) over 1.2 times its start, by 0.05 at least.
     "spikes": it was over twice its beginning, by 0.1 at least, and over twice the twin's highest.
     "stalls": it ends over twice the twin's end, by 0.1 at least.
     "trains": none of these.
@@ -201,7 +245,8 @@ def verdict(losses: list[float], healthy: list[float]) -> str:
 
 
 def _end(losses: list[float]) -> float:
-    return sum(losses[-5:]) / len(losses[-5:])
+    last = losses[-max(1, len(losses) // 8) :]
+    return sum(last) / len(last)
 
 
 def _apply(change: Change | None, case: Case) -> None:
@@ -222,12 +267,8 @@ def _weight(case: Case) -> nn.Parameter:
     return getattr(module, last if last.startswith("weight") else "weight")  # type: ignore[no-any-return]
 
 
-def _scale_weight(factor: float, under_adam: float = 0.0) -> Change:
-    def change(case: Case) -> None:
-        adam = isinstance(case.optimizer, torch.optim.Adam)
-        _weight(case).mul_(under_adam if adam and under_adam else factor)
-
-    return change
+def _scale_weight(case: Case) -> None:
+    _weight(case).mul_(case.strength)
 
 
 def _dead(case: Case) -> None:
@@ -238,12 +279,12 @@ def _group_lr(case: Case) -> None:
     weight = _weight(case)
     for group in case.optimizer.param_groups:
         if any(p is weight for p in group["params"]):
-            group["lr"] *= 100 if isinstance(case.optimizer, torch.optim.Adam) else 10
+            group["lr"] *= case.strength
 
 
 def _poison(case: Case) -> None:
     case.images[POISONED] *= 100.0
-    case.labels[POISONED] = (case.labels[POISONED] + 5) % CLASSES
+    case.labels[POISONED] = (case.labels[POISONED] + 5) % (case.labels.max() + 1)
 
 
 def _blow_attention(case: Case) -> None:
@@ -271,7 +312,7 @@ def _warm_moments(case: Case) -> None:
             group["lr"] = 0.0
             group["betas"] = (0.9, 0.9)
         for _ in range(60):
-            _step(case, case.images, case.labels)
+            _step(case, case.images[:BATCH], case.labels[:BATCH])
         for group, rate in zip(case.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
             group["betas"] = (0.9, 0.999)
@@ -294,19 +335,19 @@ def _set(**values: float) -> Change:
 FAULTS = {
     fault.name: fault
     for fault in (
-        Fault("group_lr", EVERY, 60, end=_group_lr, local=True),
-        Fault("init", EVERY, 0, start=_scale_weight(8.0, under_adam=30.0), local=True),
-        Fault("dead_units", ("mlp", "cnn"), 20, start=_dead, local=True),
+        Fault("group_lr", EVERY, 60, end=_group_lr, strengths=(10.0, 100.0), local=True),
+        Fault("init", EVERY, 0, start=_scale_weight, strengths=(8.0, 30.0), local=True),
+        Fault("dead_units", ("mlp", "cnn", "residual"), 20, start=_dead, local=True),
         Fault("unscaled_inputs", EVERY, 2, data=lambda images: 100.0 * images + 100.0),
         Fault("poisoned_example", EVERY, 60, end=_poison),
         Fault("attention_logits", ("transformer",), 60, end=_blow_attention, local=True),
-        Fault("no_norm", ("cnn", "transformer"), 10, norms=True),
+        Fault("no_norm", ("cnn", "transformer", "residual"), 10, norms=True),
         Fault("stale_moments", EVERY, 60, rate=3.0, both=_shift, end=_converged, cure=_warm_moments, optimizer="adam"),
         Fault("adam_eps", EVERY, 20, start=_set(eps=1.0), optimizer="adam"),
         Fault("adam_beta2", EVERY, 20, start=_set(beta2=0.1), optimizer="adam"),
-        Fault("recurrent_weight", ("recurrent",), 20, start=_scale_weight(6.0), local=True),
-        Fault("saturated_outputs", EVERY, 60, end=_scale_weight(30.0), local=True),
-        Fault("kfac_damping_small", ("mlp", "cnn"), 60, optimizer="kfac", damping=1e-5),
-        Fault("kfac_damping_large", ("mlp", "cnn"), 60, optimizer="kfac", damping=1e3),
+        Fault("recurrent_weight", ("recurrent",), 20, start=_scale_weight, strengths=(6.0,), local=True),
+        Fault("saturated_outputs", EVERY, 60, end=_scale_weight, strengths=(30.0,), local=True),
+        Fault("kfac_damping_small", ("mlp", "cnn", "residual"), 60, optimizer="kfac", damping=1e-5),
+        Fault("kfac_damping_large", ("mlp", "cnn", "residual"), 60, optimizer="kfac", damping=1e3),
     )
 }

@@ -1,4 +1,4 @@
-"""The four programs of the zoo, and the small K-FAC that some of its faults need."""
+"""The programs of the zoo, the fifth written when all rules stood, and the small K-FAC that some of its faults need."""
 
 from __future__ import annotations
 
@@ -49,6 +49,31 @@ class Convolutional(nn.Module):
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = torch.relu(norm(conv(x)))
         return self.head(x.mean((2, 3)))
+
+
+class Residual(nn.Module):
+    """Three residual blocks x + W relu(V norm(x)) on 30 measures, pre-norm, for two classes."""
+
+    def __init__(self, norms: bool = True, width: int = 32) -> None:
+        super().__init__()
+        self.stem = nn.Linear(30, width)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.LayerNorm(width) if norms else nn.Identity(),
+                nn.Linear(width, 2 * width),
+                nn.ReLU(),
+                nn.Linear(2 * width, width),
+            )
+            for _ in range(3)
+        )
+        self.head = nn.Linear(width, 2)
+
+    def forward(self, measures: Tensor) -> Tensor:
+        """Logits [N, 2]."""
+        x = self.stem(measures)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)
 
 
 class _NoNorm(nn.Identity):
@@ -107,7 +132,7 @@ class Program:
         name: of the program.
         build: the network; its weights come from the global random state.
         layers: struck one a seed.
-        optimizer: "sgd" (momentum 0.9) or "adam".
+        optimizer: "sgd" (momentum 0.9), "adam" or "adamw".
         lr: its learning rate.
         adam_lr: Adam's, for faults of Adam's own settings.
         last: the layer that gives the logits.
@@ -156,6 +181,18 @@ PROGRAMS = {
             1e-2,
         ),
         Program("recurrent", Recurrent, ("rnn.weight_ih_l0", "rnn.weight_hh_l0", "head"), "adam", 5e-3, 5e-3, "head"),
+        Program(
+            "residual",
+            Residual,
+            ("blocks.0.1", "blocks.1.1", "blocks.2.1"),
+            "adamw",
+            3e-3,
+            3e-3,
+            "head",
+            Residual,
+            lambda: Residual(False),
+            1e-2,
+        ),
     )
 }
 
@@ -190,8 +227,8 @@ class KFAC(Optimizer):
             hook.remove()
         p = logits.detach().softmax(1)
         sums = [torch.zeros(len(layer.weight), len(layer.weight), dtype=torch.float64) for layer in self.layers]
-        for chosen in range(CLASSES):
-            unit = torch.eye(CLASSES)[chosen].expand_as(p)
+        for chosen in range(p.shape[1]):
+            unit = torch.eye(p.shape[1])[chosen].expand_as(p)
             root = p[:, chosen : chosen + 1].sqrt() * (unit - p)
             gradients = torch.autograd.grad(logits, [outputs[one] for one in self.layers], root, retain_graph=True)
             for total, gradient in zip(sums, gradients, strict=True):
@@ -231,4 +268,6 @@ def make_optimizer(kind: str, model: nn.Module, lr: float) -> Optimizer:
     groups = [{"params": [parameter]} for parameter in model.parameters()]
     if kind == "adam":
         return torch.optim.Adam(groups, lr=lr)
+    if kind == "adamw":
+        return torch.optim.AdamW(groups, lr=lr)
     return torch.optim.SGD(groups, lr=lr, momentum=0.9)

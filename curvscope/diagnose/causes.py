@@ -10,12 +10,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
+from curvscope.diagnose.thresholds import SHIPPED, Thresholds
 from curvscope.diagnose.titles import Found
 from curvscope.records import FindingRow, StabilityRow
 
 SEVERITIES = ("error", "warning", "info")
-# A layer has a part in the top direction from this share on.
-PART = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +24,7 @@ class Context:
     findings: Sequence[Found]
     shares: Mapping[str, float]
     above: frozenset[str]
+    limits: Thresholds = SHIPPED
 
     def has(self, code: str, layer: str) -> bool:
         """Whether there is a finding of this code at this layer."""
@@ -53,7 +53,7 @@ def _elsewhere(cause: FindingRow, effect: FindingRow, context: Context) -> bool:
 
 def _part(cause: FindingRow, effect: FindingRow, context: Context) -> bool:
     """The cause's layer is above on its own, or has a part in the top direction."""
-    return cause.layer in context.above or context.shares.get(cause.layer, 0.0) >= PART
+    return cause.layer in context.above or context.shares.get(cause.layer, 0.0) >= context.limits.part
 
 
 def _by_weights(cause: FindingRow, effect: FindingRow, context: Context) -> bool:
@@ -121,7 +121,9 @@ SPECIFIC = (
 )  # fmt: skip
 
 
-def ordered(findings: Sequence[Found], table: Sequence[StabilityRow] = ()) -> list[FindingRow]:
+def ordered(
+    findings: Sequence[Found], table: Sequence[StabilityRow] = (), limits: Thresholds = SHIPPED
+) -> list[FindingRow]:
     """The findings with `caused_by`, severities raised to those of their consequences, and ranks from 1."""
     shares = {row.layer: row.value for row in table if row.quantity == "direction_share"}
     above = frozenset(
@@ -129,7 +131,7 @@ def ordered(findings: Sequence[Found], table: Sequence[StabilityRow] = ()) -> li
         for row in table
         if row.quantity == "preconditioned_sharpness" and row.layer and row.verdict == "above"
     )
-    context = Context(findings, shares, above)
+    context = Context(findings, shares, above, limits)
     causes = {index: _cause(index, findings, context) for index in range(len(findings))}
     for index in causes:
         if _in_circle(index, causes):

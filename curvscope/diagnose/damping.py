@@ -9,21 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from curvscope.diagnose.thresholds import SHIPPED, Thresholds
 from curvscope.diagnose.titles import finding
 from curvscope.records import DampingRow, FindingRow, Layer, RangeRow
 
 # Recommended values of the layers this far apart: one global value serves none of them well.
 SPREAD = 100.0
 FORM_GAP = 0.25
-# A learning rate under this share of the best multiple of the step takes so little of it that its length does no harm.
-SHORT = 0.25
-# A step that has become gradient descent is worth a word if this share of the best decrease is lost by it.
-LOST = 0.1
 
 Ranked = tuple[int, float, FindingRow]
 
 
-def of_layer(layer: Layer, learning_rate: float = math.nan) -> list[Ranked]:
+def of_layer(layer: Layer, learning_rate: float = math.nan, limits: Thresholds = SHIPPED) -> list[Ranked]:
     """At most one finding a code: severity rank (1 warning, 2 info), size of the effect, the row."""
     name = f"kfac_{'reduce' if layer.row.better_flavour == 'reduce' else 'expand'}"
     forms = [row for row in layer.ranges if row.approximation == name and row.status == "ok"]
@@ -32,11 +29,11 @@ def of_layer(layer: Layer, learning_rate: float = math.nan) -> list[Ranked]:
     found: list[Ranked] = []
     standings = {row.standing for row in forms}
     first = forms[0]
-    if standings == {"too_small"} and not _short(layer, name, learning_rate):
-        found.append(
-            (1, 0.5 + min(0.4, math.log10(max(1.0, first.low / first.current)) / 20), _too_small(layer, forms))
-        )
-    elif standings == {"too_large"} and first.gain > LOST:
+    if standings == {"too_small"}:
+        short = _short(layer, name, learning_rate, limits.trusted)
+        size = 0.5 + min(0.4, math.log10(max(1.0, first.low / first.current)) / 20)
+        found.append((2 if short else 1, size, _too_small(layer, forms, learning_rate if short else math.nan)))
+    elif standings == {"too_large"} and first.gain > limits.lost:
         row = finding(
             "CS402",
             "warning",
@@ -61,10 +58,14 @@ def of_layer(layer: Layer, learning_rate: float = math.nan) -> list[Ranked]:
     return found
 
 
-def _short(layer: Layer, name: str, learning_rate: float) -> bool:
-    """Whether the learning rate takes under a quarter of the best multiple of the step, in every form."""
+def _short(layer: Layer, name: str, learning_rate: float, trusted: float) -> bool:
+    """Whether the learning rate takes so little of the step, in every form, that what it does take can be trusted.
+
+    At eta times the step the exact quadratic model loses eta s - eta^2 b / 2, K-FAC's promises at most eta s, and
+    alpha_star <= s / b: their ratio is at least `trusted` wherever eta <= 2 (1 - trusted) alpha_star.
+    """
     best = [row.alpha_star for row in layer.damping if row.approximation == name and "current" in row.mark]
-    return bool(best) and all(learning_rate <= SHORT * multiple for multiple in best)
+    return bool(best) and all(learning_rate <= 2 * (1 - trusted) * multiple for multiple in best)
 
 
 def of_network(layers: Mapping[str, Layer]) -> list[Ranked]:
@@ -96,7 +97,7 @@ def of_network(layers: Mapping[str, Layer]) -> list[Ranked]:
     return [(2, min(1.0, math.log10(spread) / 10), row)]
 
 
-def _too_small(layer: Layer, forms: list[RangeRow]) -> FindingRow:
+def _too_small(layer: Layer, forms: list[RangeRow], short_rate: float) -> FindingRow:
     row = forms[0]
     step = next((one for one in layer.damping if _same(one, row) and "current" in one.mark), None)
     words = f"With damping {row.current:.2g} {_words(row.approximation)} can't be trusted here"
@@ -108,9 +109,11 @@ def _too_small(layer: Layer, forms: list[RangeRow]) -> FindingRow:
         )
     if row.current <= row.noise_below:
         words += ", and directions that the batch says nothing about are amplified"
+    if not math.isnan(short_rate):
+        words += f"; at learning rate {short_rate:.2g} too little of it is taken to do harm in this layer alone"
     return finding(
         "CS401",
-        "warning",
+        "warning" if math.isnan(short_rate) else "info",
         layer.name,
         words + ".",
         f"Raise the damping of this layer to {row.recommended:.2g} (safe from {row.low:.2g}).",

@@ -14,8 +14,9 @@ import numpy as np
 
 from curvscope.diagnose import damping
 from curvscope.diagnose.causes import ordered
-from curvscope.diagnose.signs import FAR, sign_findings
+from curvscope.diagnose.signs import sign_findings
 from curvscope.diagnose.stability import stability_findings
+from curvscope.diagnose.thresholds import SHIPPED, Thresholds
 from curvscope.diagnose.titles import Found, finding
 from curvscope.records import CoverageRow, ErrorRow, ExampleRow, FindingRow, Layer, ModelInfo, StabilityRow
 
@@ -40,18 +41,18 @@ def find(
     coverage: Sequence[CoverageRow],
     stability: Sequence[StabilityRow] = (),
     examples: Sequence[ExampleRow] = (),
-    far: float = FAR,
+    limits: Thresholds = SHIPPED,
 ) -> list[FindingRow]:
-    """The findings, likely root causes first and what they cause behind them (`causes.ordered`; `far`: `signs`)."""
+    """The findings, likely root causes first and what they cause behind them (`causes.ordered`)."""
     ranked: list[tuple[int, float, FindingRow]] = []
     for layer in layers.values():
         ranked += _of_layer(layer)
-        ranked += damping.of_layer(layer, model.learning_rate)
+        ranked += damping.of_layer(layer, model.learning_rate, limits)
     ranked += damping.of_network(layers)
     ranked += _of_network(model, coverage)
     ranked += stability_findings(model, stability)
     made = [Found(_for_optimizer(row, model), size) for _, size, row in ranked if _concerns(row, model)]
-    return ordered([*made, *sign_findings(stability, examples, far)], stability)
+    return ordered([*made, *sign_findings(stability, examples, limits)], stability, limits)
 
 
 def _for_optimizer(row: FindingRow, model: ModelInfo) -> FindingRow:

@@ -2,7 +2,7 @@
 
 A sign above its threshold makes a finding. Most are "info" on their own: a network can live with them. They become as
 severe as the worst of what they cause (`diagnose.causes`). Those that spoil training by themselves are warnings, and so
-are weights, inputs, examples and learning rates `far` times over their thresholds (docs/zoo.md tells how that was set).
+are weights, inputs, examples and learning rates far over their thresholds (`diagnose.thresholds`; docs/zoo.md).
 
 The confidence grows with the distance from the threshold: 0.5 at it, 0.2 more for every factor of 2, at most 0.95.
 """
@@ -13,31 +13,25 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 
+from curvscope.diagnose.thresholds import SHIPPED, Thresholds
 from curvscope.diagnose.titles import Found, found
 from curvscope.records import ExampleRow, StabilityRow
-
-# A layer's weights are out of scale where they also exceed the median of the other layers' this many times.
-OUT_OF_STEP = 3.0
-DEAD = 0.9
-FAR = 4.0
-LARGE_STEP = 0.5
-CARRIES = 0.5
-EXPLODES = 3.0
 
 Rows = dict[str, list[StabilityRow]]
 
 
-def sign_findings(table: Sequence[StabilityRow], examples: Sequence[ExampleRow] = (), far: float = FAR) -> list[Found]:
-    """At most one finding a code and layer; `far`: see above."""
+def sign_findings(
+    table: Sequence[StabilityRow], examples: Sequence[ExampleRow] = (), limits: Thresholds = SHIPPED
+) -> list[Found]:
+    """At most one finding a code and layer."""
     rows: Rows = {}
-    for row in table:
+    for row in limits.judged(table):
         rows.setdefault(row.quantity, []).append(row)
-    layers = (_dead_units, _saturated_units, _dead_inputs, _mean, _condition, _positions, _attention, _recurrent)
-    result = [one for rule in layers for one in rule(rows)]
-    result += [one for rule in (_weights, _inputs, _learning_rates) for one in rule(rows, far)]
-    network = (_outputs, _norms, _moments, _eps, _betas, _step)
-    result += [one for rule in network for one in rule(rows)]
-    return result + _examples(rows, examples, far)
+    plain = (_saturated_units, _dead_inputs, _mean, _condition, _positions, _attention, _norms, _moments, _betas)
+    scaled = (_dead_units, _recurrent, _weights, _inputs, _learning_rates, _outputs, _eps, _step)
+    result = [one for rule in plain for one in rule(rows)]
+    result += [one for limited in scaled for one in limited(rows, limits)]
+    return result + _examples(rows, examples, limits)
 
 
 def confidence(value: float, threshold: float) -> float:
@@ -69,8 +63,8 @@ def _simple(
     return result
 
 
-def _severity(row: StabilityRow, far: float) -> str:
-    return "warning" if row.value >= far * row.threshold else "info"
+def _severity(row: StabilityRow, limits: Thresholds) -> str:
+    return "warning" if row.value >= limits.far * row.threshold else "info"
 
 
 def _over(rows: Rows) -> bool:
@@ -79,7 +73,7 @@ def _over(rows: Rows) -> bool:
     return row is not None and row.status == "ok" and row.value > row.threshold
 
 
-def _dead_units(rows: Rows) -> list[Found]:
+def _dead_units(rows: Rows, limits: Thresholds) -> list[Found]:
     result = []
     for row in _above(rows, "dead_units"):
         evidence = (
@@ -89,8 +83,8 @@ def _dead_units(rows: Rows) -> list[Found]:
             "Raise the layer's biases or start it anew: no gradient brings a dead ReLU back. Then look at the "
             "learning rate that may have killed them."
         )
-        severity = "warning" if row.value >= DEAD else "info"
-        sure = 0.95 if row.value >= DEAD else confidence(row.value, row.threshold)
+        severity = "warning" if row.value >= limits.dead else "info"
+        sure = 0.95 if row.value >= limits.dead else confidence(row.value, row.threshold)
         result.append(found("CS202", severity, row.layer, evidence, remedy, size=row.value, confidence=sure))
     return result
 
@@ -180,12 +174,12 @@ def _attention(rows: Rows) -> list[Found]:
     return result
 
 
-def _outputs(rows: Rows) -> list[Found]:
+def _outputs(rows: Rows, limits: Thresholds) -> list[Found]:
     gap = next((row for row in rows.get("logit_gap", []) if not math.isnan(row.value)), None)
     wrong = next((row for row in rows.get("wrong_and_certain", []) if not math.isnan(row.value)), None)
     if gap is None or wrong is None or gap.verdict != "above":
         return []
-    harmful = wrong.value > 0 or gap.value > FAR * gap.threshold
+    harmful = wrong.value > 0 or gap.value > limits.far * gap.threshold
     evidence = (
         f"The outputs are certain: the median gap between the two largest logits is {gap.value:.3g} ({gap.reason}; "
         f"above {gap.threshold:.3g} float32 rounds p to 1)"
@@ -201,13 +195,13 @@ def _outputs(rows: Rows) -> list[Found]:
     ]
 
 
-def _weights(rows: Rows, far: float) -> list[Found]:
+def _weights(rows: Rows, limits: Thresholds) -> list[Found]:
     scales = {row.layer: row for row in rows.get("weight_scale", [])}
     result = []
     for layer, row in scales.items():
         others = [one.value for name, one in scales.items() if name != layer]
         middle = statistics.median(others) if others else math.nan
-        if row.verdict != "above" or row.value < OUT_OF_STEP * middle:
+        if row.verdict != "above" or row.value < limits.out_of_step * middle:
             continue
         against = f", {row.value / middle:.1f} times the median of the other layers" if others else ""
         evidence = (
@@ -217,12 +211,12 @@ def _weights(rows: Rows, far: float) -> list[Found]:
         goal = middle if others else 1.41
         remedy = f"Scale the weight by {goal / row.value:.2g}, or initialise it anew; lower its learning rate."
         sure = confidence(row.value, row.threshold)
-        severity = _severity(row, far)
+        severity = _severity(row, limits)
         result.append(found("CS211", severity, layer, evidence, remedy, size=row.value, confidence=sure))
     return result
 
 
-def _recurrent(rows: Rows) -> list[Found]:
+def _recurrent(rows: Rows, limits: Thresholds) -> list[Found]:
     return _simple(
         rows,
         "recurrent_radius",
@@ -232,11 +226,11 @@ def _recurrent(rows: Rows) -> list[Found]:
             f"signal grows up to {row.value:.2g}^T times, until units saturate.",
             f"Scale the weight by {1 / row.value:.2g} (or initialise it orthogonally), and clip gradients.",
         ),
-        lambda row: "warning" if row.value > EXPLODES else "info",
+        lambda row: "warning" if row.value > limits.explodes else "info",
     )
 
 
-def _inputs(rows: Rows, far: float) -> list[Found]:
+def _inputs(rows: Rows, limits: Thresholds) -> list[Found]:
     return _simple(
         rows,
         "input_scale",
@@ -246,7 +240,7 @@ def _inputs(rows: Rows, far: float) -> list[Found]:
             "Subtract the mean of the training data and divide by its standard deviation: curvature here goes with "
             f"the square of the inputs, about {row.value**2:,.3g} times that of inputs of RMS 1.",
         ),
-        lambda row: _severity(row, far),
+        lambda row: _severity(row, limits),
     )
 
 
@@ -268,7 +262,7 @@ def _norms(rows: Rows) -> list[Found]:
     return [found("CS215", "warning" if strong else "info", "", evidence, remedy, size=0.0, confidence=sure)]
 
 
-def _learning_rates(rows: Rows, far: float) -> list[Found]:
+def _learning_rates(rows: Rows, limits: Thresholds) -> list[Found]:
     over = _over(rows)
     return _simple(
         rows,
@@ -278,7 +272,7 @@ def _learning_rates(rows: Rows, far: float) -> list[Found]:
             f"Its learning rate is {row.value:.3g} times the median of all layers' ({row.reason}).",
             f"Divide it by {row.value:.3g}, unless that is meant.",
         ),
-        lambda row: "warning" if over else _severity(row, far),
+        lambda row: "warning" if over else _severity(row, limits),
     )
 
 
@@ -301,7 +295,7 @@ def _moments(rows: Rows) -> list[Found]:
     return [found("CS505", "warning", "", evidence, remedy, size=row.value, confidence=sure)]
 
 
-def _eps(rows: Rows) -> list[Found]:
+def _eps(rows: Rows, limits: Thresholds) -> list[Found]:
     row = next(iter(_above(rows, "eps_share", network=True)), None)
     if row is None:
         return []
@@ -310,7 +304,7 @@ def _eps(rows: Rows) -> list[Found]:
         f"optimizer takes plain gradient steps of length lr / eps there."
     )
     remedy = "Lower eps (1e-8 is the default), or raise the learning rate to match lr / eps."
-    sure = confidence(row.value, row.threshold) if row.value < DEAD else 0.95
+    sure = confidence(row.value, row.threshold) if row.value < 0.9 else 0.95
     return [found("CS506", "warning", "", evidence, remedy, size=row.value, confidence=sure)]
 
 
@@ -326,7 +320,7 @@ def _betas(rows: Rows) -> list[Found]:
     return [found("CS507", "warning", "", evidence, remedy, size=row.value, confidence=0.9)]
 
 
-def _step(rows: Rows) -> list[Found]:
+def _step(rows: Rows, limits: Thresholds) -> list[Found]:
     row = next(iter(_above(rows, "update_ratio", network=True)), None)
     if row is None:
         return []
@@ -337,12 +331,12 @@ def _step(rows: Rows) -> list[Found]:
     if worst is not None:
         evidence = evidence[:-1] + f"; in {worst.layer} {worst.value:.2g} times."
     remedy = f"Divide the learning rate by {row.value / 0.01:.2g} for a step of 1 %, or warm it up."
-    severity = "warning" if row.value > LARGE_STEP else "info"
+    severity = "warning" if row.value > limits.large_step else "info"
     sure = confidence(row.value, row.threshold)
     return [found("CS508", severity, "", evidence, remedy, size=row.value, confidence=sure)]
 
 
-def _examples(rows: Rows, examples: Sequence[ExampleRow], far: float) -> list[Found]:
+def _examples(rows: Rows, examples: Sequence[ExampleRow], limits: Thresholds) -> list[Found]:
     """CS214 of an example whose inputs are out of scale, CS207 of one that carries the network's top direction."""
     result = []
     network = [row for row in examples if not row.layer]
@@ -356,8 +350,8 @@ def _examples(rows: Rows, examples: Sequence[ExampleRow], far: float) -> list[Fo
             shares.append(own.gradient_share)
         evidence = f"Example {place} is {row.value:.3g} times as large as the median one (threshold {row.threshold:g})"
         evidence += f"; it carries {' and '.join(carried)}." if carried else "."
-        harmful = any(share > CARRIES for share in shares) or _over(rows)
-        severity = "warning" if harmful else _severity(row, far)
+        harmful = any(share > limits.carries for share in shares) or _over(rows)
+        severity = "warning" if harmful else _severity(row, limits)
         remedy = f"Look at example {place} of the batch: scale, corruption, label. Leave such examples out, or clip."
         sure = confidence(row.value, row.threshold)
         result.append(found("CS214", severity, "", evidence, remedy, size=row.value, confidence=sure))

@@ -53,6 +53,14 @@ SIGNS: dict[str, Sign] = {
 }
 
 
+def side(limit: float, value: float, low: float = NAN, high: float = NAN) -> str:
+    """On which side of the limit a value lies, by both ends where it has a spread."""
+    if math.isnan(value) or math.isnan(limit):
+        return "not_assessed"
+    least, most = (value if math.isnan(end) else end for end in (low, high))
+    return "above" if least > limit else "below" if most <= limit else "undecided"
+
+
 def sign_row(
     quantity: str,
     value: float,
@@ -67,10 +75,6 @@ def sign_row(
     """A sign as a row; with a spread its verdict rests on both ends, as that of sharpness does."""
     known = SIGNS[quantity]
     limit = known.threshold if threshold is None else threshold
-    verdict = "not_assessed"
-    if not math.isnan(value) and not math.isnan(limit):
-        least, most = (value if math.isnan(end) else end for end in (low, high))
-        verdict = "above" if least > limit else "below" if most <= limit else "undecided"
     return StabilityRow(
         "layer" if layer else "network",
         layer,
@@ -79,7 +83,7 @@ def sign_row(
         low,
         high,
         limit,
-        verdict,
+        side(limit, value, low, high),
         source=known.source,
         status=status,
         reason=reason,

@@ -11,13 +11,14 @@ ENTRIES = (
     Entry(
         "CS401",
         "damping too small",
-        "warning" + TOLD,
+        "warning; info where the learning rate is small" + TOLD,
         "With the damping in use the layer's K-FAC step can't be trusted, in either form of damping.",
         "Directions in which K-FAC understates the curvature, or of which the batch says nothing, are amplified: "
         "the step gains far less than it promises, or the loss grows.",
         "The damping is under the safe range of tables/ranges: the decrease in the exact quadratic model is under "
-        "1/4 of the promised one, or the damping under the noise of the factors. Not told where the learning rate "
-        "is under a quarter of the step's best multiple alpha_star (a choice, made with docs/zoo.md in view).",
+        "1/4 of the promised one, or the damping under the noise of the factors. Info where the learning rate is at "
+        "most 1.5 times the step's best multiple alpha_star: the part of the step that is taken then keeps 1/4 of its "
+        "promise in this layer, as 1 - eta / (2 alpha_star) >= 1/4.",
         SOURCE,
         "Raise the layer's damping to the value named.",
         "fc1: with damping 1e-09 K-FAC-expand can't be trusted here: by its step the exact quadratic model grows.",
