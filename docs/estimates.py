@@ -55,8 +55,8 @@ def page(rows: list[dict[str, Any]], repetitions: int) -> str:
     most = [row for row in printed if row["held"] > 0.99]
     kinds = sorted({f"{row['approximation'].split('_')[0]} {row['number']}" for row in most})
     parts.append(
-        f"{len(most)} of {len(printed)} lie above 99 %: their bars are too long. They are of {', '.join(kinds)}, most of "
-        "them errors near 0, given only where the estimated square came out positive.\n"
+        f"{len(most)} of {len(printed)} lie above 99 %: their bars are too long. They are of {', '.join(kinds)}, most "
+        "of them errors near 0, given only where the estimated square came out positive.\n"
     )
     return "".join(parts)
 
@@ -83,6 +83,7 @@ def _table(rows: list[dict[str, Any]], title: str, key: str) -> str:
 
 
 def main() -> None:
+    """The page, or a part of it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("given", nargs="*")
     parser.add_argument("--repetitions", type=int, default=500)

@@ -55,10 +55,11 @@ class _Products:
 
     def __add__(self, other: _Products) -> _Products:
         """Of block-diagonal matrices: inner products and traces add."""
+        GM = self.GM + other.GM
         return _Products(
             self.GG + other.GG,
-            self.GM + other.GM,
-            self.MM + other.MM,
+            GM,
+            GM if self.GM is self.MM else self.MM + other.MM,
             self.trace_G + other.trace_G,
             self.trace_M + other.trace_M,
             self.doubt + other.doubt,
@@ -249,13 +250,12 @@ def _row(
     notes = [reason]
     if cosine.value != cosine.value:
         notes.append(f"no cosine: ||M|| is indistinguishable from 0 with {draws} draws")
+    if total.GM is total.MM and cosine.value == cosine.value:
+        # M is a projection of G: the cosine is the root of 1 - rel_frobenius^2, whose interval is the better one
+        cosine = _root(Estimate(1 - square.value, square.stderr), draws)
     half = t_95(draws - 1) * square.stderr
     most = max(square.value + half, 0.0) ** 0.5
-    relative = Estimate(NAN, NAN)
-    if square.value > 0:
-        root = square.value**0.5
-        arm = max(most - root, root - max(square.value - half, 0.0) ** 0.5)
-        relative = Estimate(root, arm / t_95(draws - 1))
+    relative = _root(square, draws)
     if square.value <= half:
         words = f"{square.value:.2g} +/- {square.stderr:.2g}"
         bound = f", rel_frobenius below {most:.2g}" if most > 0 else ""
@@ -275,6 +275,15 @@ def _row(
         status="estimated" if square.value > 0 else "not_assessed",
         reason="; ".join(notes),
     )
+
+
+def _root(square: Estimate, draws: int) -> Estimate:
+    """The root of a number, its standard error the longer arm of the number's 95 % interval; none if not positive."""
+    if not square.value > 0:
+        return Estimate(NAN, NAN)
+    t, root = t_95(draws - 1), square.value**0.5
+    high, low = (max(square.value + sign * t * square.stderr, 0.0) ** 0.5 for sign in (1, -1))
+    return Estimate(root, max(high - root, root - low) / t)
 
 
 def _doubted(known: Estimate, number: Callable[[Tensor], Tensor], whole: Tensor, beyond: Tensor) -> Estimate:

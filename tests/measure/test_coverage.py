@@ -1,4 +1,4 @@
-"""How often the 95 % interval of an estimate holds the exact number: in 90 to 99 % of repetitions (docs/estimates.md)."""
+"""How often 95 % intervals of estimates hold the exact number: in 90 to 99 % of repetitions (docs/estimates.md)."""
 
 from __future__ import annotations
 
