@@ -19,6 +19,7 @@ from curvscope.errors import BatchError, ModelError, OutputError, UsageError
 from curvscope.graph.export import Exported, ExportFailure, export_model, flatten_inputs
 from curvscope.graph.shadow import shadow
 from curvscope.graph.trial import try_forward
+from curvscope.load.archive import RefusedArchiveError, UnreadableArchiveError
 from curvscope.load.batch import load_batch, named_axes
 from curvscope.load.bundle import FORMAT, VERSION
 from curvscope.load.eval_mode import eval_mode
@@ -27,7 +28,7 @@ from curvscope.load.loss import load_loss
 from curvscope.load.optimizer import as_optimizer_state
 from curvscope.load.problem import Batch, Inputs, Loss, OptimizerState
 from curvscope.load.targets import check_targets
-from curvscope.load.vet import RefusedArchiveError, UnreadableArchiveError, vetted_archive
+from curvscope.load.vet import vetted_archive
 
 
 def capture(

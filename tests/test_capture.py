@@ -11,8 +11,8 @@ from torch import nn
 from curvscope.capturing import capture
 from curvscope.errors import BatchError, CurvscopeError, LossError, ModelError, OutputError, UsageError
 from curvscope.load import load_problem
+from curvscope.load.archive import read_archive
 from curvscope.load.bundle import FORMAT
-from curvscope.load.vet import read_archive
 
 
 class Net(nn.Module):

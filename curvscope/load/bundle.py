@@ -30,10 +30,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from curvscope.errors import BatchError, CheckpointError, LossError
+from curvscope.load.archive import RefusedArchiveError, UnreadableArchiveError
 from curvscope.load.importing import describe, listed
 from curvscope.load.loss import callable_loss, named_loss
 from curvscope.load.problem import Batch, Inputs, Loss, OptimizerState
-from curvscope.load.vet import RefusedArchiveError, UnreadableArchiveError, raw_weights, vetted_archive
+from curvscope.load.vet import raw_weights, vetted_archive
 
 FORMAT = "curvscope-bundle"
 VERSION = 1
