@@ -32,7 +32,9 @@ It says how clear the evidence is, not how often the finding proved right.
 def document() -> str:
     """The whole page."""
     table = ["| code | what it stands for | severity |", "| --- | --- | --- |"]
-    table += [f"| [{one.code}](#{one.code.lower()}) | {one.title} | {one.severity} |" for _, one in sorted(CATALOG.items())]
+    table += [
+        f"| [{one.code}](#{one.code.lower()}) | {one.title} | {one.severity} |" for _, one in sorted(CATALOG.items())
+    ]
     pages = [
         f"## {one.code}\n\n**{one.title[:1].upper()}{one.title[1:]}.** {one.what}\n\n"
         f"- *Why it matters.* {one.why}\n- *Threshold.* {one.threshold}\n- *How to fix.* {one.fix}\n"

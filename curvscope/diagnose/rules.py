@@ -33,6 +33,8 @@ SOURCE_WORDS = {
     "cross": "positions of an example adding up",
 }
 MAIN_SHARE = 0.5
+# Standard errors on either side of an estimate (95 %, 8 draws) that have to lie on one side of a threshold.
+BAR = 2.4
 
 
 def find(
@@ -127,9 +129,12 @@ def _of_layer(layer: Layer) -> list[tuple[int, float, FindingRow]]:
         better = _clearly_better(expand, reduce)
         if better and not blind:
             remedy = f"Use K-FAC-{better}, the closer one. " + remedy
+        closer = expand if expand.rel_frobenius <= reduce.rel_frobenius else reduce
+        open_ = best - _bar(closer.rel_frobenius_stderr) <= LARGE_ERROR
+        limit += f"; undecided, as the error bar of {best:.2f} reaches {LARGE_ERROR:g}" if open_ else ""
         row = finding(
             "CS102",
-            "warning",
+            "info" if open_ else "warning",
             name,
             f"Neither flavour is close to the exact block: relative errors {expand.rel_frobenius:.2f} (expand) and "
             f"{reduce.rel_frobenius:.2f} (reduce){limit}.{_source(layer, expand, reduce)}",
@@ -154,11 +159,14 @@ def _of_layer(layer: Layer) -> list[tuple[int, float, FindingRow]]:
     if not blind and ratio > 0 and (ratio > TRACE_OFF or ratio < 1 / TRACE_OFF):
         direction = "over" if ratio > 1 else "under"
         times = _times(max(ratio, 1 / ratio))
+        bar = _bar(chosen.trace_ratio_stderr)
+        near = ratio - bar <= TRACE_OFF if ratio > 1 else ratio + bar >= 1 / TRACE_OFF
+        doubt = f"; undecided, as the error bar of {bar:.2g} reaches the threshold" if near else ""
         row = finding(
             "CS104",
             "info",
             name,
-            f"Its better K-FAC {direction}states the curvature {times} (tr M / tr G = {ratio:.2g}).",
+            f"Its better K-FAC {direction}states the curvature {times} (tr M / tr G = {ratio:.2g}{doubt}).",
             f"Steps here are {times} too "
             + ("short" if ratio > 1 else "long")
             + " where damping does not decide: scale the factors"
@@ -191,10 +199,16 @@ def _times(factor: float) -> str:
     return f"about {factor:.1f} times" if factor < 9.5 else f"about {float(f'{factor:.1e}'):,.0f} times"
 
 
+def _bar(stderr: float) -> float:
+    """Half of an estimate's 95 % interval; nothing where the number is exact."""
+    return 0.0 if math.isnan(stderr) else BAR * stderr
+
+
 def _clearly_better(expand: ErrorRow, reduce: ErrorRow) -> str:
     """The flavour whose error is smaller by more than FLAVOUR_GAP, or nothing."""
     low, high = sorted((expand.rel_frobenius, reduce.rel_frobenius))
-    if low <= 0 or high / low <= FLAVOUR_GAP:
+    bars = math.hypot(_bar(expand.rel_frobenius_stderr), _bar(reduce.rel_frobenius_stderr))
+    if low <= 0 or high / low <= FLAVOUR_GAP or high - low <= bars:
         return ""
     return "expand" if expand.rel_frobenius < reduce.rel_frobenius else "reduce"
 

@@ -94,7 +94,19 @@ def categorical_root(loss: Loss, outputs: Tensor, targets: Tensor, layout: Layou
         out.movedim(axis, -1)[where] = gradient.movedim(axis, -1)[where] * weight.rsqrt().unsqueeze(-1).to(out.dtype)
         return out
 
-    return OutputRoot(terms.weight.shape[1] * (classes - 1), column, probe, draw, true_gradient, shared)
+    def moments() -> tuple[float, float]:
+        """A term's draw has |.|^2 = c (1 - 2 p_y + sum p^2); variances and third central moments of terms add up."""
+        where, c = terms.counted()
+        size = max(1, PIECE // classes)
+        variance = third = 0.0
+        for start in range(0, len(c), size):
+            p = torch.softmax(logits[tuple(index[start : start + size] for index in where)].double(), dim=-1)
+            gap = c[start : start + size, None] * 2 * ((p * p).sum(-1, keepdim=True) - p)  # from the mean
+            variance += float((p * gap**2).sum())
+            third += float((p * gap**3).sum())
+        return variance, third
+
+    return OutputRoot(terms.weight.shape[1] * (classes - 1), column, probe, draw, true_gradient, shared, moments)
 
 
 def _reflection(p: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -56,7 +56,7 @@ class Extract:
     For an embedding `tokens` [U] says which inputs the columns, the gradient and A of reduce run over, those that occur
     in the data; A of expand, which is diagonal, is a vector over all inputs. A weight of several `roles` has an
     `Extract` for each, without columns and with the role's own orientation, and no factors of its own; its columns and
-    its gradient have the first role's orientation and run over all inputs.
+    its gradient have the first role's orientation and run over all inputs. `draw_moments`: `Root.draw_moments`.
     """
 
     spec: LayerSpec
@@ -74,6 +74,7 @@ class Extract:
     unmasked: dict[str, Tensor] = field(default_factory=dict)
     tokens: Tensor | None = None
     roles: dict[str, Extract] = field(default_factory=dict)
+    draw_moments: tuple[float, float] = (0.0, 0.0)
 
     @property
     def single(self) -> bool:

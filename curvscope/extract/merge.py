@@ -148,6 +148,10 @@ class Merged:
             gradient=_sum(before.gradient, extract.gradient),
             example_squares=_joined(before.example_squares, extract.example_squares),
             probe_B={name: _drawn(before.probe_B[name], B) for name, B in extract.probe_B.items()},
+            draw_moments=(
+                before.draw_moments[0] + extract.draw_moments[0],
+                before.draw_moments[1] + extract.draw_moments[1],
+            ),
         )
 
     def rescale(self, factor: float) -> None:

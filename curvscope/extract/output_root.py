@@ -21,6 +21,8 @@ class OutputRoot:
         true_gradient: dL/df -> the same at the true label.
         shared: (j, axis) -> column j of every position at once, where one position's numbers lie along `axis`; None
             where terms are not known.
+        moments: variance and third central moment of |draw|^2, the trace of the Hessian of one draw; None where it is
+            hardly skewed.
     """
 
     columns: int
@@ -29,6 +31,7 @@ class OutputRoot:
     draw: Callable[[torch.Generator], Tensor] | None
     true_gradient: Callable[[Tensor], Tensor] | None
     shared: Callable[[int, int], Tensor] | None = None
+    moments: Callable[[], tuple[float, float]] | None = None
 
 
 def signs(like: Tensor, generator: torch.Generator) -> Tensor:

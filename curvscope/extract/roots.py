@@ -6,6 +6,7 @@ backpropagated for all examples in one pass: its cotangent holds `S_n[:, k]` for
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ class Root:
         outputs: how many outputs one example has.
         unit: what the columns are multiplied with, a power of two; everything quadratic in them carries its square.
         shared: every position has columns of its own, and one cotangent holds those of all positions.
+        draw_moments: variance and third central moment of the trace of one mc draw's Hessian in the outputs, in the
+            loss's own unit; zeros for the others.
     """
 
     fisher: str
@@ -47,6 +50,7 @@ class Root:
     outputs: int
     unit: float = 1.0
     shared: bool = False
+    draw_moments: tuple[float, float] = (0.0, 0.0)
 
 
 def make_root(
@@ -112,7 +116,8 @@ def make_root(
         columns = samples
     unit = _unit(root.probe(torch.Generator(device=outputs.device).manual_seed(seed)))
     scaled = lambda k: (column(k) * unit).to(dtype)  # noqa: E731
-    return Root(fisher, columns, scaled, gradient, value, count, unit, shared is not None)
+    moments = root.moments() if fisher == "mc" and root.moments is not None else (0.0, 0.0)
+    return Root(fisher, columns, scaled, gradient, value, count, unit, shared is not None, moments)
 
 
 def _unit(columns: Tensor) -> float:
@@ -220,7 +225,13 @@ def _bce(loss: Loss, outputs: Tensor, targets: Tensor, layout: Layout) -> Output
     def true_gradient(gradient: Tensor) -> Tensor:
         return gradient.double() / torch.where(coefficient > 0, coefficient, torch.ones_like(coefficient)).sqrt()
 
-    return _elementwise((coefficient * p * q).sqrt(), outputs.dtype, layout, draw, true_gradient)
+    def moments() -> tuple[float, float]:
+        """Of c w (p - label)^2, which takes two values that differ by c w (q - p)."""
+        gap = coefficient * (q - p)
+        return float((gap**2 * p * q).sum()), float((gap**3 * p * q * (q - p)).sum())
+
+    made = _elementwise((coefficient * p * q).sqrt(), outputs.dtype, layout, draw, true_gradient)
+    return dataclasses.replace(made, moments=moments)
 
 
 def _elementwise(

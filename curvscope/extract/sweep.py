@@ -130,7 +130,7 @@ def sweep(
         if blocks is not None:
             blocks |= {name: each.block for name, each in collectors.items() if each.block is not None}
         return {
-            name: dataclasses.replace(collector.result(masks), unit=taken.unit)
+            name: dataclasses.replace(collector.result(masks), unit=taken.unit, draw_moments=taken.draw_moments)
             for name, collector in collectors.items()
         }
 

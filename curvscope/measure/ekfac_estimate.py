@@ -3,13 +3,17 @@
 For any fixed orthonormal basis U = U_B (x) U_A and Lambda = diag(U^T G U), `||G - EKFAC||^2 = ||G||^2 - ||Lambda||^2`.
 With Lambda from the draws that made U, its largest entries would be the draws' own noise. So the draws are halved: the
 basis of each half's B serves the diagonal of the other half, in which pairs of different draws give <Lambda, Lambda>
-without bias; the two results are averaged. What is estimated is thus the error of EKFAC in bases that K/2 draws give,
-a little larger than in that of the exact B. Where B is exact (no draw is in it) so is the basis, and all pairs count.
+without bias; the two results are averaged. Where B is exact (no draw is in it) so is the basis, and all pairs count.
+
+The basis of k draws is not that of the exact B, and ||Lambda|| is smaller in it: by 1/k where k is large, more slowly
+where it is not. The bases of half as many draws tell how much: <Lambda, Lambda> is carried on along 1/k, and where it
+ends is in doubt by `DOUBT` times the change that one halving made.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float64
@@ -17,10 +21,26 @@ from torch import Tensor
 
 from curvscope.curvature.block import Block
 from curvscope.curvature.eigen import eigh
-from curvscope.measure.draws import block_pairs, diagonal_pairs, rotated, some_draws
+from curvscope.measure.draws import diagonal_pairs, rotated, some_draws
 from curvscope.measure.jackknife import MINIMUM_FOLD
 
 MINIMUM_DRAWS = 2 * MINIMUM_FOLD
+# Standard errors of the basis, in units of what halving its draws changes.
+DOUBT = 2.0
+
+
+@dataclass(frozen=True)
+class LambdaPairs:
+    """<Lambda_i, Lambda_j> [K, K] for draws i and j of one fold, zero elsewhere.
+
+    `given` lie in the bases that the draws outside the fold give, `settled` are carried on to that of all draws there
+    could be, and `doubt` is how far that may be off (a standard error); the last two are `given` and zero where B is
+    exact.
+    """
+
+    given: Float64[Tensor, "K K"]
+    settled: Float64[Tensor, "K K"]
+    doubt: Float64[Tensor, "K K"]
 
 
 def halves(draws: int) -> list[list[int]]:
@@ -33,20 +53,29 @@ def ekfac_pairs(
     A: Float64[Tensor, "d_in d_in"],
     B_draws: Float64[Tensor, "K d_out d_out"],
     folds: Sequence[Sequence[int]],
-) -> tuple[Float64[Tensor, "K K"], Float64[Tensor, "K K"]]:
-    """<G_i, G_j> and <Lambda_i, Lambda_j> for i and j of one fold, zero elsewhere.
+) -> LambdaPairs:
+    """The products of single draws' Lambda, `B_draws` being the factors of single draws.
 
-    `B_draws` are the factors of single draws. A fold's Lambda lie in the eigenbasis of A and the mean B of the draws
-    that are not in it; of all draws where there is one fold (then B must be exact).
+    A fold's Lambda lie in the eigenbasis of A and the mean B of the draws that are not in it; of all draws where there
+    is one fold (then B must be exact).
     """
     draws = block.columns.count
-    products = block_pairs(block)[0]
-    diagonals = torch.zeros_like(products)
+    given = torch.zeros(draws, draws, dtype=torch.float64, device=block.device)
+    change = torch.zeros_like(given)
     U_A = eigh(A)[1]
+    weight = 0.0
     for fold in folds:
-        others = sorted(set(range(draws)) - set(fold)) or list(fold)
-        U_B = eigh(B_draws[others].mean(0))[1]
-        index = torch.tensor(list(fold), device=products.device)
-        part = some_draws(block, fold)
-        diagonals[index[:, None], index] = diagonal_pairs(rotated(part, U_B, U_A))
-    return products, diagonals
+        others = sorted(set(range(draws)) - set(fold))
+        part, index = some_draws(block, fold), torch.tensor(list(fold), device=block.device)
+
+        def products(basis: Sequence[int], part: Block = part) -> Tensor:
+            U_B = eigh(B_draws[list(basis)].mean(0))[1]
+            return diagonal_pairs(rotated(part, U_B, U_A))
+
+        given[index[:, None], index] = mine = products(others or fold)
+        if others:
+            fewer = len(others) // 2
+            parts = [products(some) for some in (others[:fewer], others[-fewer:])]
+            change[index[:, None], index] = mine - (parts[0] + parts[1]) / 2
+            weight = fewer / (len(others) - fewer)
+    return LambdaPairs(given, given + weight * change, DOUBT * change)

@@ -3,18 +3,18 @@
 With K independent draws, Ghat_i and Bhat_i the block and factor of draw i alone (A has no draw in it) and
 D_i = Ghat_i - Bhat_i (x) A, `||G - M||^2` is estimated without bias by `sum_{i != j} <D_i, D_j> / (K (K - 1))`;
 likewise ||G||^2, <G, M> and ||M||^2 (where B is exact, every Bhat_i is B). Ratios would be biased by 1/K: the
-delete-one-draw jackknife corrects them to 1/K^2, and gives their standard errors. The 95 % interval takes t with K - 1
-degrees of freedom; repeated a thousand times on models with 12 to 16 examples, it held the exact number in 89 to 99 %
-of runs, on one with 6 in 85 % and more (tests/measure/test_coverage.py): draws of few examples are skewed.
+delete-one-draw jackknife corrects them to 1/K^2, and gives their standard errors (`jackknife.Sums.of`). The 95 %
+interval is value +/- t stderr with K - 1 degrees of freedom; how often it holds the exact number: docs/estimates.md.
 
-The jackknife runs on the square of rel_frobenius, whose standard error is then divided by 2 rel_frobenius: a square
-estimated without one of the draws may be negative, and has no root. A square that is not positive itself has no root
-either, and is said to be indistinguishable from 0.
+The jackknife runs on the square of rel_frobenius: a square estimated without some of the draws may be negative, and has
+no root. The root's standard error is the longer arm of the square's interval. A square that is not positive itself has
+no root either, and is said to be indistinguishable from 0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -34,29 +34,35 @@ from curvscope.settings import APPROXIMATIONS
 MINIMUM_DRAWS = 4
 RATIOS = "ratios of estimates keep a bias of order 1/draws^2"
 KRON_BEST = "the nearest product to a sum of few draws is biased towards the draws"
-SKEWED = "with so few examples the 95 % interval may hold the exact number in only 85 % of runs"
-FEW_EXAMPLES = 10
+# Skewness of K draws' mean trace in the outputs from which on their spread does not tell how far they are off.
+MOST_SKEWED = 0.2
 EIGENVALUES = "only the trace: the eigenvalues of a sum of few draws are biased"
 
 
 @dataclass(frozen=True)
 class _Products:
-    """<G_i, G_j>, <G_i, M_j>, <M_i, M_j> [K, K] and tr G_i, tr M_i [K], of draws each scaled to estimate G alone."""
+    """<G_i, G_j>, <G_i, M_j>, <M_i, M_j> [K, K] and tr G_i, tr M_i [K], of draws each scaled to estimate G alone.
+
+    `doubt` [K, K] is a standard error that <G, M> and <M, M> have beside that of the draws.
+    """
 
     GG: Tensor
     GM: Tensor
     MM: Tensor
     trace_G: Tensor
     trace_M: Tensor
+    doubt: Tensor | float = 0.0
 
     def __add__(self, other: _Products) -> _Products:
         """Of block-diagonal matrices: inner products and traces add."""
+        GM = self.GM + other.GM
         return _Products(
             self.GG + other.GG,
-            self.GM + other.GM,
-            self.MM + other.MM,
+            GM,
+            GM if self.GM is self.MM else self.MM + other.MM,
             self.trace_G + other.trace_G,
             self.trace_M + other.trace_M,
+            self.doubt + other.doubt,
         )
 
 
@@ -74,6 +80,8 @@ def estimated_rows(layer: str, fisher: str, extract: Extract, blocks: Sequence[B
         reason = "the block is zero in every draw: no curvature reaches the layer"
     elif blocks[0].columns.form == "formed":
         reason = "the draws of this layer were summed, not kept"
+    else:
+        reason = _rare_labels(extract, draws)
     if reason:
         return {name: ErrorRow(layer, name, fisher, status="not_assessed", reason=reason) for name in APPROXIMATIONS}
     if not terms(extract):
@@ -84,11 +92,8 @@ def estimated_rows(layer: str, fisher: str, extract: Extract, blocks: Sequence[B
     else:
         rows = {"kron_best": ErrorRow(layer, "kron_best", fisher, status="not_assessed", reason=KRON_BEST)}
         rows |= _factored_rows(layer, fisher, extract, blocks)
-    rows["diag"] = _row(layer, "diag", fisher, [_diagonal(block) for block in blocks], None, RATIOS)
-    if extract.examples < FEW_EXAMPLES:
-        for name, row in rows.items():
-            if row.status == "estimated":
-                rows[name] = replace(row, reason=f"{row.reason}; {SKEWED}")
+    diagonals = [_diagonal(block) for block in blocks]
+    rows["diag"] = _row(layer, "diag", fisher, diagonals, None, RATIOS, _rounding(blocks[0]))
     return {name: rows[name] for name in APPROXIMATIONS}
 
 
@@ -101,8 +106,10 @@ def _factored_rows(layer: str, fisher: str, extract: Extract, blocks: Sequence[B
     basis = (
         "EKFAC in the eigenbasis of the exact factors"
         if exact_B
-        else f"EKFAC in eigenbases that {draws // 2} draws give, its diagonal there from the other draws"
+        else f"EKFAC's eigenbasis is carried on from {draws // 4} and {draws // 2} draws to all there could be, and "
+        "the error bar allows for that; its diagonal is from the other draws"
     )
+    rounding = _rounding(blocks[0])
     rows: dict[str, ErrorRow] = {}
     for flavour in FLAVOURS:
         kfac, ekfac = f"kfac_{flavour}", f"ekfac_{flavour}"
@@ -114,7 +121,7 @@ def _factored_rows(layer: str, fisher: str, extract: Extract, blocks: Sequence[B
         parts = [[term.of_group(group) for term in known[flavour]] for group in range(len(blocks))]
         each = [_products(block, part) for block, part in zip(blocks, parts, strict=True)]
         note = blind_roles(flavour, known)
-        rows[kfac] = _row(layer, kfac, fisher, each, None, "; ".join(filter(None, (note, RATIOS))))
+        rows[kfac] = _row(layer, kfac, fisher, each, None, "; ".join(filter(None, (note, RATIOS))), rounding)
         if extract.roles:
             rows[ekfac] = ErrorRow(layer, ekfac, fisher, status="not_assessed", reason=NO_EKFAC)
             continue
@@ -123,34 +130,64 @@ def _factored_rows(layer: str, fisher: str, extract: Extract, blocks: Sequence[B
             rows[ekfac] = ErrorRow(layer, ekfac, fisher, status="not_assessed", reason=reason)
             continue
         each = [_ekfac(block, part[0], folds) for block, part in zip(blocks, parts, strict=True)]
-        rows[ekfac] = _row(layer, ekfac, fisher, each, folds, f"{basis}; {RATIOS}")
+        rows[ekfac] = _row(layer, ekfac, fisher, each, folds, f"{basis}; {RATIOS}", rounding)
     return rows
 
 
 def estimated_spectra(layer: str, extract: Extract, blocks: Sequence[Block], scale: float) -> dict[str, SpectrumRow]:
     """The traces of G ("ggn") and of both K-FACs with their standard errors, in the loss's unit; no eigenvalues.
 
-    A trace is a mean over draws, unbiased, and so is its variance. K-FACs whose B is exact are left out.
+    A trace is a mean over draws, unbiased. It has no standard error where there are fewer than `MINIMUM_DRAWS`, or
+    where labels are drawn too rarely. K-FACs whose B is exact are left out.
     """
     draws = blocks[0].columns.count
+    rare = _rare_labels(extract, draws)
     traces: dict[str, Tensor] = {}
     if blocks[0].columns.form != "formed":
         traces["ggn"] = sum((block_pairs(block)[1] for block in blocks), torch.zeros(()))
     for flavour, given in terms(extract).items():
         if any(term.draws is not None for term in given):
             traces[f"kfac_{flavour}"] = torch.stack([term.traces(draws) for term in given]).sum(0)
-    rows = {
-        name: SpectrumRow(
+    rows = {}
+    for name, each in traces.items():
+        found = Estimate(float(each.mean()), NAN)
+        reason = EIGENVALUES
+        if draws < MINIMUM_DRAWS:
+            reason = f"{draws} draws give no error bar; {EIGENVALUES}"
+        elif rare:
+            reason = f"{rare}; {EIGENVALUES}"
+        else:
+            found = sums([], [each], rounding=_rounding(blocks[0])).of(lambda u: u[..., 0])
+        rows[name] = SpectrumRow(
             layer,
             name,
-            trace=float(each.mean()) * scale,
-            trace_stderr=float(each.std()) * scale / draws**0.5 if draws > 1 else NAN,
+            trace=found.value * scale,
+            trace_stderr=found.stderr * scale,
             status="estimated",
-            reason=EIGENVALUES if extract.examples >= FEW_EXAMPLES else f"{EIGENVALUES}; {SKEWED}",
+            reason=reason,
         )
-        for name, each in traces.items()
-    }
     return rows
+
+
+def _rare_labels(extract: Extract, draws: int) -> str:
+    """Why no spread of draws can be trusted: labels drawn rarely carry much of the curvature; empty where none do.
+
+    The trace of a draw's Hessian in the outputs has a known distribution. Where the mean of K of them is skewed, most
+    sets of draws lack the labels that matter, agree with each other and lie too low.
+    """
+    variance, third = extract.draw_moments
+    skewness = third / variance**1.5 / draws**0.5 if variance > 0 else 0.0
+    if skewness <= MOST_SKEWED:
+        return ""
+    return (
+        f"labels that are drawn rarely carry the curvature (the model is certain of most), and {draws} draws hold too "
+        f"few of them to tell their own error (skewness {skewness:.2g}, at most {MOST_SKEWED}): take --fisher probe"
+    )
+
+
+def _rounding(block: Block) -> float:
+    """A relative error that sums of columns of that dtype have from rounding alone."""
+    return 32 * torch.finfo(block.dtype).eps
 
 
 def _diagonal(block: Block) -> _Products:
@@ -167,9 +204,9 @@ def _products(block: Block, given: Sequence[Term]) -> _Products:
 
 def _ekfac(block: Block, term: Term, folds: Sequence[Sequence[int]] | None) -> _Products:
     count = block.columns.count
-    GG, diagonals = ekfac_pairs(block, term.A.double(), term.scaled_draws(count), folds or [range(count)])
-    trace = block_pairs(block)[1]
-    return _Products(GG, diagonals, diagonals, trace, trace)
+    pairs = ekfac_pairs(block, term.A.double(), term.scaled_draws(count), folds or [range(count)])
+    GG, trace = block_pairs(block)
+    return _Products(GG, pairs.settled, pairs.settled, trace, trace, pairs.doubt)
 
 
 def _square(u: Tensor) -> Tensor:
@@ -194,26 +231,37 @@ def _row(
     groups: Sequence[_Products],
     folds: Sequence[Sequence[int]] | None,
     reason: str,
+    rounding: float,
 ) -> ErrorRow:
     total = groups[0]
     for other in groups[1:]:
         total += other
-    found = sums([total.GG, total.GM, total.MM], [total.trace_G, total.trace_M], folds)
+    traces = [total.trace_G, total.trace_M]
+    found = sums([total.GG, total.GM, total.MM], traces, folds, rounding)
     draws = total.GG.shape[0]
     square, cosine = found.of(_square), found.of(_cosine)
+    if isinstance(total.doubt, Tensor):
+        beyond = sums([total.GG, total.GM + total.doubt, total.MM + total.doubt], traces, folds).whole
+        square = _doubted(square, _square, found.whole, beyond)
+        cosine = _doubted(cosine, _cosine, found.whole, beyond)
     if square.value != square.value:
         reason = f"||G|| is indistinguishable from 0 with {draws} draws"
         return ErrorRow(layer, name, fisher, status="not_assessed", reason=reason)
     notes = [reason]
     if cosine.value != cosine.value:
         notes.append(f"no cosine: ||M|| is indistinguishable from 0 with {draws} draws")
-    relative = Estimate(NAN, NAN)
-    if square.value > 0:
-        relative = Estimate(square.value**0.5, square.stderr / (2 * square.value**0.5))
-    if square.value <= t_95(draws - 1) * square.stderr:
+    if total.GM is total.MM and cosine.value == cosine.value:
+        # M is a projection of G: the cosine is the root of 1 - rel_frobenius^2, whose interval is the better one
+        cosine = _root(Estimate(1 - square.value, square.stderr), draws)
+    half = t_95(draws - 1) * square.stderr
+    most = max(square.value + half, 0.0) ** 0.5
+    relative = _root(square, draws)
+    if square.value <= half:
         words = f"{square.value:.2g} +/- {square.stderr:.2g}"
-        notes.insert(0, f"rel_frobenius^2 = {words}: indistinguishable from 0 with {draws} draws")
-    ratio = found.of(_trace_ratio)
+        bound = f", rel_frobenius below {most:.2g}" if most > 0 else ""
+        notes.insert(0, f"rel_frobenius^2 = {words}: indistinguishable from 0 with {draws} draws{bound}")
+    same = torch.equal(total.trace_G, total.trace_M)  # by construction
+    ratio = Estimate(1.0, 0.0) if same else found.of(_trace_ratio)
     return ErrorRow(
         layer,
         name,
@@ -227,3 +275,19 @@ def _row(
         status="estimated" if square.value > 0 else "not_assessed",
         reason="; ".join(notes),
     )
+
+
+def _root(square: Estimate, draws: int) -> Estimate:
+    """The root of a number, its standard error the longer arm of the number's 95 % interval; none if not positive."""
+    if not square.value > 0:
+        return Estimate(NAN, NAN)
+    t, root = t_95(draws - 1), square.value**0.5
+    high, low = (max(square.value + sign * t * square.stderr, 0.0) ** 0.5 for sign in (1, -1))
+    return Estimate(root, max(high - root, root - low) / t)
+
+
+def _doubted(known: Estimate, number: Callable[[Tensor], Tensor], whole: Tensor, beyond: Tensor) -> Estimate:
+    """The estimate with what the number changes by, where the sums are `beyond` instead of `whole`, in its error."""
+    change = float(number(beyond)) - float(number(whole))
+    # where the doubt leaves no number at all, there is none
+    return Estimate(known.value, math.hypot(known.stderr, change)) if math.isfinite(change) else Estimate(NAN, NAN)

@@ -88,3 +88,22 @@ def test_keys_in_a_packed_weight(expand: list[float], reduce: list[float], chang
 def test_eval_mode_is_said_once(note: str) -> None:
     row = findings(layer(0.1, 0.1), dataclasses.replace(MODEL, mode_note=note))["CS302"]
     assert row.evidence == "Everything is computed in eval mode: dropout is off."
+
+
+@pytest.mark.parametrize(("stderr", "trace", "severity"), [(0.01, 2.6, "warning"), (0.2, 2.1, "info")])
+def test_an_error_bar_that_reaches_the_threshold_leaves_it_undecided(
+    stderr: float, trace: float, severity: str
+) -> None:
+    found = layer(0.7, 1.4, (trace, 1.0))
+    bars = {"rel_frobenius_stderr": stderr, "trace_ratio_stderr": stderr, "status": "estimated"}
+    found.errors = {name: dataclasses.replace(row, **bars) for name, row in found.errors.items()}
+    optimizer = dataclasses.replace(MODEL, optimizer="K-FAC")
+    rows = findings(found, optimizer)
+    assert rows["CS102"].severity == severity
+    undecided = severity == "info"
+    assert ("undecided" in rows["CS102"].evidence) == ("undecided" in rows["CS104"].evidence) == undecided
+    # 0.7 against 1.4: clear with small bars only
+    found.errors = {
+        name: dataclasses.replace(row, rel_frobenius_stderr=4 * stderr) for name, row in found.errors.items()
+    }
+    assert findings(found, optimizer)["CS102"].remedy.startswith("Use K-FAC-expand") != undecided

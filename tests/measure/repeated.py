@@ -36,7 +36,7 @@ class Repeated:
         self.loss = check_targets(problem.loss, self.layouts.outputs, self.targets)
         self.outputs = outputs_an_example(self.layouts.outputs, self.layouts.output)
         self.forms: dict[str, Form | None] = {
-            name: "dense" if spec.exact_only else "factored" for name, spec in self.graph.layers.items()
+            name: "dense" if spec.exact_only or spec.roles else "factored" for name, spec in self.graph.layers.items()
         }
         like = self.layouts.outputs
 
@@ -45,6 +45,8 @@ class Repeated:
             column[:, k] = 1.0
             return self.layouts.output.unflat(column, like)
 
+        specs = self.graph.layers.values()
+        self.plain = not any(spec.roles or spec.groups > 1 or spec.kind == "embedding" for spec in specs)
         jacobian = Root("exact", self.outputs, unit, torch.zeros_like(like), 0.0, self.outputs)
         self.jacobian = self.swept(jacobian)
         self.exact = self.swept(self.root("exact", 0, 1))
@@ -60,8 +62,10 @@ class Repeated:
         return sweep(self.graph, self.tensors, self.layouts, root, self.forms, per_draw=self.forms if draws else ())
 
     def drawn(self, fisher: str, seed: int, samples: int) -> dict[str, Extract]:
-        """What a sweep over the draws of one seed extracts, from the Jacobian."""
+        """What a sweep over the draws of one seed extracts: from the Jacobian, or that sweep for unusual layers."""
         root = self.root(fisher, seed, samples)
+        if not self.plain:
+            return self.swept(root)
         drawn = torch.stack([self.layouts.output.flat(root.column(k)) for k in range(samples)])  # [K, N, D]
         found = {}
         for name, known in self.jacobian.items():
@@ -69,9 +73,8 @@ class Repeated:
             assert isinstance(columns, Columns)
             if columns.values is not None:
                 values = torch.einsum("knd,dnoi->knoi", drawn, columns.values)
-                found[name] = dataclasses.replace(
-                    known, columns=dataclasses.replace(columns, count=samples, values=values)
-                )
+                dense = dataclasses.replace(columns, count=samples, values=values)
+                found[name] = dataclasses.replace(known, columns=dense, draw_moments=root.draw_moments)
                 continue
             assert columns.gradients is not None
             g = torch.einsum("knd,dnro->knro", drawn, columns.gradients)
@@ -85,6 +88,7 @@ class Repeated:
                 columns=dataclasses.replace(columns, count=samples, gradients=g),
                 factors={flavour: (A, B[flavour].sum(0)) for flavour, (A, _) in known.factors.items()},
                 probe_B=B,
+                draw_moments=root.draw_moments,
             )
         return found
 
