@@ -21,6 +21,7 @@ from curvscope.load.loss import load_loss
 from curvscope.load.optimizer import as_optimizer_state
 from curvscope.load.optimizer_options import optimizer_options
 from curvscope.load.problem import Batch, Problem
+from curvscope.load.kinds import plain_model
 from curvscope.load.state_dict import Factory, build_model, check_weights
 from curvscope.load.targets import check_targets
 
@@ -59,10 +60,13 @@ def load_problem(
         CheckpointError: the checkpoint can't be read, is not trusted, or does not fit its model.
         BatchError: the batch can't be read, is missing, empty, or not finite.
         LossError: the loss is missing or unknown.
-        ModelError: weights that are NaN or Inf.
+        ModelError: weights that are NaN or Inf, or a model of a kind that can't be analyzed (see `plain_model`).
         UsageError: an optimizer that does not train this model, or words that name none.
     """
     found, source = _checkpoint(model, factory, trust)
+    if isinstance(found.model, nn.Module):
+        plain, notes = plain_model(found.model)
+        found = dataclasses.replace(found, model=plain, notes=(*found.notes, *notes))
     check_weights(found.model)
     batches = open_batches(bundle_batch(found.bundle) if batch is None and found.bundle is not None else batch)
     own_loss = found.bundle.loss() if loss is None and found.bundle is not None else None
