@@ -56,6 +56,8 @@ class Pull(nn.Module):
             warnings.filterwarnings("ignore", message=".*performance drop because.*")
             fresh = [self.parameters_pulled[name].detach().requires_grad_() for name in names]
             value = self.compute(*fresh)
+            if not value.requires_grad:
+                return {}  # nothing of them is left but constants, as behind a detach
             found = torch.autograd.grad(
                 value,
                 fresh,
@@ -63,7 +65,11 @@ class Pull(nn.Module):
                 is_grads_batched=True,
                 allow_unused=True,
             )
-        return {name: grad.detach().reshape(len(gradients), -1) for name, grad in zip(names, found, strict=True) if grad is not None}
+        return {
+            name: grad.detach().reshape(len(gradients), -1)
+            for name, grad in zip(names, found, strict=True)
+            if grad is not None
+        }
 
 
 def ancestors(value: fx.Node) -> set[fx.Node]:

@@ -17,11 +17,11 @@ from curvscope.load.batches import open_batches
 from curvscope.load.bundle import bundle_batch
 from curvscope.load.checkpoint import Checkpoint, load_checkpoint
 from curvscope.load.eval_mode import eval_mode, hidden_by_eval
+from curvscope.load.kinds import plain_model
 from curvscope.load.loss import load_loss
 from curvscope.load.optimizer import as_optimizer_state
 from curvscope.load.optimizer_options import optimizer_options
 from curvscope.load.problem import Batch, Problem
-from curvscope.load.kinds import plain_model
 from curvscope.load.state_dict import Factory, build_model, check_weights
 from curvscope.load.targets import check_targets
 
