@@ -13,7 +13,8 @@ def plain_model(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
     """The model without the wrappers of torch.compile, DataParallel and DistributedDataParallel, and notes on those.
 
     Raises:
-        ModelError: it is a TorchScript module, sharded (FSDP, DTensor), quantized, or trains complex or lazy parameters.
+        ModelError: it is a TorchScript module, sharded (FSDP, DTensor) or quantized, or has complex or lazy parameters
+            to train.
     """
     model, notes = unwrap(model)
     _check_scripted(model)
