@@ -15,6 +15,8 @@ from curvscope.run import Run
 from tests import reference
 
 EXAMPLES, CLASSES = 5, 3
+# the oracle's own, of jacrev through weight_norm
+pytestmark = pytest.mark.filterwarnings("ignore:.*performance drop because.*:UserWarning")
 
 
 class Tokens(nn.Module):
