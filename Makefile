@@ -1,5 +1,7 @@
 # Each environment is one stamp file in .venv: a target installs only what it needs and only once.
 PYTHON ?= python3
+# Processes that share the tests; each takes up to 2 GB.
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
@@ -11,7 +13,7 @@ demo: $(VENV)/.base
 	$(BIN)/curvscope analyze sample_models/digits_vit.pt --force
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

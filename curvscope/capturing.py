@@ -19,6 +19,7 @@ from curvscope.errors import BatchError, ModelError, OutputError, UsageError
 from curvscope.graph.export import Exported, ExportFailure, export_model, flatten_inputs
 from curvscope.graph.shadow import shadow
 from curvscope.graph.trial import try_forward
+from curvscope.load.archive import RefusedArchiveError, UnreadableArchiveError
 from curvscope.load.batch import load_batch, named_axes
 from curvscope.load.bundle import FORMAT, VERSION
 from curvscope.load.eval_mode import eval_mode
@@ -27,7 +28,7 @@ from curvscope.load.loss import load_loss
 from curvscope.load.optimizer import as_optimizer_state
 from curvscope.load.problem import Batch, Inputs, Loss, OptimizerState
 from curvscope.load.targets import check_targets
-from curvscope.load.vet import RefusedArchiveError, UnreadableArchiveError, vetted_archive
+from curvscope.load.vet import vetted_archive
 
 
 def capture(
@@ -37,6 +38,8 @@ def capture(
     loss: Any,
     *,
     optimizer: torch.optim.Optimizer | None = None,
+    scheduler: Any = None,
+    clip_norm: float | None = None,
     step: int | None = None,
     example_axes: Mapping[str, int] | Mapping[int, int] | None = None,
     example_index: str | int | None = None,
@@ -53,6 +56,8 @@ def capture(
         batch: `(inputs, targets)`; inputs are a tensor, a tuple or a dict of keyword arguments.
         loss: a name with settings, a torch loss module, or a callable `(outputs, targets) -> scalar`.
         optimizer: the optimizer that trains it, for the stability measures.
+        scheduler: its learning rate scheduler: what it will do is judged, too.
+        clip_norm: the bound that the training keeps on the gradient's norm (`torch.nn.utils.clip_grad_norm_`).
         step: the training step.
         example_axes: the example axis of an input by name or position, where it is not axis 0.
         example_index: for a batch of graphs, the input (by name or position) that holds the number of its graph for
@@ -61,7 +66,8 @@ def capture(
     Raises:
         ModelError: torch.export can't express the model.
         BatchError, LossError: the batch or the loss does not suit the model.
-        UsageError: the optimizer does not train this model, or holds what a bundle can't.
+        UsageError: the optimizer does not train this model, or holds what a bundle can't; a scheduler or a bound
+            without an optimizer, or of the wrong kind.
         OutputError: the file can't be written.
     """
     chosen = load_loss(loss)
@@ -73,7 +79,7 @@ def capture(
         outputs = _outputs(exported, loaded.inputs)
         check_targets(chosen, outputs, loaded.targets)
         loss_graph = _loss_graph(chosen, outputs, loaded.targets) if chosen.name == "callable" else None
-    state = as_optimizer_state(optimizer, model)
+    state = as_optimizer_state(optimizer, model, scheduler=scheduler, clip_norm=clip_norm)
     content = {
         "format": FORMAT,
         "version": VERSION,
@@ -87,7 +93,7 @@ def capture(
             else _plain(dict(chosen.settings), "loss settings"),
         },
         "loss_graph": None if loss_graph is None else _as_tensor(loss_graph),
-        "optimizer": None if state is None else _optimizer_content(state),
+        "optimizer": None if state is None else _optimizer_content(state, scheduler),
         "step": step,
         "mode": eval_mode(model),
         "model": type(model).__name__,
@@ -178,8 +184,12 @@ def _batch_content(batch: Batch) -> dict[str, Any]:
     return {"inputs": inputs, "targets": _plain(batch.targets, "targets")}
 
 
-def _optimizer_content(state: OptimizerState) -> dict[str, Any]:
+def _optimizer_content(state: OptimizerState, scheduler: Any) -> dict[str, Any]:
+    content: dict[str, Any] = {} if state.clip is None else {"clip_norm": state.clip}
+    if scheduler is not None:
+        content["scheduler"] = {"class": type(scheduler).__name__, "state_dict": _plain_parts(scheduler.state_dict())}
     return {
+        **content,
         "class": state.class_name,
         "param_names": list(state.param_names),
         "state_dict": _plain(state.state_dict, "optimizer"),
@@ -208,6 +218,15 @@ def _plain(value: Any, where: str) -> Any:
         where=where,
         remedy="Give plain tensors in the batch; leave the optimizer out if its state holds other objects.",
     )
+
+
+def _plain_parts(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a scheduler's state a bundle can hold; functions of the user's own are left out."""
+    found = {}
+    for key, value in state.items():
+        with contextlib.suppress(UsageError):
+            found[str(key)] = _plain(value, f"scheduler.{key}")
+    return found
 
 
 def _as_tensor(data: bytes) -> Tensor:

@@ -15,7 +15,7 @@ from torch import nn
 
 from curvscope._version import __version__
 from curvscope.diagnose import rules
-from curvscope.errors import AnalysisError, DeviceError
+from curvscope.errors import AnalysisError, BatchError, DeviceError
 from curvscope.extract.choose import DTYPES, budget
 from curvscope.extract.plan import size_in_words
 from curvscope.extract.ready import describe_plan, get_ready
@@ -65,6 +65,8 @@ def analyze(
     dump: Sequence[str] | str = (),
     dataset_size: int | None = None,
     damping: float | None = None,
+    scheduler: Any = None,
+    clip_norm: float | None = None,
     progress: bool | Progress = False,
 ) -> Run:
     """The curvature of every linear layer of a model on one batch, and how well K-FAC describes it.
@@ -105,6 +107,9 @@ def analyze(
         dump: "spectra" keeps eigenvectors, "columns" and "blocks" the matrices themselves.
         dataset_size: examples of the whole training set, which the evidence (and the weight decay it suggests) needs.
         damping: the damping that the optimizer uses, in the loss's own scale; None for the checkpoint's, if it has one.
+        scheduler: the learning rate scheduler of a live `optimizer`; what it will do is judged, too.
+        clip_norm: the bound that the training keeps on the gradient's norm; it comes before the checkpoint's, and 0
+            says that there is none.
         progress: True for lines on stderr, or a callable `(stage, item, done, total)`.
 
     Raises:
@@ -134,6 +139,8 @@ def analyze(
             example_index=example_index,
             dataset_size=dataset_size,
             damping=damping,
+            scheduler=scheduler,
+            clip_norm=clip_norm,
             seed=seed,
             dump=dump,
         ),
@@ -174,6 +181,8 @@ def _given(
     memory: int | str | None = None,
     time: float = 60.0,
     example_index: str | int | None = None,
+    scheduler: Any = None,
+    clip_norm: float | None = None,
     **options: Any,
 ) -> _Given:
     for name in ("layers", "skip", "measure", "dump"):
@@ -198,6 +207,8 @@ def _given(
             trust=trust,
             example_axes=settings.example_axes,
             example_index=settings.example_index,
+            scheduler=scheduler,
+            clip_norm=clip_norm,
         )
     return _Given(*_one_damping(problem, settings), report, seconds)
 
@@ -239,8 +250,20 @@ def _with_fallback(given: _Given, call: Callable[[_Given, torch.device], T]) -> 
     )
 
 
+def _check_dataset(settings: Settings, examples: int) -> None:
+    """Refuse a training set that is smaller than the batch taken from it."""
+    if settings.dataset_size is not None and settings.dataset_size < examples:
+        raise BatchError(
+            f"The training set is said to have {settings.dataset_size} examples, and the batch has {examples}.",
+            where="--dataset-size",
+            remedy="Give the number of examples in the whole training set; with causal_lm and other sequences an "
+            "example is a row of the batch, not a token.",
+        )
+
+
 def _planned(given: _Given, device: torch.device) -> PlannedRun:
     ready = get_ready(given.problem, given.settings, device, given.report, dict(given.seconds))
+    _check_dataset(given.settings, ready.passes.pieces.survey.examples)
     planned = describe_plan(ready)
     if ready.passes.pieces.survey.batches > 1:
         return planned
@@ -261,6 +284,7 @@ def _analyzed(given: _Given, run_on: torch.device) -> Run:
     ready = get_ready(given.problem, settings, run_on, report, seconds)
     problem, passes, notes = ready.problem, ready.passes, ready.notes
     graph, survey, chosen, samples_taken = passes.graph, passes.pieces.survey, ready.fisher, ready.samples
+    _check_dataset(settings, survey.examples)
     kind = DTYPES[settings.dtype]
     whole = passes.pieces.whole()
     stage = None
@@ -317,7 +341,6 @@ def _analyzed(given: _Given, run_on: torch.device) -> Run:
                     passes.pieces.axes,
                     ready.layouts.output,
                     measured,
-                    squared_gradient**0.5,
                     Wanted(
                         seed=settings.seed,
                         full="stability" in settings.measure,

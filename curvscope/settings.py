@@ -95,7 +95,11 @@ def checked_settings(**given: Any) -> Settings:
             "damping must be positive and finite.", where="--damping", remedy="Leave it out if the optimizer has none."
         )
     if given.get("dataset_size") is not None and given["dataset_size"] < 1:
-        raise UsageError("dataset_size must be at least 1.", where="--dataset-size", remedy="Count the training set.")
+        raise UsageError(
+            f"The training set has at least one example; got {given['dataset_size']}.",
+            where="--dataset-size",
+            remedy="Give the number of examples in the whole training set, or leave it out.",
+        )
     if given["memory_bytes"] is not None and given["memory_bytes"] <= 0:
         raise UsageError("memory must be positive.", where="--memory", remedy="Write bytes, or words such as 8GiB.")
     return Settings(**given)

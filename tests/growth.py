@@ -287,8 +287,9 @@ def growths(sample: Sample, make: Make, factor: float, **more: Any) -> tuple[Top
 
 
 def kfac_growths(sample: Sample, run: curvscope.Run, damping: float, factor: float) -> tuple[Top, float, float]:
-    """As `growths`, for K-FAC-expand with the run's frozen factors; other parameters stay fixed."""
-    factors = {name: layer.factors for name, layer in run.layers.items() if layer.factors}
+    """As `growths`, for K-FAC-expand with the run's frozen factors; embeddings and other parameters stay fixed."""
+    pairs = {name: layer.factors for name, layer in run.layers.items() if "expand" in layer.factors}
+    factors = {name: pair for name, pair in pairs.items() if pair["expand"].A.ndim == 2}
     specs = {name: sample.graph.layers[name] for name in factors}
     layers = {
         name: (specs[name], torch.tensor(each["expand"].A).double(), torch.tensor(each["expand"].B).double())

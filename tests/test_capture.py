@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+import curvscope
 from curvscope.capturing import capture
 from curvscope.errors import BatchError, CurvscopeError, LossError, ModelError, OutputError, UsageError
 from curvscope.load import load_problem
+from curvscope.load.archive import read_archive
 from curvscope.load.bundle import FORMAT
-from curvscope.load.vet import read_archive
 
 
 class Net(nn.Module):
@@ -277,3 +278,27 @@ def test_a_batch_that_the_model_refuses(name: str, tmp_path: Path) -> None:
 def test_an_example_axis_by_number(tmp_path: Path) -> None:
     capture(tmp_path / "b.pt", nn.Linear(4, 3), (torch.ones(2, 4), Y), "cross_entropy", example_axes={0: 0})
     assert load_problem(tmp_path / "b.pt").example_axes == {}
+
+
+def test_schedule_and_bound_travel_in_the_bundle(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5.0, total_steps=20, cycle_momentum=False)
+    batch = (torch.randn(8, 4), torch.randint(3, (8,)))
+    kept = {"optimizer": optimizer, "scheduler": scheduler, "clip_norm": 1e-3}
+    curvscope.capture(tmp_path / "c.pt", model, batch, "cross_entropy", **kept)
+    live = curvscope.analyze(model, batch, loss="cross_entropy", **kept)
+    stored = curvscope.analyze(tmp_path / "c.pt")
+    for run in (live, stored):
+        rows = {row.quantity: row for row in run.tables["stability"] if row.scope == "network"}
+        assert rows["scheduled_peak_lr"].value == 5.0
+        assert rows["scheduled_peak_lr"].reason.startswith("OneCycleLR: in 5 scheduler steps")
+        assert rows["clip_scale"].value < 0.01
+        assert "gradient norm clipped at 0.001" in run.model.optimizer
+    own = curvscope.analyze(tmp_path / "c.pt", optimizer="lr=0.1", clip_norm=0)
+    assert not {"clip_scale", "scheduled_peak_lr"} & {row.quantity for row in own.tables["stability"]}
+    with pytest.raises(UsageError, match="comes with its optimizer"):
+        curvscope.capture(tmp_path / "d.pt", model, batch, "cross_entropy", scheduler=scheduler)
+    with pytest.raises(UsageError, match="positive number"):
+        curvscope.capture(tmp_path / "d.pt", model, batch, "cross_entropy", optimizer=optimizer, clip_norm=0)

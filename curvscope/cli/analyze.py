@@ -122,7 +122,6 @@ def analyze(
     dataset_size: Annotated[
         int | None,
         typer.Option(
-            min=1,
             metavar="N",
             help="Examples of the whole training set: for the evidence and the weight decay it suggests.",
             rich_help_panel=CURVATURE,
@@ -196,6 +195,7 @@ def analyze(
     beta2: optimizers.Beta2 = None,
     eps: optimizers.Eps = None,
     weight_decay: optimizers.WeightDecay = None,
+    clip_norm: optimizers.ClipNorm = None,
     damping: optimizers.Damping = None,
     format: options.Format = "table",
     fail_on: Annotated[
@@ -274,6 +274,7 @@ def analyze(
                 dump=tuple(dump or ()),
                 dataset_size=dataset_size,
                 damping=damping,
+                clip_norm=clip_norm,
             )
         if dry_run:
             _print_plan(found, format)

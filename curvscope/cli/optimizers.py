@@ -31,6 +31,9 @@ Beta1 = Annotated[float | None, _number("Smoothing of Adam's first moment.")]
 Beta2 = Annotated[float | None, _number("Smoothing of Adam's second moment.")]
 Eps = Annotated[float | None, _number("What Adam, RMSprop and Adagrad add to the root.")]
 WeightDecay = Annotated[float | None, _number("Weight decay (decoupled for adamw, L2 otherwise).")]
+ClipNorm = Annotated[
+    float | None, _number("Bound on the gradient's norm, as in clip_grad_norm_ (0: none, whatever is stored).")
+]
 Damping = Annotated[float | None, _number("Its damping (kfac, shampoo), in the loss's own scale.")]
 
 

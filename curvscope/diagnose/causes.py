@@ -117,7 +117,7 @@ ONLY_AS_CAUSE = ("CS215",)
 # The order of roots of one severity: what names one fault before what many faults bring about.
 SPECIFIC = (
     "CS214", "CS213", "CS212", "CS209", "CS504", "CS507", "CS506", "CS401", "CS402", "CS202", "CS203", "CS210", "CS211",
-    "CS505", "CS501", "CS201", "CS215", "CS508", "CS502", "CS503", "CS207",
+    "CS505", "CS501", "CS509", "CS201", "CS215", "CS508", "CS502", "CS503", "CS207",
 )  # fmt: skip
 
 

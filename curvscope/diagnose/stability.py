@@ -1,4 +1,4 @@
-"""What the stability table says of the run: unstable, near the threshold, or not assessed.
+"""What the stability table says of the run: unstable, near the threshold, led over it by its schedule, not assessed.
 
 CS501 is an error from twice the threshold, otherwise a warning: full-batch training hovers just above its threshold
 for long stretches without diverging (arXiv:2103.00065).
@@ -19,7 +19,7 @@ BLAME_SHARE = 0.5
 
 
 def stability_findings(model: ModelInfo, rows: Sequence[StabilityRow]) -> list[tuple[int, float, FindingRow]]:
-    """At most one finding: severity rank (0 error, 1 warning, 2 info), size of the effect, the row."""
+    """Severity rank (0 error, 1 warning, 2 info), size of the effect, the row: at most one for now, one for later."""
     network = {row.quantity: row for row in rows if row.scope == "network"}
     sharpness = network.get("preconditioned_sharpness")
     if sharpness is None:
@@ -36,10 +36,11 @@ def stability_findings(model: ModelInfo, rows: Sequence[StabilityRow]) -> list[t
         return [(2, 0.5, row)]
     if sharpness.verdict == "above":
         return [_above(model, network, rows)]
+    later = _scheduled(model, network)
     close = max(value for value in (sharpness.high, sharpness.value) if not math.isnan(value))
     if sharpness.verdict == "undecided" or close > NEAR * sharpness.threshold:
-        return [(2, 0.8, _near(model, sharpness, network))]
-    return []
+        return [(2, 0.8, _near(model, sharpness, network)), *later]
+    return later
 
 
 def _above(
@@ -63,16 +64,53 @@ def _above(
             f" That holds for this step alone ({early.reason}): P grows {early.value:.2g} times as the bias correction "
             "of the momentum fades, and the sharpness falls below the threshold with it."
         )
+    clip, holds = _clip(network)
+    if holds and severity == "error":
+        severity = "warning"
     row = finding(
         "CS501",
         severity,
         layer,
         f"{model.optimizer}: sharpness {_spread(model, sharpness)} is above the threshold "
-        f"{sharpness.threshold:.3g}.{grows}{blame}",
+        f"{sharpness.threshold:.3g}.{grows}{clip}{blame}",
         " ".join(filter(None, (_rate(network), _damping(model), "On mini-batches the limit can be lower."))),
-        confidence=0.4 if fades else 0.9,
+        confidence=0.4 if fades else 0.6 if holds else 0.9,
     )
     return ("error", "warning", "info").index(row.severity), 10 + ratio, row
+
+
+def _clip(network: dict[str, StabilityRow]) -> tuple[str, bool]:
+    """What clipping makes of it, a sentence, and whether the clipped step is stable."""
+    scale, row = network.get("clip_scale"), network.get("clipped_sharpness")
+    if scale is None or row is None:
+        return "", False
+    words = (
+        f" Clipping makes this step {scale.value:.2g} times as long ({scale.reason}), which puts the threshold at "
+        f"{row.threshold:.3g}: "
+    )
+    if row.verdict == "below":
+        return f"{words}below it. That {row.reason}.", True
+    return words + ("above it all the same." if row.verdict == "above" else "undecided."), False
+
+
+def _scheduled(model: ModelInfo, network: dict[str, StabilityRow]) -> list[tuple[int, float, FindingRow]]:
+    """CS509: rates ahead that the sharpness of today does not bear; an assumed peak is no ground for it."""
+    row = network.get("scheduled_peak_lr")
+    if row is None or row.verdict != "above" or row.value <= 0:
+        return []
+    over = row.value / row.threshold
+    severity = "warning" if over > FAR_ABOVE else "info"
+    found = finding(
+        "CS509",
+        severity,
+        "",
+        f"{model.optimizer}: today's sharpness bears a learning rate up to {row.threshold:.2g}; the schedule goes to "
+        f"{row.value:.2g} ({row.reason}).",
+        f"Stop the warm-up short of {row.threshold:.2g}, lengthen it so that the sharpness can follow, or analyze a "
+        "checkpoint nearer to the peak: sharpness often falls as the rate rises.",
+        confidence=0.5,
+    )
+    return [(("error", "warning", "info").index(severity), over, found)]
 
 
 def _near(model: ModelInfo, sharpness: StabilityRow, network: dict[str, StabilityRow]) -> FindingRow:
@@ -91,7 +129,15 @@ def _near(model: ModelInfo, sharpness: StabilityRow, network: dict[str, Stabilit
 
 
 def _damping(model: ModelInfo) -> str:
-    return "More damping lowers the sharpness, too." if ", damping " in model.optimizer else ""
+    if ", damping " not in model.optimizer:
+        return ""
+    words = "More damping lowers the sharpness, too."
+    if model.optimizer.startswith("K-FAC"):
+        words += (
+            " A damping that is called safe elsewhere in the report is so for one whole step (learning rate 1) from "
+            "here; this is about steps at your learning rate, one after another: both can hold."
+        )
+    return words
 
 
 def _spread(model: ModelInfo, row: StabilityRow) -> str:

@@ -20,7 +20,7 @@ from curvscope.load.eval_mode import eval_mode, hidden_by_eval
 from curvscope.load.kinds import plain_model
 from curvscope.load.loss import load_loss
 from curvscope.load.optimizer import as_optimizer_state
-from curvscope.load.optimizer_options import optimizer_options
+from curvscope.load.optimizer_options import check_options, optimizer_options
 from curvscope.load.problem import Batch, Problem
 from curvscope.load.state_dict import Factory, build_model, check_weights
 from curvscope.load.targets import check_targets
@@ -39,6 +39,8 @@ def load_problem(
     example_axes: Mapping[str, int] | Mapping[int, int] | None = None,
     example_index: str | int | None = None,
     step: int | None = None,
+    scheduler: Any = None,
+    clip_norm: float | None = None,
 ) -> Problem:
     """Everything an analysis needs, from what the user gave.
 
@@ -55,14 +57,20 @@ def load_problem(
         example_axes: the example axis of an input by name or position, where it is not axis 0.
         example_index: the input, by name or position, that holds the graph of every node; None takes the bundle's.
         step: the training step; None takes the checkpoint's.
+        scheduler: the learning rate scheduler of a live `optimizer`.
+        clip_norm: the bound on the gradient's norm; it comes before the checkpoint's, 0 says that there is none.
 
     Raises:
         CheckpointError: the checkpoint can't be read, is not trusted, or does not fit its model.
         BatchError: the batch can't be read, is missing, empty, or not finite.
         LossError: the loss is missing or unknown.
         ModelError: weights that are NaN or Inf, or a model of a kind that can't be analyzed (see `plain_model`).
-        UsageError: an optimizer that does not train this model, or words that name none.
+        UsageError: an optimizer that does not train this model, words that name none, or settings that the
+            optimizer does not have. Words are looked at before anything is loaded.
     """
+    said = isinstance(optimizer, (str, Mapping))
+    options = optimizer_options(optimizer) if said else {}
+    options |= optimizer_options({"clip_norm": clip_norm})
     found, source = _checkpoint(model, factory, trust)
     if isinstance(found.model, nn.Module):
         plain, notes = plain_model(found.model)
@@ -72,7 +80,8 @@ def load_problem(
     own_loss = found.bundle.loss() if loss is None and found.bundle is not None else None
     chosen = load_loss(own_loss if loss is None else loss)
     module = found.model if isinstance(found.model, nn.Module) else None
-    said = isinstance(optimizer, (str, Mapping))
+    state = found.optimizer if optimizer is None or said else as_optimizer_state(optimizer, module, scheduler=scheduler)
+    check_options(options, state)
     axes = named_axes(example_axes)
     index = None if example_index is None else str(example_index)
     if found.bundle is not None:
@@ -97,8 +106,8 @@ def load_problem(
         inputs=first.inputs,
         targets=first.targets,
         loss=chosen,
-        optimizer=found.optimizer if optimizer is None or said else as_optimizer_state(optimizer, module),
-        optimizer_options=optimizer_options(optimizer) if said else {},
+        optimizer=state,
+        optimizer_options=options,
         source=source,
         name=found.name,
         example_axes=axes,

@@ -9,7 +9,8 @@ A bundle is `torch.save` of tensors and plain containers, so reading it runs not
     example_index     for batches of graphs: the name of the input that holds the graph of every node
     loss              {"name", "settings"}
     loss_graph        where the loss is a callable that can be exported: (outputs, targets) in, the loss out
-    optimizer         {"class", "param_names", "state_dict"}, or None
+    optimizer         {"class", "param_names", "state_dict"}, or None; where they are known with "clip_norm" (the bound
+                      on the gradient's norm) and "scheduler": {"class", "state_dict"}
     step              int or None
     model, torch      the model's class name and the torch that wrote the graph, for reports and messages
     mode              {"batch_norm", "batch_statistics", "dropout"}: what eval mode hides, as the graph no longer tells
@@ -30,10 +31,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from curvscope.errors import BatchError, CheckpointError, LossError
+from curvscope.load.archive import RefusedArchiveError, UnreadableArchiveError
 from curvscope.load.importing import describe, listed
 from curvscope.load.loss import callable_loss, named_loss
 from curvscope.load.problem import Batch, Inputs, Loss, OptimizerState
-from curvscope.load.vet import RefusedArchiveError, UnreadableArchiveError, raw_weights, vetted_archive
+from curvscope.load.schedule import schedule
+from curvscope.load.vet import raw_weights, vetted_archive
 
 FORMAT = "curvscope-bundle"
 VERSION = 1
@@ -172,13 +175,7 @@ def parse_bundle(content: Mapping[str, Any], where: str) -> Bundle:
         loss_name=_part(loss, "name", str, "loss", where),
         loss_settings=_part(loss, "settings", Mapping, "loss", where),
         loss_graph=None if loss_graph is None else _bytes(loss_graph, "loss_graph", where),
-        optimizer=None
-        if optimizer is None
-        else OptimizerState(
-            _part(optimizer, "class", str, "optimizer", where),
-            tuple(_part(optimizer, "param_names", (list, tuple), "optimizer", where)),
-            _part(optimizer, "state_dict", Mapping, "optimizer", where),
-        ),
+        optimizer=None if optimizer is None else _optimizer(optimizer, where),
         step=content["step"],
         model_name=str(content.get("model", "model")),
         torch_version=str(content.get("torch", "unknown")),
@@ -186,6 +183,22 @@ def parse_bundle(content: Mapping[str, Any], where: str) -> Bundle:
         mode=_mode(content.get("mode"), where),
         index=content.get("example_index"),
     )
+
+
+def _optimizer(content: Mapping[str, Any], where: str) -> OptimizerState:
+    """The optimizer with its clipping and its schedule."""
+    name = _part(content, "class", str, "optimizer", where)
+    order = _part(content, "param_names", (list, tuple), "optimizer", where)
+    state_dict = _part(content, "state_dict", Mapping, "optimizer", where)
+    clip, scheduler = content.get("clip_norm"), content.get("scheduler")
+    _require(clip, (int, float, type(None)), "optimizer clip_norm", where)
+    ahead = None
+    if scheduler is not None:
+        _require(scheduler, Mapping, "optimizer scheduler", where)
+        stored = _part(scheduler, "state_dict", Mapping, "scheduler", where)
+        groups = _part(state_dict, "param_groups", (list, tuple), "optimizer", where)
+        ahead = schedule(stored, groups, _part(scheduler, "class", str, "scheduler", where))
+    return OptimizerState(name, tuple(order), state_dict, clip=None if clip is None else float(clip), schedule=ahead)
 
 
 def bundle_batch(bundle: Bundle) -> Batch:

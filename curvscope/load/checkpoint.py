@@ -13,9 +13,9 @@ from torch import nn
 
 from curvscope.errors import CheckpointError
 from curvscope.load.bundle import Bundle, is_bundle, parse_bundle
-from curvscope.load.huggingface import load_folder, trainer_state, trainer_surroundings
+from curvscope.load.huggingface import load_folder
 from curvscope.load.importing import describe
-from curvscope.load.optimizer import find_optimizer_state, find_step, match_optimizer, with_surroundings
+from curvscope.load.optimizer import find_optimizer_state, find_step, match_optimizer
 from curvscope.load.pickled import damaged, load_pickled
 from curvscope.load.problem import OptimizerState
 from curvscope.load.sniff import Kind, sniff
@@ -29,6 +29,8 @@ from curvscope.load.state_dict import (
     summary,
     unwrap,
 )
+from curvscope.load.surroundings import with_surroundings
+from curvscope.load.trainer import trainer_state, with_trainer
 
 FORMATS = (
     "A checkpoint is a curvscope bundle, a state_dict or a pickled nn.Module written by torch.save, a "
@@ -186,7 +188,7 @@ def _from_folder(path: Path, factory: Factory | None, trust: bool) -> Checkpoint
         model = built
     state, step, trainer_notes = trainer_state(path, trust=trust)
     optimizer, optimizer_notes = match_optimizer(state, list(model.named_parameters()))
-    optimizer = with_surroundings(optimizer, trainer_surroundings(path, trust=trust))
+    optimizer = with_trainer(optimizer, path, trust=trust)
     return Checkpoint(model, type(model).__name__, optimizer, step, (*notes, *trainer_notes, *optimizer_notes))
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from curvscope.load.optimizer import OUTSIDE
+from curvscope.load.optimizer import entries_by_name
 from curvscope.load.problem import OptimizerState
 
-DECOUPLED = ("AdamW", "NAdamW", "Lion")
 COUPLED = ("SGD", "Adam", "NAdam", "RMSprop", "Adagrad", "ASGD", "Adadelta", "Rprop", "KFAC", "KFACOptimizer")
 
 
@@ -18,23 +17,26 @@ def l2_decay(state: OptimizerState | None) -> dict[str, float]:
     Decoupled decay (AdamW's) shrinks the parameters beside the step and is no part of any loss. Of a class whose kind
     of decay is not known nothing is said.
     """
-    if state is None or state.class_name.rpartition(".")[2] not in (*COUPLED, *DECOUPLED):
+    if state is None or state.class_name.rpartition(".")[2] not in COUPLED:
         return {}
-    found: dict[str, float] = {}
-    names = iter(state.param_names)
-    for group in state.state_dict["param_groups"]:
-        rate = _number(group, "weight_decay") or 0.0
-        decoupled = bool(group.get("decoupled_weight_decay")) or state.class_name in DECOUPLED
-        for _, name in zip(group["params"], names, strict=False):
-            if rate and not decoupled and name != OUTSIDE:
-                found[name] = rate
-    return found
+    rates = {
+        name: _number(group, "weight_decay") or 0.0
+        for name, (_, group, _) in entries_by_name(state).items()
+        if not group.get("decoupled_weight_decay")
+    }
+    return {name: rate for name, rate in rates.items() if rate}
+
+
+def own_dampings(state: OptimizerState | None) -> dict[str, float]:
+    """Parameter name -> the damping of a second-order optimizer, where its group holds one."""
+    entries = {} if state is None else entries_by_name(state)
+    found = {name: _number(group, "damping") for name, (_, group, _) in entries.items()}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def own_damping(state: OptimizerState | None) -> float | None:
     """The damping of a second-order optimizer, where its groups hold one number of that name."""
-    groups = state.state_dict["param_groups"] if state is not None else ()
-    values = {value for group in groups if (value := _number(group, "damping")) is not None}
+    values = set(own_dampings(state).values())
     return values.pop() if len(values) == 1 else None
 
 

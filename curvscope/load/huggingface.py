@@ -1,4 +1,4 @@
-"""A Hugging Face folder: config.json beside the weights, and the Trainer's optimizer where it left one."""
+"""A Hugging Face folder: config.json beside the weights."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from torch import nn
 
 from curvscope.errors import CheckpointError
 from curvscope.load.importing import describe, listed
-from curvscope.load.optimizer import is_optimizer_state
-from curvscope.load.pickled import load_pickled
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -73,37 +71,6 @@ def load_folder(folder: Path, *, trust: bool) -> nn.Module:
             remedy="Check `architectures` in config.json: it must name the class that was trained.",
         )
     return model
-
-
-def trainer_state(folder: Path, *, trust: bool) -> tuple[Mapping[str, Any] | None, int | None, tuple[str, ...]]:
-    """The state_dict in the Trainer's optimizer.pt, the step of its trainer_state.json, and notes."""
-    step = None
-    state_file = folder / "trainer_state.json"
-    if state_file.is_file():
-        with contextlib.suppress(ValueError, OSError):
-            value = json.loads(state_file.read_text()).get("global_step")
-            step = value if isinstance(value, int) else None
-    path = folder / "optimizer.pt"
-    if not path.is_file():
-        return None, step, ()
-    try:
-        content = load_pickled(path, trust=trust)
-    except CheckpointError as cause:
-        return None, step, (f"The Trainer's optimizer.pt was left out: {cause.what}",)
-    if not is_optimizer_state(content):
-        return None, step, ("The Trainer's optimizer.pt holds no optimizer state and was left out.",)
-    return content, step, ()
-
-
-def trainer_surroundings(folder: Path, *, trust: bool) -> dict[str, Any]:
-    """The Trainer's scheduler state and, where the folder is trusted, its arguments (they are pickled objects)."""
-    found: dict[str, Any] = {}
-    for key, name in (("scheduler", "scheduler.pt"), ("args", "training_args.bin")):
-        # what can't be read here is only mentioned in a report, never needed
-        if (folder / name).is_file() and (trust or key == "scheduler"):
-            with contextlib.suppress(CheckpointError):
-                found[key] = load_pickled(folder / name, trust=trust)
-    return found
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from curvscope.errors import UsageError
 from curvscope.load.problem import OptimizerState
+from curvscope.load.schedule import schedule
 
 OPTIMIZER_KEYS = ("optimizer", "optimizer_state_dict", "optim", "optim_state_dict", "optimizer_state", "opt")
 STEP_KEYS = ("global_step", "step", "iteration", "iter")
@@ -20,19 +20,32 @@ UNKNOWN = "unknown"
 OUTSIDE = ""
 """Name of an optimizer's parameter that is not a parameter of the model."""
 NO_DECAY_WORDS = ("bias", "norm", "ln_")
-SCHEDULER_KEYS = ("lr_scheduler", "scheduler", "lr_schedulers", "scheduler_state_dict", "lr_scheduler_state_dict")
-CLIP_KEYS = ("gradient_clip_val", "max_grad_norm", "grad_clip", "clip_grad_norm", "clip_grad", "grad_clip_norm")
-SETTINGS_KEYS = ("hyper_parameters", "hparams", "args", "config", "cfg")
 
 
-def as_optimizer_state(optimizer: Any, model: nn.Module | None) -> OptimizerState | None:
+def as_optimizer_state(
+    optimizer: Any, model: nn.Module | None, *, scheduler: Any = None, clip_norm: float | None = None
+) -> OptimizerState | None:
     """A live torch.optim optimizer as class name, parameter names in its own order, and state_dict.
 
     Names are found by identity among `model.named_parameters()`; a parameter of something else is named "".
 
     Raises:
-        UsageError: it is no torch optimizer, or none of its parameters belongs to the model.
+        UsageError: it is no torch optimizer, or none of its parameters belongs to the model; a scheduler that has no
+            state_dict or no optimizer here, or a bound on the gradient's norm that is none.
     """
+    if scheduler is not None and not (optimizer is not None and callable(getattr(scheduler, "state_dict", None))):
+        raise UsageError(
+            "A scheduler is one of torch.optim.lr_scheduler and comes with its optimizer; got "
+            f"{type(scheduler).__name__} and {'no' if optimizer is None else 'an'} optimizer.",
+            where="scheduler",
+            remedy="Pass scheduler= beside optimizer=, or leave it out.",
+        )
+    if clip_norm is not None and not (isinstance(clip_norm, (int, float)) and 0 < clip_norm < math.inf):
+        raise UsageError(
+            f"A bound on the gradient's norm is a positive number; got {clip_norm!r}.",
+            where="clip_norm",
+            remedy="Pass the max_norm of torch.nn.utils.clip_grad_norm_, or leave it out.",
+        )
     if optimizer is None or isinstance(optimizer, OptimizerState):
         return optimizer
     if not isinstance(optimizer, torch.optim.Optimizer):
@@ -49,7 +62,25 @@ def as_optimizer_state(optimizer: Any, model: nn.Module | None) -> OptimizerStat
             where=f"optimizer {type(optimizer).__name__}",
             remedy="Pass the optimizer that was made from model.parameters().",
         )
-    return OptimizerState(type(optimizer).__name__, tuple(order), optimizer.state_dict())
+    state = optimizer.state_dict()
+    ahead = None
+    if scheduler is not None:
+        ahead = schedule(scheduler.state_dict(), state["param_groups"], type(scheduler).__name__)
+    return OptimizerState(type(optimizer).__name__, tuple(order), state, clip=clip_norm, schedule=ahead)
+
+
+def entries_by_name(state: OptimizerState) -> dict[str, tuple[int, Mapping[str, Any], Mapping[str, Any]]]:
+    """Parameter name to its group's number, the group's options, and the parameter's own state."""
+    found: dict[str, tuple[int, Mapping[str, Any], Mapping[str, Any]]] = {}
+    position = 0
+    for number, group in enumerate(state.state_dict["param_groups"]):
+        for index in group["params"]:
+            name = state.param_names[position] if position < len(state.param_names) else OUTSIDE
+            position += 1
+            if name != OUTSIDE:
+                entry = state.state_dict["state"].get(index, {})
+                found[name] = (number, group, entry if isinstance(entry, Mapping) else {})
+    return found
 
 
 def find_optimizer_state(content: Mapping[Any, Any]) -> Mapping[str, Any] | None:
@@ -66,46 +97,6 @@ def find_optimizer_state(content: Mapping[Any, Any]) -> Mapping[str, Any] | None
 def is_optimizer_state(value: Any) -> bool:
     """Whether it has the two keys of a torch.optim state_dict."""
     return isinstance(value, Mapping) and "state" in value and isinstance(value.get("param_groups"), (list, tuple))
-
-
-def find_clip(content: Mapping[Any, Any]) -> float | None:
-    """The bound on the gradient's norm that a checkpoint stores, at its top or among its hyperparameters."""
-    places = [content, *(content[key] for key in SETTINGS_KEYS if key in content)]
-    for place in places:
-        values = place if isinstance(place, Mapping) else getattr(place, "__dict__", {})
-        for key in CLIP_KEYS:
-            value = values.get(key)
-            if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0:
-                return float(value)
-    return None
-
-
-def scheduler_notes(content: Mapping[Any, Any], state: Mapping[str, Any]) -> tuple[str, ...]:
-    """What the scheduler's state says: it is there, and whether its last learning rates are the optimizer's.
-
-    A scheduler writes the rate of the next step into the optimizer's groups, so that theirs are the ones to use.
-    """
-    found = next((content[key] for key in SCHEDULER_KEYS if content.get(key)), None)
-    found = found[0] if isinstance(found, (list, tuple)) and found else found
-    last = found.get("_last_lr") if isinstance(found, Mapping) else None
-    if not isinstance(last, (list, tuple)) or not all(isinstance(rate, (int, float, Tensor)) for rate in last):
-        return ()
-    rates, groups = [float(rate) for rate in last], [group.get("lr") for group in state["param_groups"]]
-    if len(rates) == len(groups) and all(
-        rate is not None and math.isclose(own, float(rate), rel_tol=1e-6, abs_tol=1e-300)
-        for own, rate in zip(rates, groups, strict=True)
-    ):
-        return ("A scheduler sets the learning rate; what is judged is the rate of the next step.",)
-    shown = ", ".join(f"{rate:g}" for rate in rates[:3])
-    return (f"The scheduler's last learning rate ({shown}) is not the optimizer's, which is the one judged.",)
-
-
-def with_surroundings(state: OptimizerState | None, content: Mapping[Any, Any]) -> OptimizerState | None:
-    """The optimizer's state with the scheduler's and the clipping's traces in the same checkpoint."""
-    if state is None:
-        return None
-    notes = scheduler_notes(content, state.state_dict)
-    return dataclasses.replace(state, clip=find_clip(content), notes=notes)
 
 
 def find_step(content: Mapping[Any, Any]) -> int | None:
@@ -146,6 +137,31 @@ def match_optimizer(
     )
 
 
+OTHERS: tuple[tuple[str, frozenset[str]], ...] = (
+    ("Muon", frozenset({"ns_steps", "momentum"})),
+    ("Adafactor", frozenset({"beta2_decay", "d"})),
+    ("Adafactor", frozenset({"scale_parameter", "relative_step"})),
+    ("ScheduleFree", frozenset({"weight_lr_power", "r"})),
+    ("AdEMAMix", frozenset({"betas", "alpha", "eps", "beta3_warmup"})),
+    ("AdEMAMix", frozenset({"betas", "alpha", "eps", "t_alpha_beta3"})),
+    ("Prodigy", frozenset({"d0", "d_coef"})),
+    ("Shampoo", frozenset({"epsilon", "update_freq"})),
+    ("ASGD", frozenset({"lambd", "t0"})),
+    ("Rprop", frozenset({"etas", "step_sizes"})),
+    ("LBFGS", frozenset({"line_search_fn"})),
+    ("LARS", frozenset({"trust_coefficient"})),
+)
+"""Optimizers that the options tell apart, and that are recognised to be named, most of them without a threshold."""
+KNOWN_OPTIONS = frozenset(
+    (
+        *("params", "param_names", "name", "lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize"),
+        *("foreach", "differentiable", "fused", "capturable", "initial_lr", "max_lr", "min_lr", "base_momentum"),
+        *("max_momentum", "swa_lr", "lr_scale", "damping"),
+    )
+)
+"""Options of torch's SGD, and those that schedulers and training scripts add to groups."""
+
+
 def class_name_of(state: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
     """The optimizer's class as far as its options tell, and a note where they do not.
 
@@ -163,13 +179,19 @@ def class_name_of(state: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
         if not any(group.get("weight_decay") for group in groups):
             return "Adam", ()
         return UNKNOWN, ("The optimizer is Adam or AdamW; its state_dict does not say which.",)
-    for name, needed in (
+    strange = sorted(options - KNOWN_OPTIONS)
+    for name, needed in OTHERS:
+        if needed <= options:
+            return name, ()
+    if strange and {"momentum", "dampening", "nesterov"} <= options:
+        return UNKNOWN, (f"The optimizer looks like SGD but has options of its own ({', '.join(strange[:4])}).",)
+    for name, keys in (
         ("NAdam", {"betas", "eps", "momentum_decay"}),
         ("SGD", {"momentum", "dampening", "nesterov"}),
         ("RMSprop", {"alpha", "centered"}),
         ("Adagrad", {"lr_decay", "initial_accumulator_value"}),
     ):
-        if needed <= options:
+        if keys <= options:
             return name, ()
     return UNKNOWN, ("The optimizer's class could not be told from its state.",)
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from curvscope.errors import UsageError
-from curvscope.load.optimizer_settings import FLAVOURS, KIND_NAMES, KINDS
+from curvscope.load.optimizer_settings import FLAVOURS, KIND_NAMES, KINDS, kind_of
+from curvscope.load.problem import OptimizerState
 
 WHERE = "optimizer"
 # Name of a number -> whether 1 is above its range.
@@ -23,9 +24,22 @@ NUMBERS = {
     "lr_decay": False,
     "momentum_decay": False,
     "damping": False,
+    "clip_norm": False,
 }
 FIELDS = {"alpha": "beta2"}
 FLAGS = {"nesterov": "nesterov", "decoupled": "decoupled", "decoupled_weight_decay": "decoupled"}
+# What each optimizer has beside lr, weight_decay and clip_norm, as a user writes it.
+SETTINGS_OF = {
+    "sgd": ("momentum", "dampening", "nesterov"),
+    "adam": ("beta1", "beta2", "eps", "decoupled"),
+    "adamw": ("beta1", "beta2", "eps", "decoupled"),
+    "nadam": ("beta1", "beta2", "eps", "momentum_decay", "decoupled"),
+    "rmsprop": ("alpha", "eps", "momentum"),
+    "adagrad": ("eps", "lr_decay"),
+    "kfac": ("momentum", "nesterov", "damping", "flavour"),
+    "shampoo": ("momentum", "nesterov", "damping"),
+}
+COMMON = ("lr", "weight_decay", "clip_norm")
 TRUE, FALSE = ("true", "yes", "1", "on"), ("false", "no", "0", "off")
 
 
@@ -33,10 +47,10 @@ def optimizer_options(given: Mapping[str, Any] | str) -> dict[str, Any]:
     """The options as fields of `ParameterSettings`, beside kind, damping and flavour.
 
     A string is a kind with numbers behind a colon, or numbers alone ("lr=0.1"); a mapping has the same keys. Numbers
-    that are None count as not given.
+    that are None count as not given. `clip_norm` is the bound on the gradient's norm (0: none).
 
     Raises:
-        UsageError: an unknown kind or option, or a number outside its range.
+        UsageError: an unknown kind or option, one that the kind does not have, or a number outside its range.
     """
     options = _split(given) if isinstance(given, str) else {str(key): value for key, value in given.items()}
     found: dict[str, Any] = {}
@@ -69,7 +83,34 @@ def optimizer_options(given: Mapping[str, Any] | str) -> dict[str, Any]:
         found.setdefault("decoupled", True)
     if found.get("nesterov") and found.get("momentum") == 0.0:
         raise UsageError("Nesterov's method needs momentum.", where=WHERE, remedy="Give --momentum, e.g. 0.9.")
+    if "kind" in found:
+        _check(found["kind"], found)
     return found
+
+
+def check_options(options: Mapping[str, Any], state: OptimizerState | None) -> None:
+    """Refuse options that the checkpoint's optimizer does not have, unless they name another one.
+
+    Raises:
+        UsageError: naming the settings that it has.
+    """
+    if state is not None and "kind" not in options:
+        _check(kind_of(state.class_name), options)
+
+
+def _check(kind: str, found: Mapping[str, Any]) -> None:
+    """Refuse fields that this kind does not have; of an unknown kind nothing is refused."""
+    if kind not in SETTINGS_OF:
+        return
+    known = [*COMMON, *SETTINGS_OF[kind]]
+    fields = {"kind", *(FIELDS.get(name, name) for name in known)}
+    for field in found:
+        if field not in fields:
+            raise UsageError(
+                f"{KIND_NAMES[kind]} has no {field}.",
+                where=f"optimizer {kind}",
+                remedy=f"Its settings are {', '.join(known)}.",
+            )
 
 
 def _split(words: str) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvscope.load.optimizer import OUTSIDE, UNKNOWN
-from curvscope.load.problem import OptimizerState
+from curvscope.load.optimizer import UNKNOWN, entries_by_name
+from curvscope.load.problem import OptimizerState, Schedule
 
 KINDS = ("sgd", "adam", "adamw", "nadam", "rmsprop", "adagrad", "kfac", "shampoo")
 OTHER = "other"
@@ -83,9 +83,9 @@ class ParameterSettings:
     """What the optimizer does to one parameter.
 
     `beta2` is the smoothing of the squared gradients (RMSprop's alpha); `decoupled` says that weight decay shrinks
-    the parameter (AdamW) instead of adding to the gradient (L2). `step` counts the steps taken; `moments` are the
-    state's tensors by torch's names (exp_avg, exp_avg_sq, max_exp_avg_sq, square_avg, grad_avg, sum, momentum_buffer,
-    mu_product; Shampoo: left_0, ... or inverse_0, ...).
+    the parameter (AdamW) instead of adding to the gradient (L2). `step` counts the steps taken; `group` is the number
+    of its parameter group; `moments` are the state's tensors by torch's names (exp_avg, exp_avg_sq, max_exp_avg_sq,
+    square_avg, grad_avg, sum, momentum_buffer, mu_product; Shampoo: factor_0, ... or inverse_0, ...).
     """
 
     lr: float
@@ -103,6 +103,7 @@ class ParameterSettings:
     centered: bool = False
     maximize: bool = False
     step: int = 0
+    group: int = 0
     moments: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
 
@@ -117,8 +118,9 @@ class OptimizerSettings:
         damping: of K-FAC and Shampoo, in the unit of their factors.
         flavour: K-FAC's, expand or reduce.
         problem: why it can't be assessed; empty where it can.
-        notes: sentences on what was found beside it (scheduler, clipping, unnamed parameters).
-        clip: bound on the gradient's norm, where the checkpoint stores one.
+        notes: sentences on what was found beside it (clipping by value, unnamed parameters).
+        clip: bound on the gradient's norm, where one is known.
+        schedule: the rates that its scheduler sets from here on.
     """
 
     kind: str
@@ -129,6 +131,7 @@ class OptimizerSettings:
     problem: str = ""
     notes: tuple[str, ...] = ()
     clip: float | None = None
+    schedule: Schedule | None = None
 
     @property
     def main(self) -> ParameterSettings | None:
@@ -164,6 +167,8 @@ class OptimizerSettings:
             parts.append(f"damping {self.damping:g}")
         if self.kind == "kfac":
             parts.append(self.flavour)
+        if self.clip is not None:
+            parts.append(f"gradient norm clipped at {self.clip:g}")
         parts += [f"step {one.step:,}"] if one.step else []
         return ", ".join([self.name, *parts])
 
@@ -193,13 +198,13 @@ def optimizer_settings(
         return OptimizerSettings(OTHER, name, {}, problem="no optimizer is known; name it with --optimizer")
     parameters: dict[str, ParameterSettings] = {}
     problems: list[str] = []
-    entries = _entries(state) if state is not None else {}
+    entries = entries_by_name(state) if state is not None else {}
     # numbers of a class that is not known here count where the user names its kind
     same = state is not None and (stored == OTHER or kind in (stored, *(("adam", "adamw") if _is_adam(state) else ())))
     for parameter, shape in shapes.items():
         if state is not None and parameter not in entries:
             continue
-        group, entry = entries.get(parameter, ({}, {}))
+        number, group, entry = entries.get(parameter, (0, {}, {}))
         numbers = _numbers(kind, group) if same else {}
         settings = {**DEFAULTS.get(kind, {}), **numbers, **given}
         if "lr" not in settings:
@@ -211,32 +216,20 @@ def optimizer_settings(
         # another optimizer's moments are not this one's
         if not same:
             step, moments = 0, {}
-        parameters[parameter] = ParameterSettings(**settings, step=step, moments=moments)
+        parameters[parameter] = ParameterSettings(**settings, step=step, group=number, moments=moments)
     result = OptimizerSettings(
         kind if kind in KINDS else OTHER,
         name,
         parameters,
         damping=_damping(state, options),
         flavour=str(options.get("flavour", "expand")),
-        notes=_outside(state, shapes, entries),
-        clip=state.clip if state is not None else None,
+        notes=_outside(state, shapes, entries, options),
+        clip=options.get("clip_norm", None if state is None else state.clip) or None,
+        # a rate of the user's own is none of the schedule
+        schedule=state.schedule if state is not None and same and "lr" not in options else None,
     )
     problems += _problems(result, state)
     return dataclasses.replace(result, problem=problems[0] if problems else "")
-
-
-def _entries(state: OptimizerState) -> dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]]:
-    """Parameter name to its group's options and its own state."""
-    found: dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {}
-    position = 0
-    for group in state.state_dict["param_groups"]:
-        for index in group["params"]:
-            name = state.param_names[position] if position < len(state.param_names) else OUTSIDE
-            position += 1
-            if name != OUTSIDE:
-                entry = state.state_dict["state"].get(index, {})
-                found[name] = (group, entry if isinstance(entry, Mapping) else {})
-    return found
 
 
 def _is_adam(state: OptimizerState) -> bool:
@@ -284,21 +277,27 @@ def _moments(entry: Mapping[str, Any], shape: Sequence[int]) -> tuple[dict[str, 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "square_avg", "grad_avg", "sum", "momentum_buffer")
 
 
+NUMBERED = ("inv_precond_{}", "inv_pre_cond_{}")
+
+
 def shampoo_factors(entry: Mapping[str, Any], shape: Sequence[int]) -> dict[str, Tensor]:
     """Shampoo's factor of each axis, as factor_0, factor_1, ... or, where the state holds them, inverse_0, ...
 
-    Understood are L and R, lists under preconditioners, factor_matrices and their inverse forms, and numbered keys
-    (precond_0, inv_precond_0). Empty where the state has none, or where one does not have its axis's size.
+    Understood are L and R, lists under preconditioners, factor_matrices and their inverse forms, and the numbered
+    inverses of torch_optimizer (inv_precond_0) and pytorch_optimizer (inv_pre_cond_0); their factors alone would not
+    do, as these packages take other roots of them than the paper. Empty where the state has none, or where one does
+    not have its axis's size.
     """
     for key, name in (("inv_factor_matrices", "inverse"), ("inv_preconditioners", "inverse"),
                       ("factor_matrices", "factor"), ("preconditioners", "factor")):  # fmt: skip
         listed = entry.get(key)
         if isinstance(listed, (list, tuple)) and _square(listed, shape):
             return {f"{name}_{axis}": tensor.detach() for axis, tensor in enumerate(listed)}
-    for pattern, name in (("inv_precond_{}", "inverse"), ("precond_{}", "factor")):
+    for pattern in NUMBERED:
         numbered = [entry.get(pattern.format(axis)) for axis in range(len(shape))]
         if _square(numbered, shape):
-            return {f"{name}_{axis}": tensor.detach() for axis, tensor in enumerate(numbered)}  # type: ignore[union-attr]
+            whole = [tensor for tensor in numbered if isinstance(tensor, Tensor)]
+            return {f"inverse_{axis}": tensor.detach() for axis, tensor in enumerate(whole)}
     pair = [entry.get("L"), entry.get("R")]
     if _square(pair, shape):
         return {f"factor_{axis}": tensor.detach() for axis, tensor in enumerate(pair)}  # type: ignore[union-attr]
@@ -323,11 +322,15 @@ def _damping(state: OptimizerState | None, options: Mapping[str, Any]) -> float 
     return None
 
 
-def _outside(state: OptimizerState | None, shapes: Mapping[str, Any], entries: Mapping[str, Any]) -> tuple[str, ...]:
+def _outside(
+    state: OptimizerState | None, shapes: Mapping[str, Any], entries: Mapping[str, Any], options: Mapping[str, Any]
+) -> tuple[str, ...]:
     """What else was found in the optimizer's state, a sentence each."""
     if state is None:
         return ()
     notes = list(state.notes)
+    if state.schedule is not None and "lr" in options:
+        notes.append(f"The learning rate is the one given; what its {state.schedule.name} does is left out.")
     missing = [name for name in shapes if name not in entries]
     if missing and len(missing) < len(shapes):
         notes.append(
@@ -375,6 +378,11 @@ def _problems(settings: OptimizerSettings, state: OptimizerState | None) -> list
             found.append("it maximizes the loss; the thresholds are those of minimization")
         if found:
             break
+    if settings.kind == "shampoo" and _feeds_back(settings, state):
+        found.append(
+            "its momentum goes through the preconditioner again, as in torch_optimizer and pytorch_optimizer, for "
+            "which no threshold is known"
+        )
     if settings.kind == "kfac" and settings.damping is None:
         found.append("K-FAC's damping is not known; give it with --damping")
     factored = settings.kind == "shampoo" and any(
@@ -383,3 +391,12 @@ def _problems(settings: OptimizerSettings, state: OptimizerState | None) -> list
     if factored and settings.damping is None:
         found.append("Shampoo's damping is not known; give it with --damping")
     return found
+
+
+def _feeds_back(settings: OptimizerSettings, state: OptimizerState | None) -> bool:
+    """Whether it is a Shampoo that averages the preconditioned step into the next gradient before it preconditions."""
+    entries = [] if state is None else list(state.state_dict["state"].values())
+    numbered = any(
+        isinstance(entry, Mapping) and pattern.format(0) in entry for entry in entries for pattern in NUMBERED
+    )
+    return numbered and any(one.momentum for one in settings.parameters.values())

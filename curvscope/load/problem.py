@@ -54,11 +54,33 @@ class Loss:
 
 
 @dataclass(frozen=True)
+class Schedule:
+    """The rates that a scheduler sets from here on.
+
+    Attributes:
+        name: the scheduler's class.
+        rates: [steps + 1, groups], float64; row k holds the groups' learning rates after k more scheduler steps, row 0
+            those of the optimizer's next step.
+        momenta: momentum, or beta1, likewise; NaN where a group has none.
+        problem: why no more is known of what lies ahead; empty where all is.
+        assumed: row 1 is an assumption, which `problem` states, an unknown number of steps ahead.
+        cut: the schedule goes on beyond the last row.
+    """
+
+    name: str
+    rates: Tensor
+    momenta: Tensor
+    problem: str = ""
+    assumed: bool = False
+    cut: bool = False
+
+
+@dataclass(frozen=True)
 class OptimizerState:
     """A torch.optim optimizer as saved: class name, parameter names in its own order, its state_dict.
 
-    `clip` is the bound on the gradient's norm where the checkpoint stores one, `notes` what else it tells of the
-    optimizer (a scheduler), a sentence each.
+    `clip` is the bound on the gradient's norm where one is known, `schedule` what the scheduler will do where there is
+    one, `notes` what else the checkpoint tells of the optimizer, a sentence each.
     """
 
     class_name: str
@@ -66,6 +88,7 @@ class OptimizerState:
     state_dict: Mapping[str, Any]
     clip: float | None = None
     notes: tuple[str, ...] = ()
+    schedule: Schedule | None = None
 
 
 @dataclass(frozen=True)

@@ -8,32 +8,30 @@ nothing but what it has checked: torch never reads the original bytes.
 
 from __future__ import annotations
 
-import io
 import json
-import math
 import re
-import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from curvscope.load.archive import (
+    CONSTANTS,
+    IGNORED_MEMBERS,
+    MODEL,
+    PLAIN_MEMBERS,
+    SAMPLE_INPUTS,
+    WEIGHTS,
+    Archive,
+    RefusedArchiveError,
+    UnreadableArchiveError,
+    extent_of,
+    member_sizes,
+    read_archive,
+    write_archive,
+)
 from curvscope.load.expression import SYMBOL, is_arithmetic
-
-MODEL = "models/model.json"
-WEIGHTS = "data/weights/model_weights_config.json"
-CONSTANTS = "data/constants/model_constants_config.json"
-SAMPLE_INPUTS = "data/sample_inputs/model.pt"
-ROOT = "archive"
-PLAIN_MEMBERS = {
-    "archive_format": b"pt2",
-    "archive_version": b"0",
-    "byteorder": b"little",
-    ".data/version": b"6\n",
-}
-IGNORED_MEMBERS = {".data/serialization_id", ".format_version", ".storage_alignment", "version"}
 
 IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 WEIGHT_NAME = re.compile(r"[^\x00-\x1f\"'\\(){}\[\];#%`\x7f]+")
@@ -64,70 +62,6 @@ FORBIDDEN_KEYS = {
 NAME_KEYS = {"as_name", "user_input_name"}
 WEIGHT_KEYS = {"parameter_name", "buffer_name", "tensor_constant_name"}
 
-# how large a tensor of stride 0 may be that is stored as a few numbers
-EXPANDED_BYTES = 64 * 2**20
-# torch._export.serde.schema.ScalarType: numbers written to files, so they never change their meaning
-SCALAR_TYPES = {
-    1: torch.uint8, 2: torch.int8, 3: torch.int16, 4: torch.int32, 5: torch.int64, 6: torch.float16, 7:
-        torch.float32,
-    8: torch.float64, 9: torch.complex32, 10: torch.complex64, 11: torch.complex128, 12: torch.bool,
-    13: torch.bfloat16,
-}  # fmt: skip
-
-
-class RefusedArchiveError(Exception):
-    """The archive holds something that could run code; the message says what and where in it."""
-
-
-class UnreadableArchiveError(Exception):
-    """The archive is damaged, or of a form this version does not know."""
-
-
-@dataclass(frozen=True)
-class Archive:
-    """The members of an archive, its root folder taken off."""
-
-    members: Mapping[str, bytes]
-
-    def json(self, name: str) -> Any:
-        """A member parsed as JSON.
-
-        Raises:
-            UnreadableArchiveError: it is missing or no JSON.
-        """
-        try:
-            return json.loads(self.members[name])
-        except KeyError as cause:
-            raise UnreadableArchiveError(f"it has no {name}") from cause
-        except (ValueError, RecursionError) as cause:
-            raise UnreadableArchiveError(f"{name} is no JSON, or nested too deeply") from cause
-
-
-def read_archive(data: bytes) -> Archive:
-    """The members of a torch.export archive.
-
-    Raises:
-        UnreadableArchiveError: it is no complete zip file, has two roots, names a member twice, or would take more
-            memory than it has bytes.
-    """
-    members: dict[str, bytes] = {}
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            names = archive.namelist()
-            roots = {name.partition("/")[0] for name in names}
-            if len(roots) != 1 or len(set(names)) != len(names):
-                raise UnreadableArchiveError("its members are not under one root, each once")
-            # torch compresses nothing; what is compressed, or stored once and named often, may unfold to any size
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise UnreadableArchiveError("a member is compressed, which torch.export never writes")
-            if sum(entry.file_size for entry in archive.infolist()) > len(data):
-                raise UnreadableArchiveError("its members claim more bytes than it has")
-            for name in names:
-                members[name.partition("/")[2]] = archive.read(name)
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as cause:
-        raise UnreadableArchiveError(f"it is no complete zip file ({cause})") from cause
-    return Archive(members)
-
 
 def vetted_archive(data: bytes, *, surplus: bool = False) -> bytes:
     """A copy of the archive that holds nothing but its graph, its weights and its constants, each checked.
@@ -155,7 +89,7 @@ def _vetted(data: bytes, surplus: bool) -> bytes:
     weights, constants = _payloads(archive, WEIGHTS, "weight_"), _payloads(archive, CONSTANTS, "tensor_")
     kept = dict(PLAIN_MEMBERS)
     for folder, config in (("data/weights/", weights), ("data/constants/", constants)):
-        for path, size in _sizes(archive, folder, config).items():
+        for path, size in member_sizes(archive, folder, config).items():
             kept[path] = archive.members[path][: size if surplus else None]
             if len(kept[path]) > size:
                 raise UnreadableArchiveError(f"{path} has {len(kept[path])} bytes, where its tensors take {size}")
@@ -164,15 +98,6 @@ def _vetted(data: bytes, surplus: bool) -> bytes:
     kept[WEIGHTS], kept[CONSTANTS] = _dump(weights), _dump(constants)
     kept[SAMPLE_INPUTS] = b""
     return write_archive(kept)
-
-
-def write_archive(members: Mapping[str, bytes]) -> bytes:
-    """The members as a zip file that torch reads."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
-        for name, content in members.items():
-            archive.writestr(zipfile.ZipInfo(f"{ROOT}/{name}"), content)
-    return buffer.getvalue()
 
 
 def raw_weights(data: bytes) -> dict[str, Tensor]:
@@ -186,12 +111,12 @@ def raw_weights(data: bytes) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     try:
         config = _payloads(archive, WEIGHTS, "weight_")
-        taken = _sizes(archive, "data/weights/", config)
+        taken = member_sizes(archive, "data/weights/", config)
     except RecursionError as cause:
         raise UnreadableArchiveError("it is nested too deeply") from cause
     for name, entry in config["config"].items():
         path = "data/weights/" + entry["path_name"]
-        extent = _extent(name, entry)
+        extent = extent_of(name, entry)
         try:
             if taken[path] == 0:
                 found[name] = torch.zeros(extent.sizes, dtype=extent.dtype)
@@ -201,54 +126,6 @@ def raw_weights(data: bytes) -> dict[str, Tensor]:
         except (KeyError, TypeError, ValueError, RuntimeError) as cause:
             raise UnreadableArchiveError(f"the weight {name} can't be read ({cause})") from cause
     return found
-
-
-@dataclass(frozen=True)
-class _Extent:
-    """Where in its storage a tensor lies."""
-
-    dtype: torch.dtype
-    sizes: tuple[int, ...]
-    strides: tuple[int, ...]
-    offset: int
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of the storage up to the tensor's last element; 0 for a tensor without any."""
-        if 0 in self.sizes:
-            return 0
-        last = sum((size - 1) * stride for size, stride in zip(self.sizes, self.strides, strict=True))
-        return (self.offset + last + 1) * self.dtype.itemsize
-
-
-def _extent(name: str, entry: Mapping[str, Any]) -> _Extent:
-    try:
-        meta = entry["tensor_meta"]
-        sizes, strides = (tuple(item["as_int"] for item in meta[key]) for key in ("sizes", "strides"))
-        extent = _Extent(SCALAR_TYPES[meta["dtype"]], sizes, strides, meta["storage_offset"]["as_int"])
-    except (KeyError, TypeError) as cause:
-        raise UnreadableArchiveError(f"the weight {name} has no known size or dtype ({cause})") from cause
-    numbers = (*sizes, *strides, extent.offset)
-    if len(sizes) != len(strides) or not all(type(number) is int and number >= 0 for number in numbers):
-        raise UnreadableArchiveError(f"the weight {name} has sizes {list(sizes)} and strides {list(strides)}")
-    if math.prod(sizes) * extent.dtype.itemsize > max(extent.bytes, EXPANDED_BYTES):
-        raise UnreadableArchiveError(f"the weight {name} of sizes {list(sizes)} repeats a few numbers without end")
-    return extent
-
-
-def _sizes(archive: Archive, folder: str, config: Mapping[str, Any]) -> dict[str, int]:
-    """Member to the bytes that its tensors take; several may share one."""
-    sizes: dict[str, int] = {}
-    for name, entry in config["config"].items():
-        path = folder + entry["path_name"]
-        if path not in archive.members:
-            raise UnreadableArchiveError(f"it has no {path}")
-        sizes[path] = max(sizes.get(path, 0), _extent(name, entry).bytes)
-        if sizes[path] > len(archive.members[path]):
-            raise UnreadableArchiveError(
-                f"the weight {name} takes {sizes[path]} bytes, and {path} has {len(archive.members[path])}"
-            )
-    return sizes
 
 
 def _dump(value: Any) -> bytes:

@@ -75,6 +75,18 @@ def preconditioned(product: Product, network: Network, space: Space, P: Precondi
     return matvec
 
 
+def decay_share(vector: Tensor, value: float, space: Space, P: Preconditioner) -> float:
+    """The part of an eigenvalue of P^{-1/2} (H + wd) P^{-1/2} that is weight decay, y^T P^{-1/2} wd P^{-1/2} y / value.
+
+    Where a weight gets hardly any gradient, P is as small as the decay itself and wd / P large: a curvature of the
+    optimizer's own that no batch changes.
+    """
+    if not any(P.l2[name] for name in space.names) or value <= 0:
+        return 0.0
+    inner = P.inverse_root(space.split(vector))
+    return sum(P.l2[name] * float(part.square().sum()) for name, part in inner.items()) / value
+
+
 def sharpness(matvec: Callable[[Tensor], Tensor], space: Space, **options: object) -> Extremes:
     """The ends of the spectrum; `options` are those of `extremes`."""
     return extremes(matvec, space.size, device=space.device, **options)  # type: ignore[arg-type]

@@ -52,6 +52,18 @@ class Spread:
             len(parts),
         )
 
+    def scaled(self, factor: float) -> Spread:
+        """The same of factor times the operator."""
+        return Spread(
+            factor * self.value,
+            factor * self.low,
+            factor * self.high,
+            factor * self.ceiling,
+            factor * self.residual,
+            self.converged,
+            self.parts,
+        )
+
 
 def verdict(spread: Spread, threshold: float, *, halved: bool, joint: bool = True) -> str:
     """Above, below or undecided.

@@ -23,16 +23,27 @@ from curvscope.measure.halves import Batch, Half, halves
 from curvscope.measure.layer_signs import example_rows, indices
 from curvscope.measure.network import Network
 from curvscope.measure.preconditioner import Preconditioner, Unassessable, preconditioner
-from curvscope.measure.sharpness import Product, Space, energy_shares, preconditioned, restricted, sharpness
+from curvscope.measure.sharpness import (
+    Product,
+    Space,
+    decay_share,
+    energy_shares,
+    preconditioned,
+    restricted,
+    sharpness,
+)
 from curvscope.measure.sign_stage import Seen, members, signs
 from curvscope.measure.signs import sign_row
 from curvscope.measure.stability import Spread, verdict
+from curvscope.measure.surroundings import clip_scale, clipped_rows, norm_of, scheduled_row
 from curvscope.measure.thresholds import rule
 from curvscope.records import NAN, ExampleRow, KroneckerFactors, Layer, StabilityRow
 
 # Layers with at least this share of the top direction's energy get spreads and verdicts of their own.
 LARGE_SHARE = 0.1
 MOST_PRODUCTS = 100
+# From this share on an eigenvalue is told to be weight decay.
+DECAY_SHARE = 0.5
 TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-4}
 BASIS_BYTES = 256 * 2**20
 # The smallest basis of the iteration, and what a product and P^{-1/2} hold beside it.
@@ -75,7 +86,6 @@ def stability_stage(
     axes: Sequence[int | None],
     output: Layout,
     layers: Mapping[str, Layer],
-    gradient_norm: float,
     wanted: Wanted,
 ) -> Assessment:
     """The stability table of a problem whose loss is settled; a model without second derivatives gets the reason."""
@@ -106,8 +116,7 @@ def stability_stage(
         rows.append(sign_row("example_share", listed[0].curvature_share, reason=indices(listed)))
     if settings is None:
         return Assessment(rows, listed)
-    notes = optimizer_notes(settings, gradient_norm)
-    return Assessment(rows, listed, settings.label, settings.learning_rate, tuple(notes))
+    return Assessment(rows, listed, settings.label, settings.learning_rate, settings.notes)
 
 
 @dataclass
@@ -261,7 +270,7 @@ def _network_rows(
         spread, whole = stage.spread(space, P)
     joint = not P.fixed
     said = verdict(spread, P.step.threshold, halved=bool(stage.parts), joint=joint)
-    limits = [QUADRATIC, stage.no_parts]
+    limits = [QUADRATIC, stage.no_parts, _decay(whole, space, P)]
     if P.fixed:
         limits.append(f"{len(P.fixed)} parameters are held fixed ({P.fixed[0]}, ...): {P.fixed_reason}")
     main = max((settings.parameters[name] for name in P.names), key=lambda one: one.lr)
@@ -280,7 +289,28 @@ def _network_rows(
         )
     )
     rows += _consequences(stage, P, spread, said, main.lr)
-    return rows, whole.top[0].vector, space
+    if settings.clip is not None:
+        norm = norm_of(network.gradient())
+        clipped = _clipped(stage, P, space, spread, clip_scale(norm, settings.clip))
+        rows += clipped_rows(settings, P, spread, clipped, norm, lr=main.lr, halved=bool(stage.parts))
+    scheduled = scheduled_row(settings, P, spread, halved=bool(stage.parts))
+    return [*rows, *([] if scheduled is None else [scheduled])], whole.top[0].vector, space
+
+
+def _clipped(stage: _Stage, P: Preconditioner, space: Space, plain: Spread, scale: float) -> Spread:
+    """The spread of P^{-1} (s H + wd); without wd it is the plain one's, s times."""
+    if scale == 1.0 or not any(P.l2.values()):
+        return plain.scaled(scale)
+    products = [_scaled(stage.product(index), scale) for index in range(len(stage.networks))]
+    return dataclasses.replace(stage, products=products).spread(space, P)[0]
+
+
+def _decay(whole: Extremes, space: Space, P: Preconditioner) -> str:
+    """Says where an eigenvalue is weight decay more than curvature; then it is the same on every part of the batch."""
+    share = decay_share(whole.top[0].vector, whole.top[0].value, space, P)
+    if share < DECAY_SHARE:
+        return ""
+    return f"{share:.0%} of it is weight decay over P, at weights with hardly any gradient: no batch changes it"
 
 
 def _bottom(plain: Extremes, stage: _Stage) -> StabilityRow:
@@ -375,13 +405,16 @@ def _block_row(
     P = stage.P
     large = share >= LARGE_SHARE
     local = None if P is None else dataclasses.replace(P, names=space.names)
-    spread = stage.spread(space, local)[0] if large else Spread.of(stage.on(0, space, local), [])
+    whole = stage.on(0, space, local)
+    spread = stage.spread(space, local, whole)[0] if large else Spread.of(whole, [])
     if P is None or settings is None:
         return stability.eigenvalue_row("layer", name, quantity, spread, timed_out=stage.late)
     said, reason = "not_assessed", f"{share:.1%} of the top direction: no spread was measured"
     if large:
         said = verdict(spread, P.step.threshold, halved=bool(stage.parts))
-        reason = "the block alone: below says nothing of the whole network" if said == "below" else ""
+        decay = _decay(whole, space, P)
+        alone = "the block alone: below says nothing of the whole network" if said == "below" else ""
+        reason = "; ".join(filter(None, (decay, alone)))
     return stability.eigenvalue_row(
         "layer",
         name,
@@ -393,17 +426,3 @@ def _block_row(
         reason=reason,
         timed_out=stage.late,
     )
-
-
-def optimizer_notes(settings: OptimizerSettings | None, gradient_norm: float) -> list[str]:
-    """What was found beside the optimizer, and whether clipping shortens the step here."""
-    if settings is None:
-        return []
-    notes = list(settings.notes)
-    if settings.clip is not None:
-        if gradient_norm > settings.clip:
-            acts = f"acts here (norm {gradient_norm:.3g}): steps are {settings.clip / gradient_norm:.2g} times as long"
-        else:
-            acts = f"does not act here (norm {gradient_norm:.3g})"
-        notes.append(f"Gradient clipping at {settings.clip:g} {acts}; the stability verdict is that without it.")
-    return notes

@@ -12,6 +12,7 @@ from curvscope.load.optimizer_settings import OptimizerSettings, ParameterSettin
 from curvscope.measure.network import Vector
 from curvscope.measure.preconditioner import Preconditioner
 from curvscope.measure.signs import missing, sign_row
+from curvscope.measure.surroundings import clipped
 from curvscope.measure.update import ELEMENTWISE, advanced, next_update
 from curvscope.records import StabilityRow
 
@@ -32,10 +33,11 @@ def update_signs(
     the bias corrected, as in arXiv:2304.13013; `eps_share` the share of entries whose gradients were ever nonzero in
     which eps is larger than sqrt(v); `learning_rate_ratio` a layer's learning rate over the median of all layers';
     `beta1_over_root_beta2` the largest of the groups'; `early_moments` = 1 / (1 - beta1^t), the factor by which P still
-    grows as the momentum's bias correction fades.
+    grows as the momentum's bias correction fades. Where the gradient's norm is clipped, g is the clipped one.
     """
     if settings.problem:
         return [missing(name, settings.problem) for name in QUANTITIES]
+    gradients = [clipped(gradient, settings.clip) for gradient in gradients]
     rows = _ratios(settings, parameters, gradients[0], members, P)
     if settings.kind in MOMENTS:
         rows += _moments(settings, gradients, members)

@@ -154,12 +154,15 @@ MEANINGS: dict[str, dict[str, str]] = {
         "layer": "the layer's exact name, empty for the network",
         "quantity": "hessian_top, hessian_bottom, ggn_top (eigenvalues, loss / parameter^2); preconditioned_sharpness "
         "(top eigenvalue of P^-1 (H + wd), 1 / learning rate); growth_factor (a step, along the top direction); "
-        "largest_stable_lr; direction_share (of the top direction's energy, 0 to 1); signs of trouble, turned so that "
-        "large is bad: formulas and thresholds in docs/signs.md",
+        "largest_stable_lr; clip_scale (the factor that clipping by norm puts on the gradient), clipped_sharpness, "
+        "clipped_growth, clipped_stable_lr (the same where it acts); scheduled_peak_lr (the rate at the step ahead "
+        "where the scheduler leaves the lowest threshold); direction_share (of the top direction's energy, 0 to 1); "
+        "signs of trouble, turned so that large is bad: formulas and thresholds in docs/signs.md",
         "value": "the number on the whole batch",
         "low": "the smallest on the batch and its random halves; NaN where none were run",
         "high": "the largest on the batch and its random halves; NaN where none were run",
-        "threshold": "what the value is compared with; for largest_stable_lr the learning rate in use",
+        "threshold": "what the value is compared with; for largest_stable_lr the learning rate in use, for "
+        "scheduled_peak_lr the largest stable one",
         "verdict": "above (low is above the threshold), below (high is below it; a layer's says nothing of the "
         "network), undecided or not_assessed",
         "residual": "||M x - lambda x|| of the eigenvalue on the whole batch, same unit",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from curvscope.present.numbers import count
+
 
 def encode(name: str) -> str:
     """A layer's name as one HDF5 path component: "%" is written %25, "/" is written %2F, "." alone %2E."""
@@ -40,8 +42,8 @@ def _candidates(name: str, width: int, ellipsis: str) -> Iterator[str]:
     words = [i for i, part in enumerate(parts[:-1]) if not part.isdigit()]
     # Dropping the first word may make decoder the same as encoder: the words behind it are tried next.
     for order in (words, words[1:] + words[:1]):
-        for count in range(1, len(order) + 1):
-            *dropped, last = order[:count]
+        for taken in range(1, len(order) + 1):
+            *dropped, last = order[:taken]
             for kept in range(min(width, len(parts[last]) - 1), -1, -1):
                 form = _without(parts, set(dropped), last, kept, ellipsis)
                 if kept != 1 and len(form) <= width:
@@ -66,3 +68,8 @@ def _without(parts: list[str], dropped: set[int], cut: int, kept: int, ellipsis:
         dot = "." if path and not path.endswith(ellipsis) else ""
         path += dot + (part[:kept] + ellipsis if index == cut else part)
     return path
+
+
+def some(names: list[str], noun: str, most: int = 2) -> str:
+    """The names, or how many there are."""
+    return ", ".join(names) if len(names) <= most else count(len(names), noun)

@@ -133,6 +133,7 @@ CASES: dict[str, tuple[Callable[[], None], list[str], list[str]]] = {
     "all_frozen": (write_state, ["--model", "nets:frozen", "--batch", "batch.pt", *LOSS], ["frozen"]),
     "unwritable_output": (write_state, [*ALL, "-o", "nowhere/run.h5"], ["nowhere"]),
     "existing_output": (existing, ALL, ["--force"]),
+    "small_training_set": (write_state, [*ALL, "--dataset-size", "5"], ["5 examples", "batch has 6", "--dataset-size"]),
     "cuda_absent": (write_state, [*ALL, "--device", "cuda"], ["CUDA"]),
 }
 
@@ -170,6 +171,33 @@ def test_bad_input(name: str, folder: Path) -> None:
         assert word in flat, result.stderr
     after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and "__pycache__" not in str(path)}
     assert after == before
+
+
+USAGE = {
+    "no training set": (["--dataset-size", "0"], "at least one example"),
+    "no such optimizer": (["--optimizer", "lion"], "no optimizer whose stability is known"),
+    "no such setting": (["--optimizer", "adam:lr=0.1,momentum=0.9"], "Adam has no momentum"),
+    "setting beside it": (["--optimizer", "rmsprop", "--nesterov"], "RMSprop has no nesterov"),
+}
+
+
+@pytest.mark.parametrize("name", USAGE)
+def test_usage_is_refused_before_anything_is_read(name: str, folder: Path) -> None:
+    options, words = USAGE[name]
+    result = CliRunner().invoke(app, ["analyze", "absent.pt", *options])
+    assert result.exit_code == 2, result.output
+    assert words in " ".join(result.stderr.split())
+    assert [line.partition(":")[0] for line in result.stderr.strip().split("\n")] == ["error", "where", "next"]
+
+
+def test_a_setting_that_the_stored_optimizer_does_not_have(folder: Path) -> None:
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters())
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, "net.pt")
+    result = CliRunner().invoke(app, ["analyze", "net.pt", *ALL, "--momentum", "0.9"])
+    assert result.exit_code == 2, result.output
+    assert "AdamW has no momentum" in result.stderr
+    assert "beta1, beta2, eps" in result.stderr
 
 
 def test_the_whole_way(folder: Path) -> None:

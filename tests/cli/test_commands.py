@@ -70,7 +70,8 @@ def test_analyze_hands_on_every_option(pipeline: Pipeline) -> None:
         --example-index batch --trust --layers a.* --layers b --skip head --fisher probe --samples 4
         --measure spectral --measure kron_best --device cpu --dtype float64 --memory 1.5GiB --time 2min --seed 7
         --dump columns --dump blocks --dataset-size 50000
-        --optimizer sgd --lr 0.1 --momentum 0.9 --nesterov --weight-decay 1e-4 --damping 0.5 -o out.h5 --quiet
+        --optimizer sgd --lr 0.1 --momentum 0.9 --nesterov --weight-decay 1e-4 --damping 0.5
+        --clip-norm 1.5 -o out.h5 --quiet
     """
     result = call("analyze", "w.pt", *options.split())
     assert result.exit_code == 0, result.output
@@ -104,6 +105,7 @@ def test_analyze_hands_on_every_option(pipeline: Pipeline) -> None:
         "dump": ("columns", "blocks"),
         "dataset_size": 50000,
         "damping": 0.5,
+        "clip_norm": 1.5,
     }
     assert Path("out.h5").exists()
     assert result.output == ""
@@ -114,7 +116,7 @@ def test_analyze_defaults(pipeline: Pipeline) -> None:
     kept = {key: value for key, value in pipeline.called_with.items() if key not in ("progress", "model")}
     assert {key for key, value in kept.items() if value is None} == {
         "batch", "loss", "factory", "optimizer", "samples", "layers", "skip", "measure", "memory", "example_axes",
-        "example_index", "dataset_size", "damping",
+        "example_index", "dataset_size", "damping", "clip_norm",
     }  # fmt: skip
     assert kept["time"] == 60.0
     assert kept["fisher"] == kept["device"] == "auto"

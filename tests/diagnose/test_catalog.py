@@ -35,7 +35,7 @@ def test_a_code_is_found(words: str) -> None:
     assert entry(words).code == "CS501"
 
 
-@pytest.mark.parametrize(("words", "near"), [("CS509", "CS508"), ("curvature", "CS201"), ("XYZ", "")])
+@pytest.mark.parametrize(("words", "near"), [("CS519", "CS509"), ("curvature", "CS201"), ("XYZ", "")])
 def test_unknown_codes_name_near_ones(words: str, near: str) -> None:
     with pytest.raises(UsageError) as raised:
         entry(words)

@@ -71,3 +71,53 @@ def test_not_assessed_is_never_silent() -> None:
     assert "was not assessed: no state." in row.evidence
     assert row.severity == "info"
     assert find(MODEL, {}, [], []) == []
+
+
+def clipped(verdict: str) -> list[StabilityRow]:
+    return [
+        StabilityRow("network", "", "clip_scale", 0.25, reason="the gradient's norm is 4 here, its bound 1"),
+        StabilityRow("network", "", "clipped_sharpness", 60.0, 50.0, 66.0, 80.0, verdict, reason="holds for now"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("verdict", "severity", "confidence", "words"),
+    [
+        ("below", "warning", 0.6, "puts the threshold at 80: below it. That holds for now."),
+        ("undecided", "error", 0.9, "puts the threshold at 80: undecided."),
+        ("above", "error", 0.9, "puts the threshold at 80: above it all the same."),
+    ],
+)
+def test_clipping_tempers_an_error_where_the_clipped_step_is_stable(
+    verdict: str, severity: str, confidence: float, words: str
+) -> None:
+    row = found([*rows("above", value=60.0, low=50.0, high=66.0), *clipped(verdict)])["CS501"]
+    assert (row.severity, row.confidence) == (severity, confidence)
+    assert "above the threshold 20." in row.evidence
+    assert "0.25 times as long (the gradient's norm is 4 here, its bound 1)" in row.evidence
+    assert words in row.evidence
+
+
+def scheduled(verdict: str, value: float) -> list[StabilityRow]:
+    reason = "OneCycleLR: in 7 scheduler steps, with today's sharpness and moments"
+    return [StabilityRow("network", "", "scheduled_peak_lr", value, threshold=0.2, verdict=verdict, reason=reason)]
+
+
+@pytest.mark.parametrize(
+    ("verdict", "value", "severity"),
+    [("below", 0.19, ""), ("undecided", 0.21, ""), ("above", 0.4, "info"), ("above", 0.41, "warning")],
+)
+def test_a_schedule_that_leads_over_the_threshold(verdict: str, value: float, severity: str) -> None:
+    codes = found([*rows("below", value=5.0, low=4.0, high=6.0), *scheduled(verdict, value)])
+    assert (codes["CS509"].severity if "CS509" in codes else "") == severity
+    if severity:
+        assert f"up to 0.2; the schedule goes to {value:.2g} (OneCycleLR: in 7" in codes["CS509"].evidence
+    # what is unstable already needs no prophecy
+    assert "CS509" not in found([*rows("above"), *scheduled(verdict, value)])
+
+
+def test_kfac_that_is_safe_for_one_step_may_be_unstable_for_many() -> None:
+    kfac = dataclasses.replace(MODEL, optimizer="K-FAC, lr 1, damping 0.1, expand")
+    assert "one after another: both can hold" in find(kfac, {}, [], rows("above"))[0].remedy
+    shampoo = dataclasses.replace(MODEL, optimizer="Shampoo, lr 1, damping 0.1")
+    assert "one after another" not in find(shampoo, {}, [], rows("above"))[0].remedy

@@ -12,7 +12,14 @@ from torch import nn
 
 from curvscope.errors import EXIT_BAD_INPUT, CheckpointError
 from curvscope.load import load_problem
-from curvscope.load.vet import CONSTANTS, MODEL, SAMPLE_INPUTS, WEIGHTS, read_archive, write_archive
+from curvscope.load.archive import (
+    CONSTANTS,
+    MODEL,
+    SAMPLE_INPUTS,
+    WEIGHTS,
+    read_archive,
+    write_archive,
+)
 
 
 def archive_of(model: nn.Module, x: torch.Tensor) -> bytes:

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -88,14 +87,48 @@ def test_trainers_optimizer(tmp_path: Path) -> None:
     assert problem.optimizer.param_names == tuple(order)
     assert problem.step == 12
     assert (problem.optimizer.clip, problem.optimizer.notes) == (None, ())
+    assert problem.optimizer.schedule is None
 
-    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+
+LOGS = {
+    "rising": ([0.1, 0.2], (True, "warming up")),
+    "falling": ([0.4, 0.3], (False, "past its peak")),
+    "none": ([], (True, "if it is still warming up")),
+}
+
+
+@pytest.mark.parametrize("log", LOGS)
+def test_the_trainers_schedule_and_bound(log: str, tmp_path: Path) -> None:
+    from transformers import SchedulerType, TrainingArguments, get_scheduler
+
+    model = gpt2()
+    model.save_pretrained(tmp_path)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    scheduler = get_scheduler("cosine", optimizer, 10, 30)
+    for _ in range(4):
+        optimizer.step()
+        scheduler.step()
+    rates, (assumed, words) = LOGS[log]
+    history = [{"learning_rate": rate, "grad_norm": norm} for rate, norm in zip(rates, (0.5, 2.0), strict=False)]
+    record = {"global_step": 4, "max_steps": 30, "log_history": history}
+    (tmp_path / "trainer_state.json").write_text(json.dumps(record))
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
     torch.save(scheduler.state_dict(), tmp_path / "scheduler.pt")
-    torch.save(SimpleNamespace(max_grad_norm=0.7), tmp_path / "training_args.bin")
-    again = load_checkpoint(tmp_path)
-    assert again.optimizer.clip is None
-    assert "sets the learning rate" in again.optimizer.notes[0]
-    assert load_checkpoint(tmp_path, trust=True).optimizer.clip == 0.7
+    # its constructor wants accelerate, which reading the file does not
+    args = object.__new__(TrainingArguments)
+    args.__dict__.update(lr_scheduler_type=SchedulerType.COSINE, warmup_steps=10, max_grad_norm=0.7)
+    torch.save(args, tmp_path / "training_args.bin")
+    found = load_checkpoint(tmp_path).optimizer
+    assert (found.clip, found.schedule.assumed) == (None, assumed)
+    assert words in found.schedule.problem
+    assert any("--clip-norm gives it" in note for note in found.notes)
+    trusted = load_checkpoint(tmp_path, trust=True).optimizer
+    assert (trusted.clip, trusted.schedule.name, trusted.schedule.problem) == (0.7, "cosine", "")
+    assert any("50% of the 2 gradient norms" in note for note in trusted.notes) == bool(rates)
+    for row in trusted.schedule.rates:
+        assert row.tolist() == [group["lr"] for group in optimizer.param_groups]
+        scheduler.step()
+    assert len(trusted.schedule.rates) == 27
 
 
 def change_config(folder: Path, **values: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from torch import Tensor, nn
 
 from curvscope.errors import UsageError
 from curvscope.load.checkpoint import load_checkpoint
-from curvscope.load.optimizer import as_optimizer_state, match_optimizer
+from curvscope.load.optimizer import as_optimizer_state, class_name_of, match_optimizer
 from curvscope.load.optimizer_options import optimizer_options
 from curvscope.load.optimizer_settings import OptimizerSettings, optimizer_settings
 from curvscope.load.problem import OptimizerState
+from curvscope.load.surroundings import find_clip
+from curvscope.measure.preconditioner import Preconditioner, preconditioner
 from curvscope.measure.update import next_update
 
 optim = torch.optim
@@ -163,7 +166,9 @@ def test_options_that_name_nothing(words: str) -> None:
 SHAMPOO = {
     "L and R": {"L": torch.eye(5), "R": torch.eye(4)},
     "numbered": {"precond_0": torch.eye(5), "precond_1": torch.eye(4)},
-    "inverse": {"inv_precond_0": torch.eye(5), "inv_precond_1": torch.eye(4)},
+    "inverse": {"inv_precond_0": torch.eye(5), "inv_precond_1": torch.eye(4), "precond_0": torch.eye(5)},
+    "inverse, other": {"inv_pre_cond_0": torch.eye(5), "inv_pre_cond_1": torch.eye(4)},
+    "distributed": {"block_0": {"shampoo": {"factor_matrices": [torch.eye(5), torch.eye(4)]}}},
     "list": {"factor_matrices": [torch.eye(5), torch.eye(4)]},
     "preconditioners": {"preconditioners": [torch.eye(5), torch.eye(4)]},
     "unknown": {"buckets": [torch.eye(5)]},
@@ -180,12 +185,91 @@ def test_shampoos_factors(form: str) -> None:
     )
     found = optimizer_settings(state, {"0.weight": (5, 4)})
     assert found.kind == "shampoo"
-    if form in ("unknown", "other size"):
+    if form in ("unknown", "other size", "numbered", "distributed"):
         assert "no factors" in found.problem
     else:
         assert found.problem == ""
-        name = "inverse" if form == "inverse" else "factor"
+        name = "inverse" if form.startswith("inverse") else "factor"
         assert set(found.parameters["0.weight"].moments) == {f"{name}_0", f"{name}_1"}
+
+
+def test_momentum_that_shampoo_preconditions_again_is_not_assessed() -> None:
+    group = {"lr": 0.1, "momentum": 0.5, "epsilon": 1e-3, "params": [0]}
+    for form, refused in (("inverse", True), ("inverse, other", True), ("L and R", False)):
+        state = OptimizerState("Shampoo", ("0.weight",), {"state": {0: SHAMPOO[form]}, "param_groups": [group]})
+        assert (
+            "goes through the preconditioner again" in optimizer_settings(state, {"0.weight": (5, 4)}).problem
+        ) == refused
+
+
+class Shampoo(optim.Optimizer):
+    """A reference on matrices: L += g g^T, R += g^T g, step -lr L^p g R^p; `numbered` as torch_optimizer does."""
+
+    def __init__(self, params: Iterable[Any], lr: float, epsilon: float, numbered: bool) -> None:
+        super().__init__(params, {"lr": lr, "momentum": 0.0, "weight_decay": 0.0, "epsilon": epsilon, "update_freq": 1})
+        self.numbered, self.frozen = numbered, False
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                entry, eps = self.state[p], 0.0 if self.numbered else group["epsilon"]
+                keys = [f"precond_{k}" for k in (0, 1)] if self.numbered else ["L", "R"]
+                for key, square, size in zip(keys, (p.grad @ p.grad.T, p.grad.T @ p.grad), p.shape, strict=True):
+                    start = group["epsilon"] * torch.eye(size).double() if self.numbered else 0 * square
+                    if not self.frozen:
+                        entry[key] = entry.get(key, start) + square
+                roots = []
+                for k, key in enumerate(keys):
+                    values, U = torch.linalg.eigh(entry[key] + eps * torch.eye(len(entry[key])).double())
+                    roots.append((U * values ** (-1 / 2 if self.numbered else -1 / 4)) @ U.T)
+                    if self.numbered:
+                        entry[f"inv_precond_{k}"] = roots[-1]
+                p -= group["lr"] * roots[0] @ p.grad @ roots[1]
+
+
+@pytest.mark.parametrize("numbered", [True, False])
+@pytest.mark.parametrize("times", [0.7, 1.3])
+def test_growth_under_a_reference_shampoo(numbered: bool, times: float) -> None:
+    """Along the top direction of a quadratic whose Hessian is dense, with frozen factors."""
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(20, 20, generator=generator, dtype=torch.float64)
+    H = root @ root.T
+    weight = nn.Parameter(torch.zeros(5, 4).double())
+    model = nn.Module()
+    model.weight = weight
+    optimizer = Shampoo([weight], 1.0, 0.1, numbered)
+    for _ in range(8):
+        weight.grad = torch.randn(5, 4, generator=generator, dtype=torch.float64)
+        optimizer.step()
+    optimizer.frozen = True
+
+    def linearised(lr: float) -> Preconditioner:
+        optimizer.param_groups[0]["lr"] = lr
+        settings = settled(model, optimizer)
+        assert settings.problem == ""
+        P = preconditioner(settings, ["weight"])
+        assert isinstance(P, Preconditioner)
+        return P
+
+    def rooted(P: Preconditioner) -> Tensor:
+        units = torch.eye(20).double().view(20, 5, 4)
+        return torch.stack([P.inverse_root({"weight": unit})["weight"].flatten() for unit in units], 1)
+
+    R = rooted(linearised(1.0))
+    values, vectors = torch.linalg.eigh(R @ H @ R)
+    lr = times * 2 / float(values[-1])
+    with torch.no_grad():
+        weight.copy_((R @ vectors[:, -1]).view(5, 4))
+    sizes = [float(weight.detach().norm())]
+    for _ in range(3):
+        optimizer.param_groups[0]["lr"] = lr
+        weight.grad = (H @ weight.detach().flatten()).view(5, 4)
+        optimizer.step()
+        sizes.append(float(weight.detach().norm()))
+    predicted = linearised(lr).step.growth(float(values[-1]))
+    assert sizes[1:] == pytest.approx([sizes[0] * predicted**k for k in (1, 2, 3)], rel=1e-9)
+    assert (predicted > 1) == (times > 1)
 
 
 @pytest.mark.parametrize("agrees", [True, False])
@@ -210,8 +294,33 @@ def test_scheduler_and_clipping_are_told(agrees: bool, tmp_path: Path) -> None:
         tmp_path / "c.pt", lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
     ).optimizer
     assert state.clip == 2.0
-    assert ("sets the learning rate" in state.notes[0]) == agrees
-    assert ("is not the optimizer's" in state.notes[0]) != agrees
+    assert (state.schedule.name, state.schedule.problem == "") == ("StepLR", agrees)
+    assert ("is not the optimizer's" in state.schedule.problem) != agrees
+    settings = optimizer_settings(state, shapes_of(net))
+    assert settings.label.endswith("gradient norm clipped at 2")
+    # what the user says comes first
+    own = optimizer_settings(state, shapes_of(net), optimizer_options({"clip_norm": 0, "lr": 0.5}))
+    assert (own.clip, own.schedule) == (None, None)
+    assert "what its StepLR does is left out" in own.notes[0]
+
+
+CLIPS: dict[str, tuple[dict[str, Any], float | None, bool]] = {
+    "top": ({"max_grad_norm": 0.5}, 0.5, False),
+    "hyperparameters": ({"hyper_parameters": {"gradient_clip_val": 1.5}}, 1.5, False),
+    "namespace": ({"args": argparse.Namespace(grad_clip=0.25)}, 0.25, False),
+    "off": ({"max_grad_norm": 0.0}, None, False),
+    "by value": ({"hparams": {"gradient_clip_val": 1.5, "gradient_clip_algorithm": "value"}}, None, True),
+    "value of its own": ({"clip_value": 0.1}, None, True),
+    "a flag": ({"grad_clip": True}, None, False),
+}
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_the_bound_on_the_gradient(name: str) -> None:
+    content, bound, told = CLIPS[name]
+    found, notes = find_clip(content)
+    assert found == bound
+    assert any("not modelled" in note for note in notes) == told
 
 
 def test_a_class_told_from_nadams_options() -> None:
@@ -229,3 +338,72 @@ def test_an_unknown_class_named_by_the_user_keeps_its_numbers() -> None:
     named = optimizer_settings(state, {"0.weight": (5, 4)}, optimizer_options("shampoo:damping=0.1"))
     assert (named.problem, named.damping) == ("", 0.1)
     assert (named.parameters["0.weight"].lr, named.parameters["0.weight"].momentum) == (0.25, 0.5)
+
+
+VARIANTS: dict[str, Callable[[Iterable[Any]], optim.Optimizer]] = {
+    "fused": lambda p: optim.AdamW(p, lr=0.01, fused=True),
+    "capturable": lambda p: optim.Adam(p, lr=torch.tensor(0.01, dtype=torch.float64), foreach=False),
+    "foreach": lambda p: optim.NAdam(p, lr=0.01, foreach=True),
+    "rmsprop foreach": lambda p: optim.RMSprop(p, lr=0.01, foreach=True),
+    "amsgrad fused": lambda p: optim.Adam(p, lr=0.01, amsgrad=True, fused=True),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_flags_of_the_implementation_change_nothing(name: str, tmp_path: Path) -> None:
+    """Tensor steps and rates, through a file and matched by order: the predicted step is torch's."""
+    net = double_net()
+    optimizer = VARIANTS[name](net.parameters())
+    for _ in range(3):
+        random_step(net, optimizer)
+    torch.save(optimizer.state_dict(), tmp_path / "o.pt")
+    state, _ = match_optimizer(torch.load(tmp_path / "o.pt", weights_only=True), list(net.named_parameters()))
+    settings = optimizer_settings(state, shapes_of(net))
+    assert settings.problem == ""
+    assert settings.parameters["0.weight"].step == 3
+    before = {key: p.detach().clone() for key, p in net.named_parameters()}
+    predicted = next_update(settings, before, random_step(net, optimizer))
+    for key, p in net.named_parameters():
+        real = p.detach() - before[key]
+        assert float((predicted[key] - real).abs().max()) <= 1e-10 * float(real.abs().max()), key
+
+
+NAMED: dict[str, Callable[[Iterable[Any]], optim.Optimizer]] = {
+    "Muon": lambda p: optim.Muon([one for one in p if one.ndim == 2]),
+    "Adafactor": lambda p: optim.Adafactor(p),
+    "ASGD": lambda p: optim.ASGD(p),
+    "Rprop": lambda p: optim.Rprop(p),
+    "LBFGS": lambda p: optim.LBFGS(p),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_others_are_named_and_not_assessed(name: str) -> None:
+    net = double_net()
+    optimizer = NAMED[name](net.parameters())
+    assert class_name_of(optimizer.state_dict())[0] == name
+    found = settled(net, optimizer)
+    assert (found.kind, found.name) == ("other", name)
+    assert found.problem == f"no stability threshold is known for {name}"
+
+
+OPTIONS = {
+    "ScheduleFree": {"lr": 1, "betas": (0.9, 0.99), "eps": 1e-8, "r": 0, "k": 3, "weight_lr_power": 2},
+    "AdEMAMix": {"lr": 1, "betas": (0.9, 0.99, 0.9999), "eps": 1e-8, "alpha": 5.0, "beta3_warmup": 9},
+    "Prodigy": {"lr": 1, "betas": (0.9, 0.99), "d0": 1e-6, "d_coef": 1.0},
+    "LARS": {"lr": 1, "momentum": 0.9, "dampening": 0, "nesterov": False, "trust_coefficient": 1e-3},
+    "unknown": {"lr": 1, "betas": (0.9, 0.99), "weight_decay": 0.1},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_of_others(name: str) -> None:
+    assert class_name_of({"state": {}, "param_groups": [{**OPTIONS[name], "params": [0]}]})[0] == name
+
+
+def test_an_sgd_with_options_of_its_own_is_not_taken_for_torchs() -> None:
+    group = {**optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1, momentum=0.9).state_dict()["param_groups"][0]}
+    assert class_name_of({"state": {}, "param_groups": [group]}) == ("SGD", ())
+    name, notes = class_name_of({"state": {}, "param_groups": [{**group, "caution": True}]})
+    assert name == "unknown"
+    assert "caution" in notes[0]

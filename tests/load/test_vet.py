@@ -13,18 +13,17 @@ import pytest
 import torch
 from torch import nn
 
-from curvscope.load.vet import (
+from curvscope.load.archive import (
     CONSTANTS,
     MODEL,
     SAMPLE_INPUTS,
     WEIGHTS,
     RefusedArchiveError,
     UnreadableArchiveError,
-    raw_weights,
     read_archive,
-    vetted_archive,
     write_archive,
 )
+from curvscope.load.vet import raw_weights, vetted_archive
 
 Members = dict[str, bytes]
 

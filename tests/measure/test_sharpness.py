@@ -152,7 +152,10 @@ def test_shampoo_is_the_dense_product_of_roots(inverse: bool) -> None:
             values, vectors = torch.linalg.eigh(L)
             values = values + (0.0 if inverse else 0.01)
             power = (vectors * values ** (-1 / (2 * len(shape)))) @ vectors.T
-            entry[f"inv_precond_{axis}" if inverse else f"precond_{axis}"] = power if inverse else L
+            if inverse:
+                entry[f"inv_precond_{axis}"] = power
+            else:
+                entry.setdefault("preconditioners", []).append(L)
             product = torch.kron(product, power)
         state[index] = entry
         blocks.append(product)

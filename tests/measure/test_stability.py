@@ -17,7 +17,7 @@ from curvscope.load.optimizer_options import optimizer_options
 from curvscope.load.optimizer_settings import OptimizerSettings, optimizer_settings
 from curvscope.measure.halves import Batch, halves
 from curvscope.measure.stability import Spread, verdict
-from curvscope.measure.stability_stage import NO_OPTIMIZER, Wanted, assess, optimizer_notes
+from curvscope.measure.stability_stage import NO_OPTIMIZER, Wanted, assess
 from curvscope.records import StabilityRow
 from tests import models
 from tests.networks import graph_and_network
@@ -194,6 +194,27 @@ def test_l2_decay_is_added_once_also_to_a_sums_halves() -> None:
                 assert getattr(after, column) == pytest.approx(getattr(before, column) + 0.7, rel=1e-9)
 
 
+def test_an_eigenvalue_that_is_weight_decay_says_so() -> None:
+    """Dead weights under Adam: P is as small as the decay, wd / P far over any curvature, on every part the same."""
+    model, batch = problem()
+    shapes = {name: p.shape for name, p in batch.network.parameters.items()}
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-6, weight_decay=1e-2)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    plain = optimizer_settings(as_optimizer_state(optimizer, model), shapes)
+    assert not [row for row in rows_of(batch, plain, full=True) if "weight decay" in row.reason]
+    optimizer.param_groups[0]["weight_decay"] = 5.0
+    optimizer.state[model[0].weight]["exp_avg_sq"][0] = 1e-12
+    dead = optimizer_settings(as_optimizer_state(optimizer, model), shapes)
+    told = {row.scope: row for row in rows_of(batch, dead) if "is weight decay over P" in row.reason}
+    assert set(told) == {"network", "layer"}
+    assert told["layer"].layer == "0"
+    share = float(told["layer"].reason.partition("%")[0]) / 100
+    root = (1 - 0.9) * ((1e-12 / (1 - 0.999)) ** 0.5 + 1e-8)
+    assert share == pytest.approx(5.0 / root / told["layer"].value, abs=0.006)
+
+
 def test_without_an_optimizer_sharpness_is_there_and_no_verdict() -> None:
     _, batch = problem()
     network = {row.quantity: row for row in rows_of(batch, None, full=True) if row.scope == "network"}
@@ -266,12 +287,6 @@ def test_a_memory_bound_is_kept_and_told() -> None:
     (row,) = rows_of(batch, settings_of(batch, "sgd:lr=0.1"), memory_bytes=1000)
     assert (row.quantity, row.verdict) == ("preconditioned_sharpness", "not_assessed")
     assert "over --memory" in row.reason
-
-
-@pytest.mark.parametrize(("norm", "words"), [(4.0, "steps are 0.5 times as long"), (1.0, "does not act here")])
-def test_clipping_is_told(norm: float, words: str) -> None:
-    settings = OptimizerSettings("sgd", "SGD", {}, clip=2.0)
-    assert words in optimizer_notes(settings, norm)[0]
 
 
 def test_through_the_pipeline_with_groups() -> None:

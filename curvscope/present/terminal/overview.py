@@ -2,46 +2,31 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable
-from pathlib import PurePath
 
 from rich.padding import Padding
-from rich.panel import Panel
 from rich.table import Table
 
-from curvscope.present.names import shorten
+from curvscope.present.names import shorten, some
 from curvscope.present.numbers import count, number, percent
 from curvscope.present.sparkline import sparkline
 from curvscope.present.terminal.damping import overview_section
+from curvscope.present.terminal.findings import findings_section
+from curvscope.present.terminal.head import TREATMENT_WORDS, head, kronecker_layers
 from curvscope.present.terminal.page import GAP, STATUS_WORDS, Column, Page
 from curvscope.present.terminal.stability import stability_section
 from curvscope.present.terminal.steps import steps_section
-from curvscope.records import CoverageRow, ErrorRow, FindingRow, Layer, Run
+from curvscope.records import CoverageRow, ErrorRow, Layer, Run
 
 FLAVOURS = ("expand", "reduce")
-SHOWN = 3
-SEVERITIES = ("error", "warning", "info")
 SPARKLINE_WIDTHS = (32, 28, 24, 20, 16, 12, 8)
-TREATMENT_WORDS = {
-    "exact_only": "exact block only",
-    "uncovered": "not covered",
-    "frozen": "frozen",
-}
-FISHER_WORDS = {
-    "exact": "exact GGN",
-    "probe": "GGN estimated from {samples}",
-    "mc": "GGN estimated from {samples}",
-    "empirical": "empirical Fisher, which is another matrix than the GGN",
-}
-SAMPLE_WORDS = {"probe": ("probe", ""), "mc": ("drawn label an example", "drawn labels an example")}
 
 
 def overview(page: Page, run: Run) -> None:
     """Print the whole first page."""
-    page.console.print(_header(page, run))
-    layers = _kronecker_layers(run)
+    page.console.print(head(page, run))
+    layers = kronecker_layers(run)
     page.heading(f"{count(len(layers), 'layer')}, in forward order")
     _layer_table(page, list(layers.values()))
     _legend(page, run, layers)
@@ -50,79 +35,9 @@ def overview(page: Page, run: Run) -> None:
     stability_section(page, run)
     _coverage(page, run)
     steps_section(page, run)
-    _worth_a_look(page, run, layers)
+    findings_section(page, run, layers)
     _notes(page, run)
     _next(page, run)
-
-
-def _kronecker_layers(run: Run) -> dict[str, Layer]:
-    """The layers that have Kronecker factors; the others have a block alone, and no row in the table."""
-    alone = {row.layer for row in run.tables["coverage"] if row.treatment == "exact_only"}
-    return {name: layer for name, layer in run.layers.items() if name not in alone}
-
-
-def _shares(run: Run) -> dict[str, float]:
-    """Treatment to its share of the trainable parameters."""
-    counts: dict[str, int] = {}
-    for row in run.tables["coverage"]:
-        if row.treatment != "frozen":
-            counts[row.treatment] = counts.get(row.treatment, 0) + row.count
-    total = sum(counts.values())
-    return {treatment: entries / total for treatment, entries in counts.items() if entries}
-
-
-def _header(page: Page, run: Run) -> Panel:
-    """Model, loss, coverage and what the numbers stand for, at a glance."""
-    model, info = run.model, run.info
-    grid = Table.grid(padding=(0, 2, 0, 0))
-    grid.add_column(style="dim", no_wrap=True)
-    grid.add_column(overflow="fold")
-    covered = page.text(percent(model.coverage), "bold green" if model.coverage >= 0.9 else "bold yellow")
-    covered.append(page.safe(" Kronecker"), style="not bold default")
-    shares = _shares(run)
-    for treatment in ("exact_only", "uncovered"):
-        if treatment in shares:
-            share = f", {percent(shares[treatment])} {TREATMENT_WORDS[treatment]}"
-            covered.append(page.safe(share), style="not bold default")
-    covered.append(page.safe(" (of the trainable parameters)"), style="not bold dim default")
-    step = f", step {model.step:,}" if model.step >= 0 else ""
-    lines = {
-        "coverage": covered,
-        "model": page.text(f"{model.name}, {count(model.parameters, 'parameter')}{step}"),
-        "batch": page.text(f"{count(model.examples, 'example')}, outputs {model.outputs}"),
-        "loss": page.text(f"{number(model.loss, 4)} {model.loss_name}, gradient norm {number(model.gradient_norm)}"),
-        "curvature": page.text(f"{_fisher_words(run)}, {info.dtype} on {info.device}"),
-        "mode": page.text("eval mode" + (f": {model.mode_note}" if model.mode_note else "")),
-    }
-    if model.graph != "exported":
-        lines["graph"] = page.text(model.graph)
-    for label, words in lines.items():
-        grid.add_row(label, words)
-    title = page.text(f"curvscope {page.dash} {PurePath(model.checkpoint).name or model.name}", "bold")
-    made = page.text(f"curvscope {info.curvscope_version}, {info.created[:16].replace('T', ' ')}", "dim")
-    return Panel(grid, title=title, title_align="left", subtitle=made, subtitle_align="right", border_style="cyan")
-
-
-def _fisher_words(run: Run) -> str:
-    """What was exact and what was estimated, with how many layers where they differ."""
-    per_layer: dict[str, int] = {}
-    layers = _kronecker_layers(run)
-    for layer in layers.values():
-        row = layer.errors.get("kfac_expand")
-        unknown = row is None or row.status in ("not_assessed", "skipped")
-        key = "" if row is None or unknown else row.fisher
-        per_layer[key] = per_layer.get(key, 0) + 1
-    if not per_layer or set(per_layer) == {""}:
-        per_layer = {run.info.fisher: len(layers)} | per_layer
-    words = []
-    for fisher, concerned in sorted(per_layer.items(), key=lambda item: -item[1]):
-        if fisher:
-            samples = count(run.info.samples, *SAMPLE_WORDS.get(fisher, ("sample", "")))
-            said = FISHER_WORDS.get(fisher, fisher).format(samples=samples)
-            words.append(said if len(per_layer) == 1 else f"{said} ({count(concerned, 'layer')})")
-    if "" in per_layer and len(per_layer) > 1:
-        words.append(f"{count(per_layer[''], 'layer')} not assessed")
-    return ", ".join(words)
 
 
 def _layer_table(page: Page, layers: list[Layer]) -> None:
@@ -246,16 +161,11 @@ def _not_assessed(page: Page, run: Run, layers: dict[str, Layer]) -> None:
         what = "everything" if len(named) > 5 else ", ".join(named)
         names = [layer for concerned in by_reason.values() for layer in concerned]
         line = page.text(f"{page.dash} {STATUS_WORDS[status]}: ", "yellow")
-        line.append(page.safe(f"{what} of {_some(names, 'layer', most=1)}: {next(iter(by_reason))}"), style="dim")
+        line.append(page.safe(f"{what} of {some(names, 'layer', most=1)}: {next(iter(by_reason))}"), style="dim")
         if len(by_reason) > 1:
             line.append(f" (other reasons: {len(by_reason) - 1}, on the layers' pages)", style="dim")
         lines.append(line)
     page.lines(lines)
-
-
-def _some(names: list[str], noun: str, most: int = 2) -> str:
-    """The names, or how many there are."""
-    return ", ".join(names) if len(names) <= most else count(len(names), noun)
 
 
 def _coverage(page: Page, run: Run) -> None:
@@ -310,94 +220,6 @@ def _exact_only(run: Run) -> list[tuple[str, int]]:
         )
         found.append((words, sum(layers[name] for name in names)))
     return sorted(found, key=lambda item: -item[1])
-
-
-def _worth_a_look(page: Page, run: Run, layers: dict[str, Layer]) -> None:
-    """The likely root causes with what follows from each; what is only worth knowing in few lines."""
-    findings = run.tables["findings"]
-    blank = sum(_unassessed(layer) for layer in layers.values())
-    roots = [row for row in findings if not row.caused_by]
-    serious = [row for row in roots if row.severity != "info"]
-    if not findings:
-        nothing = "nothing stands out" if 2 * blank <= len(layers) else "no findings"
-        page.heading(nothing)
-    elif serious:
-        page.heading("what deserves a look")
-        # no layer's page has the network's findings
-        shown = serious[:SHOWN] + [row for row in serious[SHOWN:] if row.layer not in run.layers]
-        for index, row in enumerate(shown):
-            if index:
-                page.console.print()
-            page.findings([row])
-            _consequences(page, findings, row)
-        more = len(serious) - len(shown)
-        if more:
-            page.console.print()
-            where = "on the pages of their layers" if more > 1 else "on the page of its layer"
-            page.lines([page.text(f"and {count(more, 'warning')} more, {where}.", "dim")])
-    else:
-        page.heading("no warnings")
-    _worth_knowing(page, run, [row for row in roots if row.severity == "info"])
-    if layers and 2 * blank > len(layers):
-        words = (
-            f"K-FAC's errors were not assessed for {blank} of {count(len(layers), 'layer')}: little is known of them."
-        )
-        page.lines([page.text(words, "yellow")])
-
-
-def _consequences(page: Page, findings: list[FindingRow], root: FindingRow) -> None:
-    """What follows from a root cause, folded: a line a code, with the layers."""
-    behind: dict[tuple[str, str], list[FindingRow]] = {}
-    for row in sorted(followers(findings, root), key=lambda row: SEVERITIES.index(row.severity)):
-        behind.setdefault((row.code, row.title), []).append(row)
-    lines = []
-    for (code, title), rows in behind.items():
-        names = [row.layer for row in rows if row.layer]
-        where = f" in {_some(names, 'layer')}" if names else ""
-        style = "" if rows[0].severity != "info" else "dim"
-        lines.append(page.text(f"causes {_titled(code, title)}{where}", style))
-        if rows[0].severity != "info":
-            lines.append(page.text(rows[0].evidence, "dim"))
-    page.lines(lines, indent=9)
-
-
-def followers(findings: list[FindingRow], root: FindingRow) -> list[FindingRow]:
-    """Everything that follows from a finding, directly or not, in order of rank."""
-    names, found = {_name(root)}, []
-    for row in findings:
-        if row.caused_by in names and _name(row) not in names:
-            names.add(_name(row))
-            found.append(row)
-    return found
-
-
-def _titled(code: str, title: str) -> str:
-    return f"{code} {title}".strip()
-
-
-def _name(row: FindingRow) -> str:
-    return f"{row.code} {row.layer}".strip()
-
-
-def _worth_knowing(page: Page, run: Run, rows: list[FindingRow]) -> None:
-    """Info: the network's in full, the layers' by code in one line."""
-    network = [row for row in rows if row.layer not in run.layers]
-    if network:
-        page.console.print()
-        page.findings(network)
-    codes: dict[tuple[str, str], int] = {}
-    for row in rows:
-        if row.layer in run.layers:
-            codes[row.code, row.title] = codes.get((row.code, row.title), 0) + 1
-    if codes:
-        said = ", ".join(f"{_titled(code, title)} ({count(n, 'layer')})" for (code, title), n in sorted(codes.items()))
-        page.console.print()
-        page.lines([page.text(f"Worth knowing, on the layers' pages: {said}.", "dim")])
-
-
-def _unassessed(layer: Layer) -> bool:
-    rows = [layer.errors[name] for flavour in FLAVOURS if (name := f"kfac_{flavour}") in layer.errors]
-    return all(math.isnan(row.rel_frobenius) for row in rows)
 
 
 def _notes(page: Page, run: Run) -> None:

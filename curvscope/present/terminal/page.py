@@ -44,6 +44,11 @@ TRANSLITERATED = str.maketrans(
 )
 
 
+def titled(code: str, title: str) -> str:
+    """A finding's code with its title, where it has one."""
+    return f"{code} {title}".strip()
+
+
 @dataclass(frozen=True)
 class Column:
     """A table's column: its header (lines), its cells, and how dear it is (the smallest is dropped first)."""

@@ -25,6 +25,11 @@ QUANTITY_WORDS = {
     "preconditioned_sharpness": "sharpness as the optimizer sees it",
     "growth_factor": "growth a step along the top direction",
     "largest_stable_lr": "largest stable learning rate",
+    "clip_scale": "length of the clipped step, of the full one",
+    "clipped_sharpness": "sharpness against the threshold with clipping",
+    "clipped_growth": "growth a step along the top direction with clipping",
+    "clipped_stable_lr": "largest stable learning rate with clipping",
+    "scheduled_peak_lr": "learning rate at the schedule's tightest step",
     "direction_share": "share of the top direction",
     "update_rms": "gradient over its second moment, RMS of g / sqrt(v)",
     "update_ratio": "next step over weights",
@@ -82,6 +87,9 @@ def stability_section(page: Page, run: Run) -> None:
         if rate is not None and math.isfinite(rate.value):
             words += f"; stable up to a learning rate of {_value(rate)}"
         grid.add_row("growth", page.text(words))
+    for title, line in (("clipping", _clipping(page, network)), ("schedule", _schedule(page, network))):
+        if line is not None:
+            grid.add_row(title, line)
     noise = _noise(page, run, network)
     if noise is not None:
         grid.add_row("gradient", noise)
@@ -124,6 +132,38 @@ def _noise(page: Page, run: Run, network: dict[str, StabilityRow]) -> Text | Non
     return page.text(words + f"equal in a batch of about {number(noise.value / signal.value)}")
 
 
+def _clipping(page: Page, network: dict[str, StabilityRow]) -> Text | None:
+    """What clipping by norm does to this step, and the verdict with it."""
+    scale, row = network.get("clip_scale"), network.get("clipped_sharpness")
+    if scale is None:
+        return None
+    if row is None:
+        return page.text(f"does not act: {scale.reason}")
+    growth, rate = network.get("clipped_growth"), network.get("clipped_stable_lr")
+    line = page.text(f"step {number(scale.value)} times as long: {scale.reason}; ")
+    line.append(page.safe(row.verdict), style=VERDICT_STYLES.get(row.verdict, ""))
+    words = f": {_value(row)} against {number(row.threshold)}"
+    if growth is not None:
+        words += f", growth {number(growth.value)}"
+    if rate is not None and math.isfinite(rate.value):
+        words += f", stable up to {number(rate.value)}"
+    line.append(page.safe(f"{words}; {row.reason}"), style="not bold default")
+    return line
+
+
+def _schedule(page: Page, network: dict[str, StabilityRow]) -> Text | None:
+    """The rates ahead against what is stable today."""
+    row = network.get("scheduled_peak_lr")
+    if row is None:
+        return None
+    if math.isnan(row.value):
+        return page.text(f"not assessed: {row.reason}", "yellow")
+    line = page.text(f"learning rate {number(row.value)} at its tightest step, ")
+    line.append(page.safe(row.verdict), style=VERDICT_STYLES.get(row.verdict, ""))
+    line.append(page.safe(f" what is stable today ({number(row.threshold)}); {row.reason}"), style="not bold default")
+    return line
+
+
 def _verdict(page: Page, run: Run, row: StabilityRow) -> Text:
     """The verdict in a sentence with value, spread, threshold and batch size."""
     if row.verdict == "not_assessed":
@@ -153,11 +193,14 @@ def _layers(page: Page, rows: list[StabilityRow]) -> None:
     short = shorten([page.safe(name) for name in shown], max(10, min(longest, page.width - 40)), page.ellipsis)
     cells: list[tuple[str, str]] = []
     verdicts: list[tuple[str, str]] = []
+    decays: list[str] = []
     for name in shown:
         block = blocks.get(name)
         known = block is not None and not math.isnan(block.value)
         cells.append((_value(block) if block is not None and known else page.dash, "" if known else "dim"))
         said = block.verdict if block is not None and block.verdict != "not_assessed" else ""
+        if block is not None and "is weight decay" in block.reason:
+            decays.append(f"{name}: {block.reason.partition(';')[0]}.")
         verdicts.append((said or page.dash, VERDICT_STYLES.get(said, "dim")))
     page.table(
         [
@@ -167,3 +210,4 @@ def _layers(page: Page, rows: list[StabilityRow]) -> None:
             Column("\nalone", verdicts, worth=7, left=True),
         ]
     )
+    page.lines([page.text(words, "dim") for words in decays])

@@ -35,7 +35,7 @@ def steps_section(page: Page, run: Run) -> None:
         better = min(products or summaries, key=lambda row: row.change)
         rows = [row for row in run.tables["steps"] if _key(row) == _key(better)]
         _table(page, rows, better, wanted=SECTION_COLUMNS)
-        lines += _words(page, better)
+        lines += [*_words(page, better), *_repeated(page, run)]
         others = [
             f"{_name(row)} {number(row.damping)} ({_signed(row.change)})"
             for row in summaries
@@ -140,6 +140,18 @@ def _words(page: Page, row: GlobalDampingRow) -> list[Text]:
         words += f"{_signed(row.per_layer_change)}, {abs(gain):.0%} {'more' if gain > 0 else 'less'} than one for all."
         lines.append(page.text(words, "dim"))
     return lines
+
+
+def _repeated(page: Page, run: Run) -> list[Text]:
+    """Says that safe for one step is not stable for many, where the K-FAC in use is unstable."""
+    unstable = any(
+        row.quantity == "preconditioned_sharpness" and row.scope == "network" and row.verdict == "above"
+        for row in run.tables.get("stability", [])
+    )
+    if not (unstable and run.model.optimizer.startswith("K-FAC")):
+        return []
+    words = "Safe means one step of full length from here; the optimizer's steps, one after another, are unstable "
+    return [page.text(words + "(CS501): both hold.", "yellow")]
 
 
 def _evidence_line(page: Page, run: Run) -> list[Text]:
