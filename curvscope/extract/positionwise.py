@@ -76,7 +76,13 @@ def _feature_axes(loss: Loss, layouts: Layouts, targets: Any) -> list[int]:
 
 def _apart(graph: Graph, tensors: list[Tensor], layouts: Layouts, axis: int, count: int) -> dict[str, int] | None:
     """The feature axis of every tap, if no position's outputs depend on another's rows; else None."""
-    if any(spec.groups > 1 or spec.roles for spec in graph.layers.values()):
+    replayed = any(
+        member.replay is not None
+        for site in graph.sites()
+        if type(site.module) is Tap
+        for member in site.module.members
+    )
+    if replayed or any(spec.groups > 1 or spec.roles for spec in graph.layers.values()):
         return None
     sites = {site.target: site for site in graph.sites()}
     for target, site in sites.items():

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from curvscope.extract.collector import Columns, Extract, Form
+from curvscope.extract.replayed import Replayed
 from curvscope.extract.symmetric import GramSum
 from curvscope.graph.layout import Layout
 from curvscope.graph.sites import LayerSpec
@@ -27,7 +28,8 @@ class TapCollector:
         self.like = layouts.outputs
         self.layouts = {site.target: layouts.sites[site.target] for site in spec.sites}
         self.taps = {site.target: site.module for site in spec.sites}
-        self.extra: dict[str, list[Tensor]] = {}
+        self.extra: dict[str, list[Any]] = {}
+        self.replayed: dict[str, list[Replayed | None]] = {}
         self.sum: Tensor | None = None
         self.values: dict[str, Tensor] = {}
         self.pulls = {name: pull for site in spec.sites for name, pull in site.module.pulls.items()}
@@ -47,7 +49,9 @@ class TapCollector:
             self.like = module.output
             self.extra[target] = []
             while hasattr(module, f"input{len(self.extra[target]) + 1}"):
-                self.extra[target].append(getattr(module, f"input{len(self.extra[target]) + 1}").detach())
+                given = getattr(module, f"input{len(self.extra[target]) + 1}")
+                self.extra[target].append(given.detach() if isinstance(given, Tensor) else given)
+            self.replayed[target] = replayed_members(module, self.extra[target], module.output, self.layouts[target])
 
     def start(self, column: int | None) -> None:
         """The next gradients belong to this column; None: to the loss itself."""
@@ -59,7 +63,7 @@ class TapCollector:
         """One tap's output gradient of this pass."""
         tap = self.taps[target]
         assert isinstance(tap, Tap)
-        found = tap_gradients(tap, gradient, self.extra[target], self.layouts[target])
+        found = tap_gradients(tap, gradient, self.extra[target], self.layouts[target], self.replayed[target])
         for name in [name for name in found if name in self.pulls]:
             value = found.pop(name)
             self.values[name] = self.values[name] + value if name in self.values else value
@@ -100,11 +104,23 @@ class TapCollector:
         return Extract(self.spec, self.examples, 1.0, 0.0, {}, self.gradient, columns, example_squares=self.squares)
 
 
-def tap_gradients(tap: Tap, gradient: Tensor, extra: list[Tensor], layout: Layout) -> dict[str, Tensor]:
-    """The gradient of every parameter of a tap for each example, [N, size].
+def replayed_members(tap: Tap, extra: Sequence[Any], output: Tensor, layout: Layout) -> list[Replayed | None]:
+    """For every member of a tap the operation that has to be run again for it; None for those with a rule."""
+    rest = list(extra)
+    found: list[Replayed | None] = []
+    for member in tap.members:
+        taken, rest = rest[: len(member.operands)], rest[len(member.operands) :]
+        found.append(None if member.replay is None else Replayed(member.replay, taken, output, layout))
+    return found
+
+
+def tap_gradients(
+    tap: Tap, gradient: Tensor, extra: Sequence[Any], layout: Layout, replayed: Sequence[Replayed | None]
+) -> dict[str, Tensor]:
+    """The gradient of every member of a tap for each example, [N, size].
 
     `g`, `g * other` or `-g`, summed over everything but the example and the entries that were read, and added up at the
-    places these have in the parameter.
+    places these have in the parameter; or what autograd says of the operation.
     """
     found: dict[str, Tensor] = {}
     for name, product, places in tap_entries(tap, gradient, extra):
@@ -115,24 +131,29 @@ def tap_gradients(tap: Tap, gradient: Tensor, extra: list[Tensor], layout: Layou
             place = layout.split(places).flatten(1)
         total = value.new_zeros(value.shape[0], tap.shapes[name].numel()).scatter_add_(1, place, value)
         found[name] = found[name] + total if name in found else total
+    for member, again in zip(tap.members, replayed, strict=True):
+        if again is not None:
+            total, name = again.gradients(gradient), member.parameter
+            found[name] = found[name] + total if name in found else total
     return found
 
 
-def tap_entries(tap: Tap, gradient: Tensor, extra: list[Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Of every member: its name, what is added to its gradient, and at which of its entries.
+def tap_entries(tap: Tap, gradient: Tensor, extra: Sequence[Any]) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Of every member with a rule: its name, what is added to its gradient, and at which of its entries.
 
     The second is shaped like `gradient`, the third broadcasts to that.
     """
     rest = list(extra)
-    other = rest.pop(0) if any(member.role == "scale" for member in tap.members) else None
     for member in tap.members:
+        taken, rest = rest[: len(member.operands)], rest[len(member.operands) :]
+        if member.replay is not None:
+            continue
         product = -gradient if member.role == "minus" else gradient
-        if member.role == "scale":
-            assert other is not None
-            product = gradient * other
+        if member.other is not None:
+            product = gradient * taken.pop(0).conj()
         shape = tap.shapes[member.parameter]
         if member.index is not None:
-            places = rest.pop(0).long()
+            places = taken.pop(0).long()
         else:
             places = torch.arange(shape.numel(), device=gradient.device).view(shape)
         if member.channels_first:

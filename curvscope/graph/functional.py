@@ -17,7 +17,7 @@ from curvscope.graph import sites as finding
 from curvscope.graph import taps
 from curvscope.graph.operands import SAME_VALUES, VIEWS, WHOLE, MatrixForm, Part, matrix_form, operand_of
 from curvscope.graph.products import Operation
-from curvscope.graph.reasons import UNREACHED, why_blocked
+from curvscope.graph.reasons import UNREACHED, why_exact_only
 from curvscope.graph.sites import LayerSpec, Leaf, ParameterUse, Site
 from curvscope.graph.still import moving_nodes, reads_any, symbolic
 from curvscope.graph.unlift import tidy, unlift
@@ -149,17 +149,7 @@ def build(
             roles |= {weight: found_roles} if found_roles else {}
         if not requires_grad[weight]:
             reasons[weight] = (names[weight], "frozen", "its weight does not require a gradient")
-        elif weight in blocked:
-            reasons[weight] = ("", "uncovered", blocked[weight])
-        elif agreed is None:
-            mixed = "read as different matrices by several operations: no exact block is computed"
-            reasons[weight] = ("", "uncovered", mixed)
-        elif not any(_follows_examples(call, calls) for call in calls):
-            continue  # its rows depend on no example: what it makes of them may have an exact block
-        elif not all(_follows_examples(call, calls) for call in calls):
-            mixed = "some of its rows belong to no example, others do: no exact block is computed"
-            reasons[weight] = ("", "uncovered", mixed)
-        else:
+        elif agreed is not None and all(_follows_examples(call, calls) for call in calls):
             forms[weight], found = agreed
             parts |= {call.node: part for call, part in zip(calls, found, strict=True)}
     chosen = [operation for operation in operations if operation.weight in forms]
@@ -282,15 +272,15 @@ def _insert_tap(
     known = specs.get(name)
     if known is None:
         known = specs[name] = LayerSpec(name, plan.kind, plan.parameters[0], None, 0, 1, None, exact_only=True)
-    known.members |= {parameter: shapes[parameter].numel() for parameter in plan.parameters}
+    own = {*known.members, *plan.parameters}
+    known.members = {name: shape.numel() for name, shape in shapes.items() if name in own}
     known.d_in = sum(known.members.values())
     tap = taps.Tap(plan.members, plan.shapes, plan.pulls)
     count = sum(len(spec.sites) for spec in specs.values())
     site = Site(f"curvscope_tap_{count}_{plan.node.name}", name, plan.kind, tap)
     known.sites.append(site)
     module.add_submodule(site.target, tap)
-    extra = [plan.other] if plan.other is not None else []
-    extra += [member.index for member in plan.members if member.index is not None]
+    extra = [operand for member in plan.members for operand in member.operands]
     graph = module.graph
     order = {node: position for position, node in enumerate(graph.nodes)}
     last = max([behind, *extra], key=lambda node: order[node])
@@ -480,15 +470,10 @@ def _readers(graph: fx.Graph, parameters: set[str]) -> dict[str, list[fx.Node]]:
     return readers
 
 
-def _mixed_roles(operations: Sequence[Operation], readers: dict[str, list[fx.Node]]) -> dict[str, str]:
+def _mixed_roles(operations: Sequence[Operation], readers: dict[str, list[fx.Node]]) -> set[str]:
     """Weights that are read by something else than linear operations, too."""
-    blocked = {}
     nodes = {operation.node for operation in operations}
-    for operation in operations:
-        others = [reader for reader in readers[operation.weight] if reader not in nodes]
-        if others:
-            blocked[operation.weight] = why_blocked(others)
-    return blocked
+    return {operation.weight for operation in operations if not nodes.issuperset(readers[operation.weight])}
 
 
 def _depends_on_inputs(node: fx.Node) -> bool:
@@ -566,7 +551,9 @@ def _account(
             uses.append(ParameterUse(name, owner[name], tensor.numel(), "uncovered", "left out by --layers / --skip"))
         elif name in owner:
             treatment = "exact_only" if specs[owner[name]].exact_only else "kronecker"
-            uses.append(ParameterUse(name, owner[name], tensor.numel(), treatment))
+            spec = specs[owner[name]]
+            why = why_exact_only(spec.kind, name) if spec.exact_only else ""
+            uses.append(ParameterUse(name, owner[name], tensor.numel(), treatment, why))
         elif name in reasons:
             layer, treatment, reason = reasons[name]
             uses.append(ParameterUse(name, layer, tensor.numel(), treatment, reason))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import fx
 
 UNREACHED = "this forward pass does not reach it"
@@ -15,28 +13,30 @@ def operation_name(node: fx.Node) -> str:
     return str(node.target).removeprefix("aten.").split(".")[0]
 
 
-def why_no_tap(end: fx.Node, source: fx.Node, parameter: str) -> str:
+def is_product(node: fx.Node) -> bool:
+    """Whether the operation is linear in a weight: a matrix product or a convolution."""
+    name = operation_name(node)
+    return name in LINEAR or "conv" in name
+
+
+def why_no_tap(end: fx.Node, source: fx.Node) -> str:
     """Why what a parameter is used for gives it no exact block: `source` is it, or a value computed from it."""
     name = operation_name(end)
-    is_weight = name in LINEAR or "conv" in name
     if source.op != "get_attr":
-        through = operation_name(source)
-        if "parametrizations" in parameter:
-            through = "a parametrization"
-        elif parameter.endswith(("weight_g", "weight_v")):
-            through = "weight_norm"
-        elif parameter.endswith("_orig"):
-            through = "spectral_norm or pruning"
-        if is_weight:
-            return f"the weight of a {name} is computed from it ({through}), so that it is no layer's weight itself"
-        return f"what is computed from it ({through}) is used by {name}, for which no exact block is computed"
-    if is_weight:
-        return f"read by {name} in a form that is no plain linear operation: no exact block is computed"
-    if name == "embedding":
-        return "an embedding with padding_idx, whose padding row gets no gradient: no exact block is computed"
+        return f"what is computed from it ({operation_name(source)}) is used by {name}: no exact block is computed"
     return f"used by {name}, for which no exact block is computed"
 
 
-def why_blocked(others: Sequence[fx.Node]) -> str:
-    """Why a linear operation's weight that something else reads, too, is no layer."""
-    return f"tied in two roles (also read by {operation_name(others[0])}): not covered yet"
+def why_exact_only(kind: str, parameter: str) -> str:
+    """Why a parameter that has an exact block has no Kronecker factors, where its layer's kind does not say so."""
+    word, _, product = kind.partition(" ")
+    if word != "computed":
+        return ""
+    through = ""
+    if "parametrizations" in parameter:
+        through = " (a parametrization)"
+    elif parameter.endswith(("weight_g", "weight_v")):
+        through = " (weight_norm)"
+    elif parameter.endswith("_orig"):
+        through = " (spectral_norm or pruning)"
+    return f"the weight of the {product} is computed from it{through}: it is no layer's weight itself"

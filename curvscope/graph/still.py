@@ -56,6 +56,8 @@ class Pull(nn.Module):
             warnings.filterwarnings("ignore", message=".*performance drop because.*")
             fresh = [self.parameters_pulled[name].detach().requires_grad_() for name in names]
             value = self.compute(*fresh)
+            if not value.requires_grad:
+                return {}  # nothing of them is left but constants, as behind a detach
             found = torch.autograd.grad(
                 value,
                 fresh,
@@ -63,10 +65,14 @@ class Pull(nn.Module):
                 is_grads_batched=True,
                 allow_unused=True,
             )
-        return {name: grad.detach().flatten(1) for name, grad in zip(names, found, strict=True) if grad is not None}
+        return {
+            name: grad.detach().reshape(len(gradients), -1)
+            for name, grad in zip(names, found, strict=True)
+            if grad is not None
+        }
 
 
-def _ancestors(value: fx.Node) -> set[fx.Node]:
+def ancestors(value: fx.Node) -> set[fx.Node]:
     """The node and everything that it is computed from."""
     needed: set[fx.Node] = set()
     pending = [value]
@@ -80,19 +86,19 @@ def _ancestors(value: fx.Node) -> set[fx.Node]:
 
 def stands_alone(value: fx.Node) -> bool:
     """Whether the value can be computed from the model alone, without even the batch's size."""
-    return all(node.op in ("get_attr", "call_function") for node in _ancestors(value))
+    return all(node.op in ("get_attr", "call_function") for node in ancestors(value))
 
 
 def reads_any(value: fx.Node, names: Container[str]) -> bool:
     """Whether one of these parameters is among what the value is computed from."""
-    return any(node.op == "get_attr" and str(node.target) in names for node in _ancestors(value))
+    return any(node.op == "get_attr" and str(node.target) in names for node in ancestors(value))
 
 
 def pull_back(root: nn.Module, value: fx.Node, names: Sequence[str]) -> Pull:
     """How the gradients of these parameters follow from the value's."""
     graph = fx.Graph()
     own = {name: graph.placeholder(f"parameter_{index}") for index, name in enumerate(names)}
-    needed, copied = _ancestors(value), {}
+    needed, copied = ancestors(value), {}
     for node in value.graph.nodes:
         if node not in needed:
             continue

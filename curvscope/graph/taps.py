@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from curvscope.graph.operands import SAME_VALUES, TRANSPOSES
-from curvscope.graph.reasons import UNREACHED, why_no_tap
-from curvscope.graph.still import CHOICES, Pull, moving_nodes, pull_back, stands_alone
+from curvscope.graph.reasons import UNREACHED, is_product, operation_name, why_no_tap
+from curvscope.graph.replay import Replay, replay_of
+from curvscope.graph.still import CHOICES, Pull, ancestors, moving_nodes, pull_back, stands_alone, symbolic
 
 aten = torch.ops.aten
 
@@ -31,6 +32,15 @@ NORMS: dict[Any, tuple[int, int | None, bool]] = {
     aten.group_norm.default: (2, 3, True),
     aten.instance_norm.default: (1, 2, True),
 }
+
+
+def norm_kind(target: Any) -> str:
+    """The operation's name as torch.nn.functional has it."""
+    return str(target).removeprefix("aten.").split(".")[0].removeprefix("_native_").removesuffix("_legit_no_training")
+
+
+NORM_KINDS = {norm_kind(target) for target in NORMS}
+COMPUTED = "computed"  # the kind of a product whose weight is computed, with the product's name behind it
 INDEXING = {
     *SAME_VALUES,
     *TRANSPOSES,
@@ -56,15 +66,26 @@ class Member:
 
     Attributes:
         parameter: its name.
-        role: scale (times `other`), shift, or minus.
+        role: scale (times `other`), shift, minus, or replayed.
         channels_first: it belongs to axis 1 of the output; otherwise it broadcasts as it is.
         index: the node that holds, for every element that was read, its place in the parameter (None: read whole).
+        other: the node that a scale is multiplied with.
+        replay: the operation as a function of it, where that has no rule of its own, and `arguments` the nodes that
+            hold its arguments.
     """
 
     parameter: str
     role: str
-    channels_first: bool
-    index: fx.Node | None
+    channels_first: bool = False
+    index: fx.Node | None = None
+    other: fx.Node | None = None
+    replay: Replay | None = None
+    arguments: tuple[fx.Node, ...] = ()
+
+    @property
+    def operands(self) -> list[fx.Node]:
+        """The nodes that a tap takes for it, in the order that `extract.taps` reads them."""
+        return [node for node in (self.other, self.index) if node is not None] + list(self.arguments)
 
 
 @dataclass(frozen=True)
@@ -75,7 +96,6 @@ class TapPlan:
         layer: the layer it belongs to.
         kind: the operation.
         members: what is read there; parameters, or values computed from parameters alone.
-        other: what a scale is multiplied with (None: nothing is).
         parameters: the layer's parameters behind the members.
         shapes: the shape of every member.
         pulls: value -> how the gradients of its parameters follow from its own.
@@ -85,7 +105,6 @@ class TapPlan:
     layer: str
     kind: str
     members: tuple[Member, ...]
-    other: fx.Node | None
     parameters: tuple[str, ...]
     shapes: dict[str, torch.Size]
     pulls: dict[str, Pull]
@@ -112,20 +131,18 @@ class _Read:
 
 @dataclass(frozen=True)
 class _Place:
-    """A tap for one read: behind which node, of what kind, with which member and other operand."""
+    """A tap for one read: behind which node, of what kind, with which member."""
 
     node: fx.Node
     kind: str
     member: Member
-    other: fx.Node | None
 
 
 class Tap(nn.Module):
     """Hands its first argument on; BackPACK keeps all of them for the extension.
 
     Attributes:
-        members: what is read there, in the order of the further arguments: first what a scale is multiplied with (if
-            any member is one), then the index of every member that has one.
+        members: what is read there; the further arguments are the `operands` of one after the other.
         shapes: the shape of every member.
         pulls: for members that are computed, how the gradients of their parameters follow.
     """
@@ -164,7 +181,7 @@ def find_taps(
     reasons = {name: UNREACHED for name in wanted if name not in seen}
     for read, names in reads.items():
         if places[read] is None:
-            reasons |= {name: why_no_tap(read.end, read.source.node, name) for name in names if name not in reasons}
+            reasons |= {name: why_no_tap(read.end, read.source.node) for name in names if name not in reasons}
     kept = {read: [name for name in names if name not in reasons] for read, names in reads.items()}
     layers = _layers(kept, places, taken)
     plans: dict[tuple[fx.Node, str], TapPlan] = {}
@@ -176,13 +193,8 @@ def find_taps(
             key = (place.node, layer)
             source = read.source
             pulls = {} if source.is_parameter else {source.name: pull_back(root, source.node, own)}
-            plan = TapPlan(
-                place.node, layer, place.kind, (place.member,), place.other, own, {source.name: source.shape}, pulls
-            )
+            plan = TapPlan(place.node, layer, place.kind, (place.member,), own, {source.name: source.shape}, pulls)
             known = plans.get(key)
-            if known is not None and known.other is not None and plan.other is not None:
-                # two values of one layer multiplied with each other after an example came in
-                reasons |= dict.fromkeys((*known.parameters, *own), "multiplied with another parameter of its layer")
             plans[key] = plan if known is None else _merged(known, plan)
     order = {node: index for index, node in enumerate(graph.nodes)}
     found = [plan for plan in plans.values() if not set(plan.parameters) & set(reasons)]
@@ -193,7 +205,6 @@ def _merged(first: TapPlan, second: TapPlan) -> TapPlan:
     return dataclasses.replace(
         first,
         members=(*first.members, *second.members),
-        other=first.other if first.other is not None else second.other,
         parameters=tuple(dict.fromkeys((*first.parameters, *second.parameters))),
         shapes=first.shapes | second.shapes,
         pulls=first.pulls | second.pulls,
@@ -203,39 +214,72 @@ def _merged(first: TapPlan, second: TapPlan) -> TapPlan:
 def _layers(
     kept: Mapping[_Read, Sequence[str]], places: Mapping[_Read, _Place | None], taken: Container[str]
 ) -> dict[str, str]:
-    """Parameter -> its layer: the module of a norm or of values computed on the way, otherwise the parameter itself."""
+    """Parameter -> its layer.
+
+    The module of a norm, or of values computed on the way (with the bias beside a computed weight); otherwise the
+    parameter itself.
+    """
     layers: dict[str, str] = {}
+    computed: set[str] = set()
+    every = {name for names in kept.values() for name in names}
     for read, names in kept.items():
+        place = places[read]
+        kind = "" if place is None else place.kind
         for name in names:
-            place, owner = places[read], name.rpartition(".")[0]
-            together = not read.source.is_parameter or (place is not None and place.kind not in ("scale", "shift"))
-            if together and owner and owner not in taken:
+            owner = _owner(name, every)
+            if (not read.source.is_parameter or kind in NORM_KINDS) and owner and owner not in taken:
                 layers[name] = owner
+                computed |= {owner} if kind.startswith(COMPUTED) else set()
             else:
                 layers.setdefault(name, name)
-    return layers
+    beside = {name for name in layers if name.rpartition(".")[2] == "bias" and _owner(name, every) in computed}
+    return layers | {name: _owner(name, every) for name in beside}
+
+
+def _owner(name: str, names: Collection[str]) -> str:
+    """The module that a parameter belongs to, seen through parametrizations; `model` for the root, if that is free."""
+    path = (
+        name.partition("parametrizations.")[0].rstrip(".") if "parametrizations." in name else name.rpartition(".")[0]
+    )
+    return path or ("" if any(other.startswith("model.") for other in names) else "model")
 
 
 def _reads(root: nn.Module, name: str, start: fx.Node, moving: Container[fx.Node]) -> Iterator[_Read]:
-    """Every place where the parameter, or a value computed from it alone, meets an example."""
+    """Every place where the parameter, or a value computed from it alone, meets an example.
+
+    A value that was spread over the batch meets the examples where that was done.
+    """
     pending, seen = [start], {start}
+    whole = _Source(name, root.get_buffer(name).shape, start, True)
     while pending:
         node = pending.pop(0)
-        shape = root.get_buffer(name).shape if node is start else _fixed_shape(node)
-        label = name if node is start else f"value {node.name}"
-        source = None if shape is None else _Source(label, shape, node, node is start)
-        walk: list[tuple[fx.Node, tuple[fx.Node, ...]]] = [(node, ())]
+        shape = _fixed_shape(node)
+        alone = node is start or (shape is not None and stands_alone(node))
+        source = (
+            whole if node is start or shape is None or not alone else _Source(f"value {node.name}", shape, node, False)
+        )
+        before = () if alone else _between(start, node)
+        walk: list[tuple[fx.Node, tuple[fx.Node, ...]]] = [(node, before)]
         while walk:
             shown, chain = walk.pop(0)
             for user in shown.users:
                 if user.op == "call_function" and user.target in INDEXING and user.args[0] is shown:
                     walk.append((user, (*chain, user)))
-                elif user in moving:
-                    end = shown if user.op == "output" else user
-                    yield _Read(source or _Source(label, torch.Size(), node, False), end, chain)
+                elif user in moving or (symbolic(shown) and user.op != "call_function"):
+                    yield _Read(source, shown if user.op == "output" else user, chain)
                 elif user not in seen:
                     seen.add(user)
                     pending.append(user)
+
+
+def _between(start: fx.Node, end: fx.Node) -> tuple[fx.Node, ...]:
+    """The nodes on the ways from one node to another, without the first, in order."""
+    needed = ancestors(end)
+    found: dict[fx.Node, None] = {start: None}
+    for node in start.graph.nodes:
+        if node in needed and any(parent in found for parent in node.all_input_nodes):
+            found[node] = None
+    return tuple(node for node in found if node is not start)
 
 
 def _fixed_shape(node: fx.Node) -> torch.Size | None:
@@ -247,25 +291,31 @@ def _fixed_shape(node: fx.Node) -> torch.Size | None:
 
 def _place(graph: fx.Graph, root: nn.Module, read: _Read) -> _Place | None:
     source, end, chain = read.source, read.end, list(read.chain)
-    if any(node.target is aten.embedding.default and node.args[2:3] not in ((), (-1,)) for node in chain):
-        return None  # the row of padding_idx gets no gradient: its entries would have to be told apart
-    if not source.is_parameter and (_fixed_shape(source.node) is None or not stands_alone(source.node)):
-        return None
     shown = chain[-1] if chain else source.node
+    indexed = all(node.target in INDEXING for node in chain)
+    # the row of padding_idx gets no gradient, which only the operation itself knows
+    padded = any(node.target is aten.embedding.default and node.args[2:3] not in ((), (-1,)) for node in chain)
     if end.target in NORMS and not chain and source.is_parameter:
-        return _norm_place(graph, source.name, end)
-    if end.op == "call_function":
-        derivative = _derivative(graph, end, shown)
+        place = _norm_place(graph, source.name, end)
+        if place is not None:
+            return place
+    if indexed and not padded:
+        derivative = _derivative(graph, end, shown) if end.op == "call_function" else None
         if derivative is not None:
             role, other, channels_first = derivative
             index = _index_chain(graph, root, source, chain)
             kind = "scale" if role == "scale" else "shift"
-            return _Place(end, kind, Member(source.name, role, channels_first, index), other)
-    # what was read itself: a token put before every example, or a table that is looked up
-    if chain and shown.target in (aten.expand.default, aten.repeat.default, aten.embedding.default):
-        index = _index_chain(graph, root, source, chain)
-        return _Place(shown, "shift", Member(source.name, "shift", False, index), None)
-    return None
+            return _Place(end, kind, Member(source.name, role, channels_first, index, other))
+        # what was read itself: a token put before every example, or a table that is looked up
+        spread = shown.target in (aten.expand.default, aten.repeat.default, aten.embedding.default)
+        if chain and (spread or symbolic(shown)):
+            return _Place(shown, "shift", Member(source.name, "shift", index=_index_chain(graph, root, source, chain)))
+    plan = replay_of(root, source.node, chain, end)
+    if plan is None:
+        return None
+    is_weight = not source.is_parameter and is_product(end)
+    kind = f"{COMPUTED} {operation_name(end)}" if is_weight else operation_name(end)
+    return _Place(plan.output, kind, Member(source.name, "replayed", replay=plan.replay, arguments=plan.arguments))
 
 
 def _derivative(graph: fx.Graph, end: fx.Node, shown: fx.Node) -> tuple[str, fx.Node | None, bool] | None:
@@ -339,11 +389,9 @@ def _norm_place(graph: fx.Graph, name: str, end: fx.Node) -> _Place | None:
         if len(firsts) != 1:
             return None
         output = firsts[0]
-    kind = (
-        str(end.target).removeprefix("aten.").split(".")[0].removeprefix("_native_").removesuffix("_legit_no_training")
-    )
+    kind = norm_kind(end.target)
     if places[0] == bias:
-        return _Place(output, kind, Member(name, "shift", channels_first, None), None)
+        return _Place(output, kind, Member(name, "shift", channels_first))
     for place in (weight, bias):
         if place is not None and place < len(args):
             args[place] = None
@@ -355,7 +403,7 @@ def _norm_place(graph: fx.Graph, name: str, end: fx.Node) -> _Place | None:
             plain = graph.call_function(operator.getitem, (plain, 0))
     with graph.inserting_after(plain):
         plain = graph.call_function(aten.detach.default, (plain,))
-    return _Place(output, kind, Member(name, "scale", channels_first, None), plain)
+    return _Place(output, kind, Member(name, "scale", channels_first, other=plain))
 
 
 def _parameter(node: fx.Node) -> str | None:

@@ -100,7 +100,10 @@ def _attach(root: nn.Module, path: str, tensor: Tensor) -> None:
 
 
 def tidy(graph: fx.Graph, device: torch.device, dtype: torch.dtype) -> None:
-    """Drop checks, move baked-in devices and too narrow dtypes, and make every view a reshape."""
+    """Drop checks, move baked-in devices and too narrow dtypes, and make every view a reshape.
+
+    Look-ups lose what torch.nn does to their gradients alone: division by the tokens' counts, and sparse tensors.
+    """
     width = torch.finfo(dtype).bits
 
     def retarget(item: Any) -> Any:
@@ -114,6 +117,12 @@ def tidy(graph: fx.Graph, device: torch.device, dtype: torch.dtype) -> None:
         if str(node.target).removeprefix("aten.").split(".")[0] in CHECKS:
             graph.erase_node(node)
             continue
+        if node.target is aten.embedding.default:
+            node.args, node.kwargs = node.args[:3], {k: v for k, v in node.kwargs.items() if k == "padding_idx"}
+        elif node.target is aten.embedding_bag.padding_idx:
+            args: list[Any] = list(node.args)
+            args[3:4], args[5:6] = [False] * len(args[3:4]), [False] * len(args[5:6])
+            node.args = tuple(args)
         if node.target is aten.view.default:
             # A site's output may have other strides than the traced operation's had.
             node.target = aten.reshape.default

@@ -17,6 +17,7 @@ from curvscope.load.batches import open_batches
 from curvscope.load.bundle import bundle_batch
 from curvscope.load.checkpoint import Checkpoint, load_checkpoint
 from curvscope.load.eval_mode import eval_mode, hidden_by_eval
+from curvscope.load.kinds import plain_model
 from curvscope.load.loss import load_loss
 from curvscope.load.optimizer import as_optimizer_state
 from curvscope.load.optimizer_options import check_options, optimizer_options
@@ -65,7 +66,7 @@ def load_problem(
         CheckpointError: the checkpoint can't be read, is not trusted, or does not fit its model.
         BatchError: the batch can't be read, is missing, empty, or not finite.
         LossError: the loss is missing or unknown.
-        ModelError: weights that are NaN or Inf.
+        ModelError: weights that are NaN or Inf, or a model of a kind that can't be analyzed (see `plain_model`).
         UsageError: an optimizer that does not train this model, words that name none, or settings that the
             optimizer does not have. Words are looked at before anything is loaded.
     """
@@ -73,6 +74,9 @@ def load_problem(
     options = optimizer_options(optimizer) if said else {}
     options |= optimizer_options({"clip_norm": clip_norm})
     found, source = _checkpoint(model, factory, trust)
+    if isinstance(found.model, nn.Module):
+        plain, notes = plain_model(found.model)
+        found = dataclasses.replace(found, model=plain, notes=(*found.notes, *notes))
     check_weights(found.model)
     given = bundle_batch(found.bundle) if batch is None and found.bundle is not None else batch
     opened = open_batches(given, batches)

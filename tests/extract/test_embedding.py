@@ -593,13 +593,24 @@ class Rescaled(nn.Module):
         return self.head(torch.tanh(self.table(x)).mean(1))
 
 
-def test_rescaled_rows_are_not_covered() -> None:
+def test_rescaled_rows() -> None:
+    """The block is that of the rows as the forward pass leaves them, and the user's own rows stay."""
     torch.manual_seed(0)
-    batch = words(5, TIME), words(5, top=3)
-    run = curvscope.analyze(Rescaled(), batch, loss="cross_entropy", fisher="exact")
+    model, (inputs, targets) = Rescaled().double().eval(), (words(5, TIME), words(5, top=3))
+    before = model.table.weight.detach().clone()
+    run = curvscope.analyze(
+        model, (inputs, targets), loss="cross_entropy", fisher="exact", dtype="float64", dump=("blocks",)
+    )
     (row,) = [row for row in run.tables["coverage"] if row.parameter == "table.weight"]
-    assert row.treatment == "uncovered"
-    assert "renorm" in row.reason
+    assert row.treatment == "kronecker"
+    assert torch.equal(model.table.weight, before)
+    output = model(inputs)  # rescales the looked-up rows in place
+    assert not torch.equal(model.table.weight, before)
+    J = torch.stack([torch.autograd.grad(o, model.table.weight, retain_graph=True)[0] for o in output.flatten()])
+    J = J[:, torch.as_tensor(run.layers["table"].tokens)].transpose(1, 2).flatten(1).unflatten(0, output.shape)
+    H = reference.output_hessian(nn.functional.cross_entropy, output.detach(), targets)
+    G = torch.einsum("ncp,ncd,ndq->pq", J, H, J)
+    np.testing.assert_allclose(run.layers["table"].block, G.numpy(), rtol=1e-9, atol=1e-12 * float(G.abs().max()))
 
 
 @pytest.mark.parametrize("dump", [("blocks",), ("columns", "blocks")], ids=["formed", "columns"])
