@@ -21,10 +21,11 @@ from curvscope.extract.plan import size_in_words
 from curvscope.extract.ready import describe_plan, get_ready
 from curvscope.extract.sweep import Progress, no_progress
 from curvscope.load import load_problem
+from curvscope.load.decay import is_shampoo
 from curvscope.load.problem import Problem
 from curvscope.measure.layer import Wishes, keep_nothing
 from curvscope.measure.layers import attempt, measure_layers, timed
-from curvscope.measure.optimizer import damping_wishes
+from curvscope.measure.optimizer import SHAMPOO, damping_wishes
 from curvscope.measure.stability_stage import Assessment, Wanted, stability_stage
 from curvscope.measure.stage import NetworkStage
 from curvscope.measure.whole import SHARE_OF_TIME, estimated_seconds
@@ -284,6 +285,8 @@ def _analyzed(given: _Given, run_on: torch.device) -> Run:
                     fisher=chosen,
                 )
             )
+    if is_shampoo(problem):
+        notes.append(f"{SHAMPOO}.")
     wishes = Wishes(
         chosen,
         settings.measure,
@@ -292,14 +295,14 @@ def _analyzed(given: _Given, run_on: torch.device) -> Run:
         kind,
         ready.plan.piece_bytes,
         keep_nothing if stage is None else stage.keep,
-        damping_wishes(problem.optimizer, graph, settings),
+        damping_wishes(problem.optimizer, graph, settings, shampoo=is_shampoo(problem)),
     )
     measured, squared_gradient = measure_layers(passes, ready.plan, wishes, report, seconds, ready.estimated)
     of_network: Mapping[str, list[Any]] = {"steps": [], "global_damping": [], "evidence": []}
     if stage is not None:
         report("steps", "", 0, 1)
         with timed(seconds, "steps"):
-            of_network = attempt(stage.tables) or of_network
+            of_network = attempt(partial(stage.tables, measured)) or of_network
         report("steps", "", 1, 1)
     if whole is not None and not of_network["steps"]:
         notes.append(f"Tables steps and evidence are not assessed: {WHOLE_MEMORY}")
@@ -354,7 +357,7 @@ def _analyzed(given: _Given, run_on: torch.device) -> Run:
             optimizer=stability.optimizer,
             learning_rate=stability.learning_rate,
         )
-        findings = rules.find(info, measured, coverage, table, stability.examples)
+        findings = rules.find(info, measured, coverage, table, stability.examples, joint=of_network["global_damping"])
         notes += _padding_note(measured)
     return Run(
         info=RunInfo(

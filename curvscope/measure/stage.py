@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from curvscope.extract.choose import budget
 from curvscope.graph.functional import Graph
-from curvscope.load.decay import l2_decay, own_damping
+from curvscope.load.decay import kfac_damping, l2_decay
 from curvscope.load.problem import Problem
 from curvscope.measure import whole
 from curvscope.measure.evidence import evidence_rows, likelihood
 from curvscope.measure.layer import Keep, keep_nothing
 from curvscope.measure.network import Network
-from curvscope.records import Row
+from curvscope.measure.ranges import own_dampings, with_joint
+from curvscope.records import Layer, Row
 from curvscope.settings import Settings
 
 
@@ -59,7 +60,7 @@ class NetworkStage:
                 graph,
                 network,
                 l2_decay(problem.optimizer),
-                own_damping(problem.optimizer) if settings.damping is None else settings.damping,
+                kfac_damping(problem, settings.damping),
                 fisher=fisher,
                 seed=settings.seed,
                 memory_bytes=budget(settings),
@@ -71,8 +72,8 @@ class NetworkStage:
         """What takes each layer's share while it is measured."""
         return keep_nothing if self.found is None else self.found.keeper.keep
 
-    def tables(self) -> dict[str, list[Row]]:
-        """The tables steps, global_damping and evidence."""
+    def tables(self, layers: Mapping[str, Layer]) -> dict[str, list[Row]]:
+        """The tables steps, global_damping and evidence; the layers' ranges get their column `joint`."""
         loss, outputs, targets, examples, dataset_size = self.likelihood_of
         if self.found is None:
             steps, summaries = whole.no_steps(self.why_no_steps)
@@ -82,7 +83,9 @@ class NetworkStage:
                 "global_damping": list(summaries),
                 "evidence": list(evidence_rows([], {}, found, fisher=self.fisher)),
             }
-        steps, summaries = self.found.finish()
+        steps, summaries = self.found.finish(own_dampings(layers))
+        for layer in layers.values():
+            layer.ranges = with_joint(layer.ranges, summaries)
         value = self.found.objective.value
         found = likelihood(loss, value, outputs, targets, examples, dataset_size)
         parameters = self.found.objective.network.parameters
