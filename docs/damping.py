@@ -49,10 +49,10 @@ batch. {reading}
 """
 READING = (
     "On other batches of the same data it raises the loss in {bad_lowest} of {total} runs, the recommended value in "
-    "{bad_safe}, the dampings by layer in {bad_layers}. So the Levenberg-Marquardt rule makes the recommendation (rho "
-    ">= 1/4 and a predicted decrease), the lowest loss tried is told beside it, as an observation: where its rho is "
-    "negative or far from 1 the step is one that the quadratic model does not predict. The price is on the batch itself, "
-    "where the safe value reaches {share:.0%} (median) of the best decrease; by the measure of 5 % it fails."
+    "{bad_safe}, the dampings by layer in {bad_layers}. The recommendation follows the Levenberg-Marquardt rule (rho >= "
+    "1/4 and a predicted decrease); the lowest loss tried is told beside it, as an observation: where its rho is "
+    "negative or far from 1 the step is one that the quadratic model does not predict. On the batch itself the safe "
+    "value reaches {share:.0%} (median) of the best decrease."
 )
 TITLES = (
     *("sample", "seed", "loss", "flavour", "best of the grid", "same", "other", "recommended", "rho", "same", "other"),

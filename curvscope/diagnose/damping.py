@@ -155,7 +155,7 @@ def together(
         "CS405",
         "warning",
         "",
-        f"No layer's own block objects to damping {row.current:.2g}, but the {_words(name)} step of all layers together "
+        f"No layer's own block objects to damping {row.current:.2g}, but {_words(name)}'s step of all layers together "
         f"raises the loss by {row.current_change:.2g}; the best length is {row.current_alpha_star:.2g} of it.",
         remedy,
     )

@@ -14,8 +14,8 @@ from curvscope.settings import Settings
 # Their weight decay acts on the weights directly and is no part of the gradient that is preconditioned.
 DECOUPLED = ("AdamW", "Lion", "Adafactor")
 SHAMPOO = (
-    "Shampoo's own damping is not assessed: it sits inside a root of its factors L and R, in other units than K-FAC's, of "
-    "which the damping tables speak"
+    "Shampoo's own damping is not assessed: it sits inside a root of its factors L and R, in other units than K-FAC's, "
+    "of which the damping tables speak"
 )
 
 

@@ -1,9 +1,8 @@
 """Which damping to take: the safe range by rho, the lowest objective within it and at all, where a step is -gradient.
 
 The recommended damping is the one with the lowest objective after one step of those that the Levenberg-Marquardt rule
-calls safe: a step of which the quadratic model predicts a decrease, and that keeps a quarter of it. The lowest objective
-at all may lie below: such a step is one that the model does not predict, and does harm on other batches of the same
-data (docs/damping.md).
+calls safe: a step of which the quadratic model predicts a decrease, and that keeps a quarter of it. The lowest
+objective at all may lie below: such a step is one that the model does not predict.
 """
 
 from __future__ import annotations

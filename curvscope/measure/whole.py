@@ -81,7 +81,7 @@ class WholeNetwork:
 
     Attributes:
         objective: the loss with the optimizer's L2 decay around the present parameters.
-        estimate: the mean eigenvalue of the network's GGN, tr G / P, from `PROBES` random probes, and its standard error.
+        estimate: the mean eigenvalue of the network's GGN, tr G / P, from `PROBES` probes, with its standard error.
         grid: the dampings to try, decades.
         current: the optimizer's own damping, or None.
         keeper: what takes each layer's share while the layers are measured.

@@ -32,7 +32,7 @@ def test_the_first_page_has_the_better_kfac_and_a_line_for_the_others(width: int
     assert all(len(line) <= width for line in text.splitlines())
     words = " ".join(text.split())
     # the lowest change of the four K-FACs in eigenbasis form is kfac_reduce's
-    assert "K-FAC-reduce: lowest loss at damping 10.0 (-0.0320, rho 0.910)." in words
+    assert "K-FAC-reduce: damping 10.0 for all layers, -0.0320 by one full step" in words
     assert "Safe from 10.0 on" in words
     assert "The optimizer's own damping is 0.100: +0.00400." in words
     assert "-0.0210, 34% less than one for all." in words

@@ -67,7 +67,7 @@ ENTRIES = (
         "form; not told where the learning rate is under a quarter of that step's best multiple (a choice).",
         SOURCE,
         "Raise the damping of all layers to the value named.",
-        "No layer's own block objects to damping 0.03, but the K-FAC-expand step of all layers together raises the loss "
-        "by 0.0093; the best length is 0.4 of it.",
+        "No layer's own block objects to damping 0.03, but the K-FAC-expand step of all layers together raises the "
+        "loss by 0.0093; the best length is 0.4 of it.",
     ),
 )
