@@ -183,7 +183,13 @@ def test_per_layer_dampings_minimise_each_layers_own_model() -> None:
             step = -torch.linalg.solve(found.matrix(layer, "kfac_reduce", "eigenbasis", lam), found.right[where])
             return float(found.right[where] @ step + 0.5 * step @ block @ step)
 
-        assert model(damping) <= min(model(lam) for lam in found.whole.grid) + 1e-12
+        row = next(r for r in found.run.layers[layer].ranges if r.approximation == "kfac_reduce")
+        assert damping == row.recommended
+        assert model(damping) == pytest.approx(-row.decrease, rel=1e-7)
+        summary = next(r for r in found.run.tables["global_damping"] if r.approximation == "kfac_reduce")
+        assert row.joint == damping * summary.per_layer_factor
+        assert summary.per_layer_change < 0
+        assert summary.per_layer_rho >= 0.25
 
 
 def test_grouped_convolutions_take_the_step_of_each_group() -> None:

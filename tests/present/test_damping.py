@@ -93,7 +93,7 @@ def test_overview_at_80_columns() -> None:
     assert lines[4].startswith(" stem.conv")
     assert "0.00238 to 1.07" in lines[4]
     assert "|" in lines[4]
-    assert "the optimizer's damping, 0.0300" in " ".join(lines)
+    assert "the optimizer's damping, 0.0300" in " ".join(" ".join(lines).split())
 
 
 def test_overview_without_exact_columns_says_why() -> None:
