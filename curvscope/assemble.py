@@ -45,7 +45,7 @@ def assembled(ready: Ready, found: Found, seconds: dict[str, float]) -> Run:
         CoverageRow(use.parameter, use.layer, use.count, use.treatment, reason=use.reason) for use in passes.graph.uses
     ]
     info = _model_info(ready, found, coverage)
-    findings = rules.find(info, layers, coverage, table, stability.examples)
+    findings = rules.find(info, layers, coverage, table, stability.examples, joint=found.of_network["global_damping"])
     notes = [*problem.notes, *ready.notes, *stability.notes, *_padding_note(layers)]
     seconds["findings"] = time.perf_counter() - start
     return Run(

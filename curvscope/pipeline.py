@@ -19,10 +19,11 @@ from curvscope.extract.plan import size_in_words
 from curvscope.extract.ready import describe_plan, get_ready
 from curvscope.extract.sweep import Progress, no_progress
 from curvscope.load import load_problem
+from curvscope.load.decay import is_shampoo
 from curvscope.load.problem import Problem
 from curvscope.measure.layer import Wishes, keep_nothing
 from curvscope.measure.layers import attempt, measure_layers, timed
-from curvscope.measure.optimizer import damping_wishes
+from curvscope.measure.optimizer import SHAMPOO, damping_wishes
 from curvscope.measure.series import SHARE_OF_TIME, estimated_seconds
 from curvscope.measure.spreads import Wanted
 from curvscope.measure.stability_stage import Assessment, stability_stage
@@ -298,6 +299,8 @@ def _analyzed(given: _Given, run_on: torch.device) -> Run:
         release()
         if opened is not None:
             stage = attempt(partial(NetworkStage, opened[0], problem, settings, chosen))
+    if is_shampoo(problem):
+        notes.append(f"{SHAMPOO}.")
     wishes = Wishes(
         chosen,
         settings.measure,
@@ -306,12 +309,12 @@ def _analyzed(given: _Given, run_on: torch.device) -> Run:
         DTYPES[settings.dtype],
         ready.plan.piece_bytes,
         keep_nothing if stage is None else stage.keep,
-        damping_wishes(problem.optimizer, graph, settings),
+        damping_wishes(problem.optimizer, graph, settings, shampoo=is_shampoo(problem)),
     )
     measured, squared_gradient = measure_layers(passes, ready.plan, wishes, report, seconds, ready.estimated)
     report("steps", "", 0, 1)
     with timed(seconds, "steps"):
-        of_network = None if stage is None else attempt(stage.tables)
+        of_network = None if stage is None else attempt(partial(stage.tables, measured))
     report("steps", "", 1, 1)
     if of_network is None:
         of_network = no_tables(WHOLE_MEMORY, chosen)

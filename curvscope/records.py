@@ -182,6 +182,7 @@ class RangeRow:
     noise_below: float = NAN
     standing: str = ""
     form_gap: float = NAN
+    joint: float = NAN
     status: str = "ok"
     reason: str = ""
 
@@ -191,9 +192,10 @@ class StepRow:
     """One damped step of the whole network, delta = -(M + damping I)^{-1} (grad L + w theta), w the L2 decay.
 
     predicted_change = R . delta + delta^T (G + w) delta / 2 with the exact GGN of the whole network; actual_change by a
-    forward pass; rho = actual_change / predicted_change; length factors are multiples of the step. `role` is grid,
-    current (the optimizer's own damping), recommended, or boundary (tried to find where the safe range begins);
-    relative_damping is damping over the mean eigenvalue of G.
+    forward pass; rho = actual_change / predicted_change; length factors are multiples of the step, `alpha_star` =
+    -R . delta / delta^T (G + w) delta the one at which the model is lowest. `role` is grid, current (the optimizer's
+    own damping), recommended (as in `GlobalDampingRow`), lowest, or boundary (tried to find where the safe range
+    begins); relative_damping is damping over the mean eigenvalue of G, with a standard error where that is estimated.
     """
 
     approximation: str
@@ -201,11 +203,13 @@ class StepRow:
     damping: float
     role: str
     relative_damping: float = NAN
+    relative_damping_stderr: float = NAN
     predicted_change: float = NAN
     actual_change: float = NAN
     rho: float = NAN
     step_norm: float = NAN
     angle_to_gradient_degrees: float = NAN
+    alpha_star: float = NAN
     best_step_length: float = NAN
     best_length_change: float = NAN
     model_length: float = NAN
@@ -216,32 +220,38 @@ class StepRow:
 
 @dataclass(frozen=True)
 class GlobalDampingRow:
-    """What the steps of one approximation and form say of damping: one value for all layers, the safe range, the gain.
+    """What the steps of one approximation and form say of damping: one value for all layers, or one for each.
 
-    Changes are those of the objective by one step: `change` and `rho` at `damping`, the recommended one. Every damping
-    judged from `safe_from` on has rho >= 1/4 and a predicted decrease; of them `safe_damping` has the lowest objective,
-    `safe_change` below the present one. From `lowerable_from` on rho > 3/4; from `gradient_from` on the step points
-    within 18 degrees of the negative gradient. per_layer_*: every layer at the damping that its own block recommends,
-    all times `per_layer_factor`.
+    Changes are those of the objective by one step. Every damping judged from `safe_from` on has rho >= 1/4 and a
+    predicted decrease (the Levenberg-Marquardt rule); of them `damping`, the recommended one, has the lowest objective,
+    `change` below the present one. lowest_*: the lowest objective of all dampings tried, safe or not. From
+    `lowerable_from` on rho > 3/4; from `gradient_from` on the step points within 18 degrees of the negative gradient.
+    per_layer_*: every layer at the damping that its own block recommends (`RangeRow.recommended`), all times
+    `per_layer_factor`, chosen by the same rule. current_*: at the optimizer's own damping.
     """
 
     approximation: str
     form: str
     damping: float = NAN
     relative_damping: float = NAN
+    relative_damping_stderr: float = NAN
     change: float = NAN
     predicted_change: float = NAN
     rho: float = NAN
     safe_from: float = NAN
-    safe_damping: float = NAN
-    safe_change: float = NAN
+    lowest_damping: float = NAN
+    lowest_change: float = NAN
+    lowest_rho: float = NAN
     lowerable_from: float = NAN
     gradient_from: float = NAN
     per_layer_predicted: float = NAN
     per_layer_change: float = NAN
+    per_layer_rho: float = NAN
     per_layer_factor: float = NAN
     current: float = NAN
     current_change: float = NAN
+    current_rho: float = NAN
+    current_alpha_star: float = NAN
     passes: int = 0
     status: str = "ok"
     reason: str = ""

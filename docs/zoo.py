@@ -59,7 +59,9 @@ def page(cases: Sequence[Case], unseen: Sequence[Case], programs: Sequence[str])
     held = [one for one in every if one.case.harmed or one.case.healthy]
     shipped = [said(case, thresholds({})) for case in counted(cases)]
     rows = [score("**all, each program left out in turn**", held)]
-    rows += [score(f"{name}, from the other three", [one for one in held if one.case.program == name]) for name in programs]
+    rows += [
+        score(f"{name}, from the other three", [one for one in held if one.case.program == name]) for name in programs
+    ]
     own = [one for one in held if not one.case.sick or one.case.strength == FAULTS[one.case.fault].strengths[0]]
     rows += [
         score("the same, only the first strength of each fault", own),

@@ -70,7 +70,9 @@ def truths(cases: Sequence[Case], programs: Sequence[str]) -> str:
         for strength in fault.strengths:
             times = f" x{strength:g}" if strength != 1 else ""
             cells = [
-                "".join(found.get((name, strength, program, seed), "-") for seed in range(SEEDS)).replace("-" * SEEDS, "")
+                "".join(found.get((name, strength, program, seed), "-") for seed in range(SEEDS)).replace(
+                    "-" * SEEDS, ""
+                )
                 for program in programs
             ]
             lines.append(table_row([name + times, *cells]))

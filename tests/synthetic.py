@@ -142,7 +142,8 @@ def _steps() -> list[StepRow]:
             rows.append(
                 StepRow(
                     name, form, damping, "current" if decade == 2 else "recommended" if decade == 4 else "grid",
-                    damping / 0.011, actual * 1.1 + 0.001 * index, actual, rho, 3.1 / (1 + damping), 80.0 - 11 * decade,
+                    damping / 0.011, NAN, actual * 1.1 + 0.001 * index, actual, rho, 3.1 / (1 + damping),
+                    80.0 - 11 * decade, 0.5,
                     *((0.5, actual * 1.2, 0.31) if decade in (3, 4, 5) else (NAN, NAN, NAN)), passes=12,
                     reason="rho: the changes are within rounding of the loss" if decade == 6 else "",
                 )
@@ -153,8 +154,8 @@ def _steps() -> list[StepRow]:
 def _summaries() -> list[GlobalDampingRow]:
     rows = [
         GlobalDampingRow(
-            name, form, 10.0, 909.0, -0.03 - 0.001 * index, -0.033, 0.91, 10.0, 10.0, -0.03, 10.0, 100.0, -0.02, -0.021,
-            10.0, 0.1, 0.004, passes=70,
+            name, form, 10.0, 909.0, NAN, -0.03 - 0.001 * index, -0.033, 0.91, 10.0, 10.0, -0.03 - 0.001 * index, 0.91,
+            10.0, 100.0, -0.02, -0.021, 1.05, 10.0, 0.1, 0.004, -0.6, 0.3, passes=70,
         )
         for index, (name, form) in enumerate(SERIES[:-1])
     ]  # fmt: skip
@@ -217,7 +218,7 @@ def damping_rows(layer: str, mistrust: float, current: float | None) -> tuple[li
             standing = "" if not current else "too_small" if current < low else "safe"
             ranges.append(RangeRow(
                 layer, name, form, current or NAN, low, high, found[top].damping, found[top].predicted_decrease,
-                0.2 if current else NAN, NAN, standing, 0.1 if name != "diag" else NAN,
+                0.2 if current else NAN, NAN, standing, 0.1 if name != "diag" else NAN, found[top].damping * 10.0,
             ))  # fmt: skip
     return rows, ranges
 

@@ -7,11 +7,11 @@ are said only where every form that could be assessed says so.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from curvscope.diagnose.thresholds import SHIPPED, Thresholds
 from curvscope.diagnose.titles import finding
-from curvscope.records import DampingRow, FindingRow, Layer, RangeRow
+from curvscope.records import DampingRow, FindingRow, GlobalDampingRow, Layer, RangeRow
 
 # Recommended values of the layers this far apart: one global value serves none of them well.
 SPREAD = 100.0
@@ -20,7 +20,12 @@ FORM_GAP = 0.25
 Ranked = tuple[int, float, FindingRow]
 
 
-def of_layer(layer: Layer, learning_rate: float = math.nan, limits: Thresholds = SHIPPED) -> list[Ranked]:
+def of_layer(
+    layer: Layer,
+    learning_rate: float = math.nan,
+    joint: Sequence[GlobalDampingRow] = (),
+    limits: Thresholds = SHIPPED,
+) -> list[Ranked]:
     """At most one finding a code: severity rank (1 warning, 2 info), size of the effect, the row."""
     name = f"kfac_{'reduce' if layer.row.better_flavour == 'reduce' else 'expand'}"
     forms = [row for row in layer.ranges if row.approximation == name and row.status == "ok"]
@@ -32,8 +37,9 @@ def of_layer(layer: Layer, learning_rate: float = math.nan, limits: Thresholds =
     if standings == {"too_small"}:
         short = _short(layer, name, learning_rate, limits.trusted)
         size = 0.5 + min(0.4, math.log10(max(1.0, first.low / first.current)) / 20)
-        found.append((2 if short else 1, size, _too_small(layer, forms, learning_rate if short else math.nan)))
-    elif standings == {"too_large"} and first.gain > limits.lost:
+        row = _too_small(layer, forms, joint, learning_rate if short else math.nan)
+        found.append((2 if short else 1, size, row))
+    elif standings == {"too_large"} and first.gain > limits.lost and not first.joint >= first.current:
         row = finding(
             "CS402",
             "warning",
@@ -41,7 +47,9 @@ def of_layer(layer: Layer, learning_rate: float = math.nan, limits: Thresholds =
             f"With damping {first.current:.2g} {_words(name)} has become gradient descent with rate 1 / damping (from "
             f"{first.high:.2g} on so): its step reaches {1 - first.gain:.0%} of the decrease that damping "
             f"{first.recommended:.2g} gives in the exact quadratic model.",
-            f"Lower the damping of this layer towards {first.recommended:.2g}.",
+            f"Lower the damping of this layer towards {first.recommended:.2g}, the best if only this layer moves."
+            if math.isnan(first.joint)
+            else f"Lower the damping of this layer towards {first.joint:.2g}, with all others at theirs (column set).",
         )
         found.append((1, 0.3 * min(1.0, first.gain), row))
     if first.form_gap > FORM_GAP:
@@ -97,7 +105,7 @@ def of_network(layers: Mapping[str, Layer]) -> list[Ranked]:
     return [(2, min(1.0, math.log10(spread) / 10), row)]
 
 
-def _too_small(layer: Layer, forms: list[RangeRow], short_rate: float) -> FindingRow:
+def _too_small(layer: Layer, forms: list[RangeRow], joint: Sequence[GlobalDampingRow], short_rate: float) -> FindingRow:
     row = forms[0]
     step = next((one for one in layer.damping if _same(one, row) and "current" in one.mark), None)
     words = f"With damping {row.current:.2g} {_words(row.approximation)} can't be trusted here"
@@ -116,8 +124,55 @@ def _too_small(layer: Layer, forms: list[RangeRow], short_rate: float) -> Findin
         "warning" if math.isnan(short_rate) else "info",
         layer.name,
         words + ".",
-        f"Raise the damping of this layer to {row.recommended:.2g} (safe from {row.low:.2g}).",
+        _raise(row, joint),
     )
+
+
+def _raise(row: RangeRow, joint: Sequence[GlobalDampingRow]) -> str:
+    """What to set: values that were tried in steps of all layers together, where there are any."""
+    one = next((found for found in joint if (found.approximation, found.form) == (row.approximation, row.form)), None)
+    advice = []
+    if row.joint > row.current:
+        advice.append(f"of this layer to {row.joint:.2g}, with all others at theirs (column set)")
+    if one is not None and one.damping > row.current:
+        advice.append(f"of all layers to {one.damping:.2g}")
+    if advice:
+        return f"Raise the damping {', or '.join(advice)}."
+    return (
+        f"Raise the damping of this layer: {row.recommended:.2g} is the best if only this layer moves (safe from "
+        f"{row.low:.2g}); how much all layers together need, --measure steps tells."
+    )
+
+
+def together(
+    layers: Mapping[str, Layer],
+    joint: Sequence[GlobalDampingRow],
+    others: Sequence[Ranked],
+    learning_rate: float,
+    limits: Thresholds = SHIPPED,
+) -> list[Ranked]:
+    """CS405: every layer alone stands the current damping, and the step of all layers together does not."""
+    if any(row.code in ("CS401", "CS402") and row.severity != "info" for _, _, row in others):
+        return []
+    flavours = [layer.row.better_flavour for layer in layers.values() if layer.ranges]
+    name = f"kfac_{'reduce' if flavours and flavours.count('reduce') * 2 > len(flavours) else 'expand'}"
+    rows = [row for row in joint if row.approximation == name and not math.isnan(row.current_change)]
+    # the optimizer's form is not known: every form has to say so
+    if not rows or any(row.current_change < 0 for row in rows):
+        return []
+    if all(learning_rate <= 2 * (1 - limits.trusted) * row.current_alpha_star for row in rows):
+        return []
+    row = rows[0]
+    remedy = "" if math.isnan(row.damping) else f"Raise the damping of all layers to {row.damping:.2g}."
+    found = finding(
+        "CS405",
+        "warning",
+        "",
+        f"No layer's own block objects to damping {row.current:.2g}, but {_words(name)}'s step of all layers together "
+        f"raises the loss by {row.current_change:.2g}; the best length is {row.current_alpha_star:.2g} of it.",
+        remedy,
+    )
+    return [(1, 0.4, found)]
 
 
 def _same(step: DampingRow, row: RangeRow) -> bool:

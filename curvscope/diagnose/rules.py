@@ -18,7 +18,16 @@ from curvscope.diagnose.signs import sign_findings
 from curvscope.diagnose.stability import stability_findings
 from curvscope.diagnose.thresholds import SHIPPED, Thresholds
 from curvscope.diagnose.titles import Found, finding
-from curvscope.records import CoverageRow, ErrorRow, ExampleRow, FindingRow, Layer, ModelInfo, StabilityRow
+from curvscope.records import (
+    CoverageRow,
+    ErrorRow,
+    ExampleRow,
+    FindingRow,
+    GlobalDampingRow,
+    Layer,
+    ModelInfo,
+    StabilityRow,
+)
 
 LARGE_ERROR = 0.5
 TRACE_OFF = 2.0
@@ -44,13 +53,15 @@ def find(
     stability: Sequence[StabilityRow] = (),
     examples: Sequence[ExampleRow] = (),
     limits: Thresholds = SHIPPED,
+    joint: Sequence[GlobalDampingRow] = (),
 ) -> list[FindingRow]:
     """The findings, likely root causes first and what they cause behind them (`causes.ordered`)."""
     ranked: list[tuple[int, float, FindingRow]] = []
     for layer in layers.values():
         ranked += _of_layer(layer)
-        ranked += damping.of_layer(layer, model.learning_rate, limits)
+        ranked += damping.of_layer(layer, model.learning_rate, joint, limits)
     ranked += damping.of_network(layers)
+    ranked += damping.together(layers, joint, ranked, model.learning_rate, limits)
     ranked += _of_network(model, coverage)
     ranked += stability_findings(model, stability)
     made = [Found(_for_optimizer(row, model), size) for _, size, row in ranked if _concerns(row, model)]
@@ -65,8 +76,8 @@ def _for_optimizer(row: FindingRow, model: ModelInfo) -> FindingRow:
 
 
 def _concerns(row: FindingRow, model: ModelInfo) -> bool:
-    """K-FAC's damping is nothing to those who have none."""
-    return not row.code.startswith("CS4") or _kronecker(model)
+    """K-FAC's damping is nothing to those who have none; Shampoo's is in other units."""
+    return not row.code.startswith("CS4") or model.optimizer.partition(",")[0] in ("", "K-FAC")
 
 
 def _kronecker(model: ModelInfo) -> bool:

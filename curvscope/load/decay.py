@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from curvscope.load.optimizer import entries_by_name
-from curvscope.load.problem import OptimizerState
+from curvscope.load.optimizer_settings import kind_of
+from curvscope.load.problem import OptimizerState, Problem
 
 COUPLED = ("SGD", "Adam", "NAdam", "RMSprop", "Adagrad", "ASGD", "Adadelta", "Rprop", "KFAC", "KFACOptimizer")
 
@@ -38,6 +39,22 @@ def own_damping(state: OptimizerState | None) -> float | None:
     """The damping of a second-order optimizer, where its groups hold one number of that name."""
     values = set(own_dampings(state).values())
     return values.pop() if len(values) == 1 else None
+
+
+def is_shampoo(problem: Problem) -> bool:
+    """Whether the optimizer, as named or as stored, is Shampoo."""
+    stored = "" if problem.optimizer is None else kind_of(problem.optimizer.class_name)
+    return problem.optimizer_options.get("kind", stored) == "shampoo"
+
+
+def kfac_damping(problem: Problem, given: float | None = None) -> float | None:
+    """The damping in K-FAC's sense, added to a layer's curvature: the one given, or the optimizer's own.
+
+    None for Shampoo, whose damping sits inside a root of its factors and is in their units.
+    """
+    if is_shampoo(problem):
+        return None
+    return own_damping(problem.optimizer) if given is None else given
 
 
 def _number(group: Mapping[str, Any], key: str) -> float | None:

@@ -11,12 +11,19 @@ from curvscope.load.problem import OptimizerState
 from curvscope.measure.damping import DampingWishes
 from curvscope.settings import Settings
 
+SHAMPOO = (
+    "Shampoo's own damping is not assessed: it sits inside a root of its factors L and R, in other units than K-FAC's, "
+    "of which the damping tables speak"
+)
 
-def damping_wishes(state: OptimizerState | None, graph: Graph, settings: Settings) -> DampingWishes:
+
+def damping_wishes(
+    state: OptimizerState | None, graph: Graph, settings: Settings, *, shampoo: bool = False
+) -> DampingWishes:
     """The damping and weight decay that the optimizer uses for each layer.
 
-    Damping is `settings.damping`, else the entry "damping" of the layer's parameter group. Weight decay counts where it
-    is added to the gradient (not decoupled) and the same for all of the layer's parameters.
+    Damping is `settings.damping`, else the entry "damping" of the layer's parameter group; none for Shampoo. Weight
+    decay counts where it is added to the gradient (not decoupled) and the same for all of the layer's parameters.
     """
     dampings, decays = own_dampings(state), l2_decay(state)
     current: dict[str, float] = {}
@@ -24,13 +31,16 @@ def damping_wishes(state: OptimizerState | None, graph: Graph, settings: Setting
     remarks: dict[str, str] = {}
     for spec in graph.chosen():
         found = _common(dampings, spec)
-        if settings.damping is not None:
+        if shampoo:
+            remarks[spec.name] = SHAMPOO
+        elif settings.damping is not None:
             current[spec.name] = settings.damping
         elif found:
             current[spec.name] = found
         value = _common(decays, spec)
         if value is None:
-            remarks[spec.name] = "weight decay is not the same for all of the layer's parameters and is left out"
+            uneven = "weight decay is not the same for all of the layer's parameters and is left out"
+            remarks[spec.name] = "; ".join(filter(None, (remarks.get(spec.name, ""), uneven)))
         elif value > 0:
             decay[spec.name] = value
     return DampingWishes(current, decay, graph.parameters, remarks, "damping" in settings.measure)

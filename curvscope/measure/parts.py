@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from curvscope.curvature.block import Block
-from curvscope.curvature.grouped import GroupedBlock
 from curvscope.curvature.inverse import KroneckerInverse, between, exact_inverses
 from curvscope.curvature.kronecker import EigenCorrected, Kronecker
 from curvscope.extract.collector import Extract
@@ -26,10 +25,10 @@ from curvscope.measure.approximate import Built
 from curvscope.measure.terms import FLAVOURS, terms
 
 EXACT = "ggn"
+KRONECKER = tuple(f"{kind}_{flavour}" for kind in ("kfac", "ekfac") for flavour in FLAVOURS)
 # Steps of the exact block between two that were kept may be off by this share in an eigendirection.
 BETWEEN_ERROR = 1e-2
 NO_INVERSE = "the sum of its roles' Kronecker products has no inverse of Kronecker form"
-KRONECKER = tuple(f"{kind}_{flavour}" for kind in ("kfac", "ekfac") for flavour in FLAVOURS)
 
 
 @dataclass(frozen=True)
@@ -40,8 +39,6 @@ class LayerPart:
         spec: the layer.
         inverses: flavour -> one inverse a group; empty for a layer without factors.
         exact: damping -> `(G + lam I)^{-1} R`, for the dampings chosen beforehand; None without exact columns.
-        decrease: (approximation, damping) -> the change of the loss that the layer's own exact block predicts for its
-            step alone.
         positions: R, the mean number of positions an example.
         notes: what is special about the layer's steps, a clause each.
         tokens: the inputs that inverses and exact steps run over, of an embedding; None: all.
@@ -51,7 +48,6 @@ class LayerPart:
     spec: LayerSpec
     inverses: Mapping[str, Sequence[KroneckerInverse]]
     exact: Mapping[float, Tensor] | None
-    decrease: Mapping[tuple[str, float], float]
     positions: float
     notes: tuple[str, ...] = ()
     tokens: Tensor | None = None
@@ -105,29 +101,28 @@ class Keeper:
         parameters: theta itself.
         rates: the optimizer's L2 decay of each parameter; empty without one.
         dampings: those at which the exact block's steps are kept; empty: none are.
-        judged: those at which the layer's own decrease is predicted.
         eps: of the run's dtype.
         parts: what was kept, by layer.
+        traces: tr G of the layers whose exact block was there.
     """
 
     gradient: Mapping[str, Tensor]
     parameters: Mapping[str, Tensor]
     rates: Mapping[str, float]
     dampings: Sequence[float]
-    judged: Sequence[float]
     eps: float
     parts: dict[str, LayerPart] = field(default_factory=dict)
+    traces: dict[str, float] = field(default_factory=dict)
 
     def keep(
         self, extract: Extract, blocks: Sequence[Block], built: Sequence[Mapping[str, Built]], fisher: str
     ) -> None:
         """Keep one layer; `built` are its groups' approximations, empty where there were no exact columns."""
         spec, scale = extract.spec, extract.unit**-2
-        if not any(name in self.gradient for name in _parameters(spec)):
+        if not any(name in self.gradient for name in parameters_of(spec)):
             return
         gradient = to_matrix(spec, self.gradient).double()
-        rates = self._rates(spec)
-        decay = rates * to_matrix(spec, self.parameters).double()
+        decay = self._rates(spec) * to_matrix(spec, self.parameters).double()
         right = gradient + decay
         outside: Tensor | None = None
         if extract.tokens is not None:
@@ -159,43 +154,21 @@ class Keeper:
             ]
             joined = torch.cat(found, dim=1).to(self.gradient[spec.weight].dtype)
             exact = dict(zip(self.dampings, joined, strict=True))
-        part = LayerPart(
-            spec, inverses, exact, {}, extract.positions, _notes(spec, inverses, exact), extract.tokens, outside
+        self.parts[spec.name] = LayerPart(
+            spec, inverses, exact, extract.positions, _notes(spec, inverses, exact), extract.tokens, outside
         )
-        if blocks and fisher == "exact" and inverses:
-            part = dataclasses.replace(part, decrease=self._decrease(part, blocks, right, rates, scale))
-        self.parts[spec.name] = part
+        if blocks and fisher == "exact":
+            self.traces[spec.name] = scale * sum(block.trace for block in blocks)
 
     def _rates(self, spec: LayerSpec) -> Tensor:
         """The L2 decay of every entry of the layer."""
-        names = [name for name in _parameters(spec) if name in self.parameters]
+        names = [name for name in parameters_of(spec) if name in self.parameters]
         filled = {name: torch.full_like(self.parameters[name], self.rates.get(name, 0.0)) for name in names}
         return to_matrix(spec, filled).double()
 
-    def _decrease(
-        self, part: LayerPart, blocks: Sequence[Block], right: Tensor, rates: Tensor, scale: float
-    ) -> dict[tuple[str, float], float]:
-        """`R . delta + delta^T (G + decay) delta / 2` of the layer's own step, by approximation and damping."""
-        block = blocks[0] if len(blocks) == 1 else GroupedBlock(blocks)
-        found: dict[tuple[str, float], float] = {}
-        for name in KRONECKER:
-            if part.positions == 1 and name.endswith("reduce"):
-                continue
-            for damping in self.judged:
-                step = part.step(name, "eigenbasis", damping)
-                if step is not None:
-                    inside = step if part.tokens is None else step[:, part.tokens]
-                    quadratic = float((inside * (scale * block.matvec(inside))).sum() + (rates * step * step).sum())
-                    linear = float((right * inside).sum())
-                    if part.outside is not None:
-                        linear += float((part.outside * step).sum())
-                    found[name, damping] = linear + 0.5 * quadratic
-        if part.positions == 1:
-            found |= {(name.replace("expand", "reduce"), damping): value for (name, damping), value in found.items()}
-        return found
 
-
-def _parameters(spec: LayerSpec) -> list[str]:
+def parameters_of(spec: LayerSpec) -> list[str]:
+    """The names of the parameters that a layer holds."""
     return list(spec.members) if spec.exact_only else [spec.weight] + ([spec.bias] if spec.bias else [])
 
 

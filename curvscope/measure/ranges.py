@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from curvscope.records import NAN, DampingRow, RangeRow
+from curvscope.records import NAN, DampingRow, GlobalDampingRow, Layer, RangeRow
 
 Values = npt.NDArray[np.float64]
 
@@ -25,9 +25,8 @@ NOISY_DIMENSION = 0.9
 NOISY_ALPHA = 0.25
 GOLDEN = (5**0.5 - 1) / 2
 NEIGHBOURS = 5
-
-
 UNUSABLE = "no damping of the grid lowers the exact quadratic model"
+Series = tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -200,6 +199,25 @@ def with_form_gaps(rows: Sequence[RangeRow], curves: Mapping[tuple[str, str], Cu
         gap = 1 - min(at) / max(at) if len(at) == 2 and max(at) > 0 else NAN
         found.append(dataclasses.replace(row, form_gap=gap))
     return found
+
+
+def own_dampings(layers: Mapping[str, Layer]) -> dict[Series, dict[str, float]]:
+    """What each layer's own block recommends, by approximation and form: the best where that layer moves alone."""
+    found: dict[Series, dict[str, float]] = {}
+    for name, layer in layers.items():
+        for row in layer.ranges:
+            if not math.isnan(row.recommended):
+                found.setdefault((row.approximation, row.form), {})[name] = row.recommended
+    return found
+
+
+def with_joint(rows: Sequence[RangeRow], summaries: Sequence[GlobalDampingRow]) -> list[RangeRow]:
+    """The rows with `joint`, the damping to set where all layers step together, from tables/global_damping."""
+    factors = {(row.approximation, row.form): row.per_layer_factor for row in summaries}
+    return [
+        dataclasses.replace(row, joint=row.recommended * factors.get((row.approximation, row.form), NAN))
+        for row in rows
+    ]
 
 
 def _decrease_at(curve: Curve, damping: float) -> float:

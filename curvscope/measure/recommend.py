@@ -1,4 +1,9 @@
-"""Which damping to take: the lowest objective after one step, the safe range by rho, where a step is the gradient's."""
+"""Which damping to take: the safe range by rho, the lowest objective within it and at all, where a step is -gradient.
+
+The recommended damping is the one with the lowest objective after one step of those that the Levenberg-Marquardt rule
+calls safe: a step of which the quadratic model predicts a decrease, and that keeps a quarter of it. The lowest
+objective at all may lie below: such a step is one that the model does not predict.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 # be lowered.
 RAISE, LOWER = 0.25, 0.75
 GRADIENT_COSINE = 0.95
+DECADE = 10.0
+# The safe range's lower end is known well enough where the last point that is not safe is within this ratio of it.
+NARROW = 1.25
 
 
 def lowest(
@@ -47,6 +55,49 @@ def lowest(
         for power in (-1, 1):
             value(best * ratio ** (power * 0.5**halving))
     return min(found, key=lambda damping: found[damping]), found
+
+
+def lowest_safe(
+    points: Sequence[float],
+    judge: Callable[[float], tuple[bool | None, float]],
+    *,
+    extend: int = 0,
+    bisections: int = 3,
+    halvings: int = 0,
+) -> tuple[float, float]:
+    """(where the safe range begins, the point in it with the lowest change); NaN where there is none.
+
+    `judge` says of a point whether it is safe (None: can't be told) and its change. Points more: up to `extend` beyond
+    the largest as long as that is the lowest safe one or none is; `bisections` between the range's lower end and the
+    last point that is not safe; both neighbours of the lowest at each of the `halvings` of a decade.
+    """
+    found = {point: judge(point) for point in points}
+
+    def known() -> tuple[float, float]:
+        edge = holds_from({point: safe for point, (safe, _) in found.items() if safe is not None})
+        inside = {point: change for point, (safe, change) in found.items() if safe and point >= edge}
+        return edge, min(inside, key=lambda point: inside[point], default=math.nan)
+
+    for _ in range(extend):
+        if known()[1] < max(found):
+            break
+        point = max(found) * DECADE
+        found[point] = judge(point)
+    for _ in range(bisections):
+        edge, _ = known()
+        below = max((point for point, (safe, _) in found.items() if safe is False and point < edge), default=math.nan)
+        if math.isnan(below) or edge / below < NARROW:
+            break
+        point = math.sqrt(edge * below)
+        found[point] = judge(point)
+    for halving in range(1, halvings + 1):
+        edge, best = known()
+        for power in (-1, 1):
+            point = best * DECADE ** (power * 0.5**halving)
+            # a point below the edge that turns out safe moves it
+            if not any(math.isclose(point, other, rel_tol=1e-6) for other in found) and point >= edge:
+                found[point] = judge(point)
+    return known()
 
 
 def holds_from(flags: Mapping[float, bool]) -> float:

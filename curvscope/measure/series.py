@@ -21,10 +21,11 @@ SERIES = (
 DECADES = range(-1, 6)
 EXTRA_DECADES = 2
 # Passes of the whole stage, in forward passes: per series 10 dampings with a product with J (three, and four more where
-# its graph is not kept), 18 for the recommendation, 3 line searches of 8, 9 for dampings of each layer's own.
-FORWARD_PASSES = len(SERIES) * (10 * 4 + 18 + 24 + 9)
-REBUILDING_PASSES = len(SERIES) * 10 * 4
-STEPS_A_SERIES = 41
+# its graph is not kept), 18 for the recommendation, 3 line searches of 8, 12 with a product for dampings of
+# each layer's own.
+FORWARD_PASSES = len(SERIES) * (10 * 4 + 18 + 24 + 12 * 4)
+REBUILDING_PASSES = len(SERIES) * 22 * 4
+STEPS_A_SERIES = 44
 SHARE_OF_TIME = 0.2
 # Tokens of a large vocabulary that a batch is taken to look up, for the estimates of time and memory.
 TOKENS = 4096

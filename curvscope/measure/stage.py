@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 from torch import Tensor
 
@@ -10,14 +11,15 @@ from curvscope.extract.choose import budget
 from curvscope.extract.examples import Examples
 from curvscope.extract.pieces import Pieces
 from curvscope.graph.verify import Layouts
-from curvscope.load.decay import l2_decay, own_damping
+from curvscope.load.decay import kfac_damping, l2_decay
 from curvscope.load.problem import Problem
 from curvscope.measure import series, whole
 from curvscope.measure.evidence import Likelihood, evidence_rows, likelihood
 from curvscope.measure.layer import Keep, keep_nothing
 from curvscope.measure.network import Network
+from curvscope.measure.ranges import own_dampings, with_joint
 from curvscope.measure.room import Room, fitted, room_of
-from curvscope.records import Row
+from curvscope.records import Layer, Row
 from curvscope.settings import Settings
 
 
@@ -45,7 +47,7 @@ class NetworkStage:
             self.found = whole.begin(
                 network,
                 l2_decay(problem.optimizer),
-                own_damping(problem.optimizer) if settings.damping is None else settings.damping,
+                kfac_damping(problem, settings.damping),
                 fisher=fisher,
                 seed=settings.seed,
                 memory_bytes=budget(settings),
@@ -57,12 +59,14 @@ class NetworkStage:
         """What takes each layer's share while it is measured."""
         return keep_nothing if self.found is None else self.found.keeper.keep
 
-    def tables(self) -> dict[str, list[Row]]:
-        """The tables steps, global_damping and evidence."""
+    def tables(self, layers: Mapping[str, Layer]) -> dict[str, list[Row]]:
+        """The tables steps, global_damping and evidence; the layers' ranges get their column `joint`."""
         if self.found is None:
             steps, summaries = whole.no_steps(self.why_no_steps)
         else:
-            steps, summaries = self.found.finish()
+            steps, summaries = self.found.finish(own_dampings(layers))
+            for layer in layers.values():
+                layer.ranges = with_joint(layer.ranges, summaries)
         survey, targets = self.network.examples.pieces.survey, self.problem.targets
         found = likelihood(
             self.problem.loss,

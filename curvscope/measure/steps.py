@@ -53,6 +53,11 @@ class Step:
         """Actual over predicted change; NaN where nothing is predicted."""
         return self.actual / self.predicted if self.predicted != 0 else NAN
 
+    @property
+    def alpha_star(self) -> float:
+        """The multiple of the step at which the model is lowest; infinite where it falls for ever."""
+        return -self.linear / self.quadratic if self.quadratic > 0 else math.inf
+
     def at(self, length: float) -> float:
         """The model's change at `length` times the step."""
         return length * self.linear + 0.5 * length**2 * self.quadratic
@@ -171,7 +176,7 @@ def _parabola(found: Mapping[float, float], middle: float) -> float | None:
 def _model_length(step: Step, found: Mapping[float, float], rounding: float) -> tuple[float, bool]:
     """Where the model is first off by more than `MODEL_OFF`; changes within rounding are not held against it."""
     last, last_off, largest = 0.0, 0.0, 0.0
-    lowest_at = -step.linear / step.quadratic if step.quadratic > 0 else math.inf
+    lowest_at = step.alpha_star
     for length in sorted(found):
         largest = max(largest, abs(step.at(length)), abs(step.at(lowest_at)) if length > lowest_at else 0.0)
         off = abs(found[length] - step.at(length)) / largest if largest > NOISE_FACTOR * rounding else 0.0

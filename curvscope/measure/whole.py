@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -16,8 +17,8 @@ from torch import Tensor
 
 from curvscope.errors import out_of_memory
 from curvscope.measure.network import Network
-from curvscope.measure.parts import EXACT, Keeper, LayerPart
-from curvscope.measure.recommend import GRADIENT_COSINE, LOWER, RAISE, holds_from, lowest
+from curvscope.measure.parts import EXACT, Keeper, LayerPart, parameters_of
+from curvscope.measure.recommend import GRADIENT_COSINE, LOWER, RAISE, holds_from, lowest, lowest_safe
 from curvscope.measure.series import DECADES, EXTRA_DECADES, SERIES, SHARE_OF_MEMORY, kept_bytes
 from curvscope.measure.steps import NOISE_FACTOR, Objective, Step, joint_step
 from curvscope.records import NAN, GlobalDampingRow, StepRow
@@ -32,7 +33,7 @@ class WholeNetwork:
 
     Attributes:
         objective: the loss with the optimizer's L2 decay around the present parameters.
-        mean: the mean eigenvalue of the network's GGN, tr G / P, from `PROBES` random probes.
+        estimate: the mean eigenvalue of the network's GGN, tr G / P, from `PROBES` probes, with its standard error.
         grid: the dampings to try, decades.
         current: the optimizer's own damping, or None.
         keeper: what takes each layer's share while the layers are measured.
@@ -41,12 +42,13 @@ class WholeNetwork:
     """
 
     objective: Objective
-    mean: float
+    estimate: tuple[float, float]
     grid: tuple[float, ...]
     current: float | None
     keeper: Keeper
     fisher: str
     why_no_steps: str = ""
+    own: Mapping[tuple[str, str], Mapping[str, float]] = field(default_factory=dict)
     rows: list[StepRow] = field(default_factory=list)
     summaries: list[GlobalDampingRow] = field(default_factory=list)
 
@@ -55,8 +57,27 @@ class WholeNetwork:
         """The layers that were kept."""
         return list(self.keeper.parts.values())
 
-    def finish(self) -> tuple[list[StepRow], list[GlobalDampingRow]]:
-        """The rows of tables/steps and tables/global_damping."""
+    @property
+    def mean(self) -> tuple[float, float]:
+        """Tr G / P over all trained parameters that the loss reaches, and its standard error.
+
+        From the layers' traces, NaN the error, where every parameter has its exact block; else the estimate.
+        """
+        traces = self.keeper.traces
+        covered = {name for layer in traces for name in parameters_of(self.keeper.parts[layer].spec)}
+        parameters = self.objective.network.parameters
+        if not covered >= set(parameters):
+            return self.estimate
+        return sum(traces.values()) / sum(p.numel() for p in parameters.values()), NAN
+
+    def finish(
+        self, own: Mapping[tuple[str, str], Mapping[str, float]] | None = None
+    ) -> tuple[list[StepRow], list[GlobalDampingRow]]:
+        """The rows of tables/steps and tables/global_damping.
+
+        `own` holds the damping that each layer's own block recommends, by approximation and form.
+        """
+        self.own = dict(own or {})
         if self.why_no_steps:
             return no_steps(self.why_no_steps)
         self.rows, self.summaries = [], []
@@ -82,7 +103,7 @@ class WholeNetwork:
             return "no layer with Kronecker factors was measured"
         if self.objective.flat:
             return "the gradient is zero: every damped step is zero"
-        if not math.isfinite(self.mean) or self.mean <= 0:
+        if not math.isfinite(self.estimate[0]) or self.estimate[0] <= 0:
             return "the network's GGN is zero on this batch: a damped step is the gradient over the damping"
         damping = self.grid[0]
         missing = [part.spec.name for part in self.parts if part.step(approximation, "eigenbasis", damping) is None]
@@ -124,31 +145,28 @@ class WholeNetwork:
         asked = [*self.grid, *([self.current] if self.current is not None else [])]
         for damping in asked:
             judge(damping)
-        best, tried = lowest(change, self.grid, extend=EXTRA_DECADES)
-        if self.current is not None and judged[self.current].actual < tried[best]:
-            best = self.current
-        judge(best)
-        self._narrow(judge, judged)
-        nearest = min(range(len(self.grid)), key=lambda index: abs(math.log(self.grid[index] / best)))
+        lowest_at, tried = lowest(change, self.grid, extend=EXTRA_DECADES)
+        if self.current is not None and judged[self.current].actual < tried[lowest_at]:
+            lowest_at = self.current
+        judge(lowest_at)
+        _, best = lowest_safe(tuple(judged), lambda damping: self._verdict(judge(damping)))
+        around = lowest_at if math.isnan(best) else best
+        nearest = min(range(len(self.grid)), key=lambda index: abs(math.log(self.grid[index] / around)))
         # line searches along the steps of one form tell enough
         searched = self.grid[max(0, min(nearest - 1, len(self.grid) - 3)) :][:3] if form == "eigenbasis" else ()
         for damping in sorted(judged):
-            role = "recommended" if damping == best else "grid" if damping in self.grid else "boundary"
+            role = "grid" if damping in self.grid else "boundary"
+            role = "lowest" if damping == lowest_at and judged[damping].actual < 0 else role
+            role = "recommended" if damping == best else role
             role = "current" if damping == self.current else role
             self.rows.append(
                 self._row(approximation, form, damping, role, judged[damping], spent[damping], damping in searched)
             )
-        self.summaries.append(self._summary(approximation, form, best, judged, start))
+        self.summaries.append(self._summary(approximation, form, best, lowest_at, judged, start))
 
-    def _narrow(self, judge: Callable[[float], Step], judged: Mapping[float, Step]) -> None:
-        """Judge two steps more around the lower end of the safe range, each in the middle of what is left."""
-        for _ in range(2):
-            safe = {damping: self._safe(step) for damping, step in judged.items() if self._audible(step)}
-            low = holds_from(safe)
-            below = max((damping for damping in safe if damping < low), default=NAN)
-            if math.isnan(below) or low / below < 1.5:
-                return
-            judge(math.sqrt(low * below))
+    def _verdict(self, step: Step) -> tuple[bool | None, float]:
+        """Whether a step is safe, None where that can't be told, and its change."""
+        return (self._safe(step) if self._audible(step) else None), step.actual
 
     @staticmethod
     def _safe(step: Step) -> bool:
@@ -164,12 +182,14 @@ class WholeNetwork:
             form,
             damping,
             role,
-            relative_damping=damping / self.mean,
+            relative_damping=damping / self.mean[0],
+            relative_damping_stderr=self._relative_stderr(damping),
             predicted_change=step.predicted,
             actual_change=step.actual,
-            rho=step.rho if self._audible(step) else NAN,
+            rho=self._rho(step),
             step_norm=step.norm,
             angle_to_gradient_degrees=math.degrees(math.acos(max(-1.0, min(1.0, step.cosine)))),
+            alpha_star=step.alpha_star,
             status="estimated" if self.fisher in ("probe", "mc") else "ok",
         )
         reasons = self._reasons(approximation, form, damping, step)
@@ -188,68 +208,88 @@ class WholeNetwork:
         spent = passes + self.objective.network.passes - before
         return dataclasses.replace(row, passes=spent, reason="; ".join(reasons))
 
+    def _relative_stderr(self, damping: float) -> float:
+        mean, stderr = self.mean
+        return damping / mean * (stderr / mean)
+
     def _summary(
-        self, approximation: str, form: str, best: float, judged: Mapping[float, Step], start: int
+        self, approximation: str, form: str, best: float, lowest_at: float, judged: Mapping[float, Step], start: int
     ) -> GlobalDampingRow:
-        step = judged[best]
         audible = {damping: one for damping, one in judged.items() if self._audible(one)}
-        safe_from = holds_from({d: self._safe(one) for d, one in audible.items()})
-        safe = {d: one.actual for d, one in audible.items() if d >= safe_from}
+        bottom = judged[lowest_at]
         row = GlobalDampingRow(
             approximation,
             form,
-            damping=best,
-            relative_damping=best / self.mean,
-            change=step.actual,
-            predicted_change=step.predicted,
-            rho=step.rho if self._audible(step) else NAN,
-            safe_from=safe_from,
-            safe_damping=min(safe, key=lambda d: safe[d], default=NAN),
-            safe_change=min(safe.values(), default=NAN),
+            safe_from=holds_from({d: self._safe(one) for d, one in audible.items()}),
             lowerable_from=holds_from({d: one.predicted < 0 and one.rho > LOWER for d, one in audible.items()}),
             gradient_from=holds_from({d: one.cosine >= GRADIENT_COSINE for d, one in judged.items()}),
             status="estimated" if self.fisher in ("probe", "mc") else "ok",
         )
-        reasons = self._reasons(approximation, form, best, step)
-        if step.actual >= 0:
+        reasons = self._reasons(approximation, form, lowest_at if math.isnan(best) else best, bottom)
+        if bottom.actual < 0:
+            row = dataclasses.replace(
+                row, lowest_damping=lowest_at, lowest_change=bottom.actual, lowest_rho=self._rho(bottom)
+            )
+        else:
             reasons.append("no damping tried lowers the objective")
-            row = dataclasses.replace(row, damping=NAN, relative_damping=NAN, status="not_assessed")
-        elif not best >= row.safe_from:
-            reasons.append("the best step lies below the safe range: the quadratic model does not predict its decrease")
-        if self.current is not None:
-            row = dataclasses.replace(row, current=self.current, current_change=judged[self.current].actual)
-        own = self._own_dampings(approximation)
-        if form == "eigenbasis" and own:
-            factor, together = self._per_layer(approximation, best, own)
+        if math.isnan(best):
+            reasons.append("no damping tried is safe: a decrease that the quadratic model predicts, and a quarter kept")
+        else:
+            step = judged[best]
             row = dataclasses.replace(
                 row,
-                per_layer_predicted=together.predicted,
-                per_layer_change=together.actual,
-                per_layer_factor=factor,
+                damping=best,
+                relative_damping=best / self.mean[0],
+                relative_damping_stderr=self._relative_stderr(best),
+                change=step.actual,
+                predicted_change=step.predicted,
+                rho=self._rho(step),
             )
+        if self.current is not None:
+            now = judged[self.current]
+            row = dataclasses.replace(
+                row,
+                current=self.current,
+                current_change=now.actual,
+                current_rho=self._rho(now),
+                current_alpha_star=now.alpha_star,
+            )
+        own = self.own.get((approximation, form), {})
+        if own:
+            factor, together = self._per_layer(approximation, form, lowest_at if math.isnan(best) else best, own)
+            if together is None:
+                reasons.append(f"dampings of each layer's own are not safe together, up to {factor:g} times themselves")
+            else:
+                row = dataclasses.replace(
+                    row,
+                    per_layer_predicted=together.predicted,
+                    per_layer_change=together.actual,
+                    per_layer_rho=together.rho,
+                    per_layer_factor=factor,
+                )
         passes = self.objective.network.passes - start
         return dataclasses.replace(row, passes=passes, reason="; ".join(reasons))
 
-    def _own_dampings(self, approximation: str) -> dict[str, float]:
-        """Layer -> the damping of the grid at which its own exact block predicts the largest decrease."""
-        found: dict[str, float] = {}
-        for part in self.parts:
-            own = {damping: value for (name, damping), value in part.decrease.items() if name == approximation}
-            if own:
-                found[part.spec.name] = min(own, key=lambda damping: own[damping])
-        return found
+    def _per_layer(
+        self, approximation: str, form: str, best: float, own: Mapping[str, float]
+    ) -> tuple[float, Step | None]:
+        """The safe common factor on the layers' own dampings with the lowest objective (from `FACTORS`), and its step.
 
-    def _per_layer(self, approximation: str, best: float, own: Mapping[str, float]) -> tuple[float, Step]:
-        """The best common factor on the layers' own dampings (around `FACTORS`), and the joint step with it."""
+        Layers without a value of their own take `best`. The largest factor tried and None where none is safe.
+        """
+        judged: dict[float, Step] = {}
 
-        def vector(factor: float) -> dict[str, Tensor]:
+        def judge(factor: float) -> tuple[bool | None, float]:
             given = {part.spec.name: best for part in self.parts} | {name: d * factor for name, d in own.items()}
-            return self._joint(approximation, "eigenbasis", given)
+            judged[factor] = self.objective.judged(self._joint(approximation, form, given))
+            return self._verdict(judged[factor])
 
-        factor, changes = lowest(
-            lambda f: self.objective.change(vector(f)), FACTORS, extend=0, middles=False, halvings=2
-        )
-        return factor, self.objective.model(vector(factor), changes[factor])
+        _, factor = lowest_safe(FACTORS, judge, extend=2, halvings=2)
+        return (max(judged), None) if math.isnan(factor) else (factor, judged[factor])
+
+    def _rho(self, step: Step) -> float:
+        """Rho, NaN where the changes are within rounding of the loss."""
+        return step.rho if self._audible(step) else NAN
 
     def _audible(self, step: Step) -> bool:
         """Whether the predicted change is well above the rounding of a change of the loss."""
@@ -260,6 +300,8 @@ class WholeNetwork:
         reasons = []
         if self.fisher == "empirical":
             reasons.append("factors of the empirical Fisher")
+        elif self.fisher in ("probe", "mc"):
+            reasons.append("the changes are those of a step by factors made of draws: other draws, another step")
         parameters = self.objective.network.parameters
         still = sum(p.numel() for name, p in parameters.items() if name not in step.vector)
         if still:
@@ -324,10 +366,10 @@ def begin(
     """
     objective = Objective(network, rates)
     current = current if current is not None and current > 0 else None
-    mean = 0.0
+    mean = stderr = 0.0
     if not why_no_steps and not objective.flat:
         try:
-            mean = mean_eigenvalue(objective, seed)
+            mean, stderr = mean_eigenvalue(objective, seed)
         except (RuntimeError, NotImplementedError) as error:
             # an operation without a second derivative
             if out_of_memory(error):
@@ -348,22 +390,24 @@ def begin(
         network.parameters,
         objective.rates,
         () if why_no_steps else tuple(sorted(nodes | ({current} if current else set()))),
-        () if why_no_steps else grid,
         eps=torch.finfo(dtype).eps,
     )
-    return WholeNetwork(objective, mean, grid, current, keeper, fisher, why_no_steps)
+    return WholeNetwork(objective, (mean, stderr), grid, current, keeper, fisher, why_no_steps)
 
 
-def mean_eigenvalue(objective: Objective, seed: int) -> float:
-    """Tr G / P over all trained parameters that the loss reaches, from `PROBES` probes with random signs."""
+def mean_eigenvalue(objective: Objective, seed: int) -> tuple[float, float]:
+    """Tr G / P over all trained parameters that the loss reaches, with its standard error.
+
+    The mean over `PROBES` probes z with random signs of z^T G z / P.
+    """
     parameters = objective.network.parameters
     device = next(iter(parameters.values())).device
     generator = torch.Generator(device=device).manual_seed(seed)
-    total = 0.0
+    found = []
     for _ in range(PROBES):
         signs = {
             name: torch.randint(0, 2, p.shape, generator=generator, device=device).to(p.dtype).mul(2).sub(1)
             for name, p in parameters.items()
         }
-        total += objective.form(signs)
-    return total / PROBES / sum(p.numel() for p in parameters.values())
+        found.append(objective.form(signs) / sum(p.numel() for p in parameters.values()))
+    return statistics.fmean(found), statistics.stdev(found) / PROBES**0.5

@@ -86,23 +86,28 @@ MEANINGS: dict[str, dict[str, str]] = {
         "low": "the safe range begins here: from here on rho >= 1/4; NaN: no such edge on the grid",
         "high": "the safe range ends here: up to here gradient_distance >= 1/10, beyond it the step is gradient "
         "descent; NaN: no such edge on the grid; low > high: there is no safe range",
-        "recommended": "the damping with the largest decrease of the exact quadratic model",
+        "recommended": "the damping with the largest decrease of the layer's own exact quadratic model: the best if "
+        "only this layer moves",
         "decrease": "that decrease, in units of the loss",
         "gain": "1 - (decrease at the current damping) / decrease: 0, nothing to gain; 1, the current step gains "
         "nothing; more, it does harm",
         "noise_below": "the largest damping with effective_dimension >= 0.9 min(P, N K) and alpha_star < 1/4; "
         "NaN: none",
-        "standing": "too_small (below low), safe, too_large (above high); empty if the current value is unknown",
+        "standing": "too_small (below low), safe, too_large (above high), for a step of this layer alone; empty if the "
+        "current value is unknown",
         "form_gap": "1 - smaller / larger decrease of the two forms of a K-FAC at the current damping (unknown: at the "
         "one recommended for the eigenbasis form); more than 1: one of them does harm",
+        "joint": "the damping to set where all layers step together: recommended times per_layer_factor of the table "
+        "global_damping; NaN where joint steps were not taken or none of these is safe",
     },
     "steps": {
         "approximation": WHOLE,
         "form": FORM,
         "damping": "lam, added to every layer's approximation, in units of loss / parameter^2",
-        "role": "grid, current (the optimizer's own damping), recommended, or boundary (tried to find where the safe "
-        "range begins)",
-        "relative_damping": "damping over the mean eigenvalue of the network's exact GGN (tr G / P, from 4 probes)",
+        "role": "grid, current (the optimizer's own damping), recommended, lowest (the lowest objective of all tried), "
+        "or boundary (tried to find where the safe range begins)",
+        "relative_damping": "damping over the mean eigenvalue of the network's exact GGN, tr G / P: from the layers' "
+        "exact traces, else (with a standard error) from 4 probes",
         "predicted_change": "change of the objective by the quadratic model with the exact GGN of the whole network, "
         "without damping * ||step||^2 / 2, in units of the loss",
         "actual_change": "change of the objective at theta + step, in units of the loss; with the L2 decay's term "
@@ -110,6 +115,7 @@ MEANINGS: dict[str, dict[str, str]] = {
         "rho": "actual_change / predicted_change, dimensionless",
         "step_norm": "2-norm of the step over all parameters that it moves",
         "angle_to_gradient_degrees": "angle between the step and the negative gradient, 0 to 180",
+        "alpha_star": "multiple of the step at which the quadratic model is lowest; below 1 the step is too long",
         "best_step_length": "multiple of the step with the lowest objective, of those tried; NaN without line search",
         "best_length_change": "actual change there, in units of the loss",
         "model_length": "multiple of the step from which the actual change is off by more than 25 % of the largest "
@@ -119,22 +125,28 @@ MEANINGS: dict[str, dict[str, str]] = {
     "global_damping": {
         "approximation": WHOLE,
         "form": FORM,
-        "damping": "the recommended damping: the lowest objective after one step, of those tried",
+        "damping": "the recommended damping: the lowest objective after one step, of those from safe_from on",
         "relative_damping": "the same over the mean eigenvalue of the network's exact GGN",
         "change": "actual change of the objective there, in units of the loss",
         "predicted_change": "change by the quadratic model there, in units of the loss",
         "rho": "change / predicted_change, dimensionless",
         "safe_from": "least damping tried from which on rho >= 1/4 and a decrease is predicted",
-        "safe_damping": "the damping in the safe range with the lowest objective after one step, of those judged",
-        "safe_change": "actual change of the objective there, in units of the loss",
+        "lowest_damping": "the damping with the lowest objective after one step, of all tried: an observation on this "
+        "batch, no recommendation, where it lies below safe_from",
+        "lowest_change": "actual change of the objective there, in units of the loss",
+        "lowest_rho": "rho there, dimensionless",
         "lowerable_from": "least damping tried from which on rho > 3/4: it may be lowered there",
         "gradient_from": "least damping tried from which on the step is within 18 degrees of the negative gradient",
-        "per_layer_predicted": "change by the model with each layer at the damping its own exact block recommends, "
-        "times per_layer_factor, in units of the loss",
+        "per_layer_predicted": "change by the model with each layer at the damping that its own exact block "
+        "recommends, times per_layer_factor (column joint of the table ranges), in units of the loss",
         "per_layer_change": "the same, actual",
-        "per_layer_factor": "the common factor on those dampings with the lowest objective, of those tried",
+        "per_layer_rho": "per_layer_change / per_layer_predicted, dimensionless",
+        "per_layer_factor": "the common factor on those dampings with the lowest objective, of those tried from which "
+        "on rho >= 1/4 and a decrease is predicted",
         "current": "the optimizer's own damping; NaN where the checkpoint has none",
-        "current_change": "actual change of the objective there, in units of the loss",
+        "current_change": "actual change of the objective by the whole step there, in units of the loss",
+        "current_rho": "rho there, dimensionless",
+        "current_alpha_star": "multiple of that step at which the quadratic model is lowest",
         "passes": "forward and backward passes for this approximation and form in all",
     },
     "evidence": {

@@ -716,9 +716,6 @@ def test_damped_steps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     basis = torch.linalg.eigh(oracle.factors["embedding"]["expand"][1]).eigenvectors.contiguous()
     M = reference.ekfac(oracle.G, torch.eye(R.shape[1], dtype=R.dtype), basis)
     close(part.step("ekfac_expand", "eigenbasis", lam), solved(M))
-    step = solved(M)
-    predicted = (R * step).sum() + 0.5 * step.flatten() @ (oracle.G @ step.flatten()) + 0.15 * step.square().sum()
-    assert part.decrease["ekfac_expand", lam] == pytest.approx(float(predicted), rel=1e-9)
 
 
 def test_damping_of_one_layer() -> None:

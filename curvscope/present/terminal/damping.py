@@ -38,18 +38,25 @@ def overview_section(page: Page, layers: Sequence[Layer]) -> None:
     found = [(layer, _range(layer, chosen(layer), "eigenbasis")) for layer in layers]
     known = [(layer, row) for layer, row in found if row is not None]
     if not known:
+        reasons = list(dict.fromkeys(row.reason for layer in layers for row in layer.damping if row.reason))
+        if reasons:
+            page.heading("damping of the better K-FAC")
+            line = page.text(f"{page.dash} not assessed: ", "yellow")
+            line.append(page.safe(f"{reasons[0]}; --fisher exact gives it, for layers that are not too large"), "dim")
+            page.lines([line])
         return
     page.heading("damping of the better K-FAC")
     standing = any(row.standing for _, row in known)
     columns = [
         Column("from 1e-8 of the\nmean eigenvalue up", [(_strip(page, *one), "cyan") for one in known], 50, left=True),
-        Column("safe\nfrom", [(_edge(page, row.low, row), "") for _, row in known], 8),
-        Column("safe\nto", [(_edge(page, row.high, row), "") for _, row in known], 7),
-        Column("\nbest", [(page.measured(row.recommended), "bold") for _, row in known], 9),
+        Column("if only this layer moved:\nsafe", [(_safe(row), "") for _, row in known], 8, left=True),
+        Column("\nbest", [(page.measured(row.recommended), "") for _, row in known], 7),
     ]
     if standing:
         places = [(STANDING_WORDS[row.standing], STANDING_STYLES[row.standing]) for _, row in known]
         columns.append(Column("\nnow", places, 6, left=True))
+    if any(not math.isnan(row.joint) for _, row in known):
+        columns.append(Column("all move:\nset", [(page.measured(row.joint), "bold") for _, row in known], 9))
     names = [page.safe(layer.name) for layer, _ in known]
     longest = max(len(name) for name in names)
     columns = page.fitting(columns, page.width - 2 - GAP - min(longest, max(12, page.width // 4)))
@@ -59,6 +66,10 @@ def overview_section(page: Page, layers: Sequence[Layer]) -> None:
     cross = "x" if page.ascii_only else "×"
     words = f"strip: how much the exact quadratic model loses by K-FAC's step, a factor of 10 a step; {cross}: it grows"
     words += "; [ ] the safe range"
+    if standing:
+        words += "; now: one step of this layer alone, which says nothing of many steps (CS5xx) or of all layers"
+    if any(not math.isnan(row.joint) for _, row in known):
+        words += "; set: best times a common factor, tried in a step of all layers together"
     now = {row.current for _, row in known if not math.isnan(row.current)}
     if len(now) == 1:
         words += f"; | the optimizer's damping, {number(now.pop())}"
@@ -93,14 +104,15 @@ def _ranges(page: Page, layer: Layer) -> None:
         Column("\napproximation", names, 100, left=True),
         Column("\nform", [(row.form, "") for row in rows], 90, left=True),
         Column("\nstrip", [(_strip(page, layer, row), "cyan") for row in rows], 20, left=True),
-        Column("safe\nfrom", [(_edge(page, row.low, row), "") for row in rows], 9),
-        Column("safe\nto", [(_edge(page, row.high, row), "") for row in rows], 8),
-        Column("\nbest", [(page.measured(row.recommended), "bold") for row in rows], 10),
+        Column("if only this layer moved:\nsafe", [(_safe(row), "") for row in rows], 9, left=True),
+        Column("\nbest", [(page.measured(row.recommended), "") for row in rows], 8),
     ]
     if any(row.standing for row in rows):
         words = [(STANDING_WORDS[row.standing] or page.dash, STANDING_STYLES[row.standing]) for row in rows]
         columns.append(Column("\nnow", words, 7, left=True))
         columns.append(Column("\ngain", [(page.measured(row.gain), "") for row in rows], 6))
+    if any(not math.isnan(row.joint) for row in rows):
+        columns.append(Column("all move:\nset", [(page.measured(row.joint), "bold") for row in rows], 10))
     columns.append(Column("form\ngap", [(page.measured(row.form_gap), "") for row in rows], 3))
     page.table(columns)
     lines = []
@@ -142,6 +154,13 @@ def _strip(page: Page, layer: Layer, found: RangeRow) -> str:
     return strip(rows, found, ascii_only=page.ascii_only) or page.dash
 
 
-def _edge(page: Page, value: float, row: RangeRow) -> str:
-    """An edge of the safe range; a dash where there is none within the grid."""
-    return page.dash if row.low > row.high else page.measured(value)
+def _safe(row: RangeRow) -> str:
+    """The safe range in words."""
+    low, high = not math.isnan(row.low), not math.isnan(row.high)
+    if row.status != "ok":
+        return "not assessed"
+    if row.low > row.high or (low and not high and "no damping of the grid is large enough" in row.reason):
+        return "none"
+    if low and high:
+        return f"{number(row.low)} to {number(row.high)}"
+    return f"from {number(row.low)}" if low else f"up to {number(row.high)}" if high else "all"

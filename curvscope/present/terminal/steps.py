@@ -17,7 +17,13 @@ NAMES = {
     "ekfac_reduce": "EKFAC-reduce",
     "ggn": "exact blocks",
 }
-ROLE_WORDS = {"grid": "", "recommended": "lowest loss", "current": "the optimizer's", "boundary": ""}
+ROLE_WORDS = {
+    "grid": "",
+    "recommended": "recommended",
+    "lowest": "lowest loss tried",
+    "current": "the optimizer's",
+    "boundary": "",
+}
 SECTION_COLUMNS = ("predicted", "actual", "rho", "best length")
 
 
@@ -32,17 +38,17 @@ def steps_section(page: Page, run: Run) -> None:
     lines: list[Text] = []
     if summaries:
         products = [row for row in summaries if row.form == "eigenbasis" and row.approximation.startswith("kfac")]
-        better = min(products or summaries, key=lambda row: row.change)
+        better = min(products or summaries, key=_change)
         rows = [row for row in run.tables["steps"] if _key(row) == _key(better)]
         _table(page, rows, better, wanted=SECTION_COLUMNS)
         lines += [*_words(page, better), *_repeated(page, run)]
         others = [
             f"{_name(row)} {number(row.damping)} ({_signed(row.change)})"
             for row in summaries
-            if _key(row) != _key(better) and not _copied(row)
+            if _key(row) != _key(better) and not _copied(row) and not math.isnan(row.damping)
         ]
         if others:
-            lines.append(page.text(f"Lowest with other curvature: {', '.join(others)}.", "dim"))
+            lines.append(page.text(f"Recommended with other curvature: {', '.join(others)}.", "dim"))
     else:
         lines.append(page.text(f"{page.dash} not assessed: ", "yellow").append(page.safe(min(reasons)), style="dim"))
     page.lines([*lines, *weights])
@@ -82,18 +88,27 @@ def _name(row: GlobalDampingRow) -> str:
     return NAMES.get(row.approximation, row.approximation) + (" (factored)" if row.form == "factored" else "")
 
 
+def _change(row: GlobalDampingRow) -> float:
+    """The change at the recommended damping; those without one last."""
+    return math.inf if math.isnan(row.change) else row.change
+
+
 def _signed(value: float) -> str:
     return ("+" if value > 0 else "") + number(value)
 
 
 def _table(page: Page, rows: list[StepRow], summary: GlobalDampingRow, wanted: tuple[str, ...] = ()) -> None:
-    """A row a damping; those below the safe range are dim."""
+    """A row a damping, marked where it is safe."""
 
     def cells(name: str, signed: bool = False) -> list[tuple[str, str]]:
         values = [getattr(row, name) for row in rows]
         return [(page.dash if math.isnan(v) else _signed(v) if signed else number(v), "") for v in values]
 
-    marks = [(ROLE_WORDS.get(row.role, row.role), "") for row in rows]
+    safe = [not math.isnan(summary.safe_from) and row.damping >= summary.safe_from for row in rows]
+    marks = [
+        (", ".join(filter(None, ("safe" if inside else "", ROLE_WORDS.get(row.role, row.role)))), "")
+        for row, inside in zip(rows, safe, strict=True)
+    ]
     columns = {
         "predicted": Column("predicted\nchange", cells("predicted_change", True), worth=8),
         "actual": Column("actual\nchange", cells("actual_change", True), worth=10),
@@ -106,7 +121,6 @@ def _table(page: Page, rows: list[StepRow], summary: GlobalDampingRow, wanted: t
         "relative": Column("over mean\neigenvalue", cells("relative_damping"), worth=1),
     }
     shown = [column for name, column in columns.items() if not wanted or name in wanted]
-    safe = [not math.isnan(summary.safe_from) and row.damping >= summary.safe_from for row in rows]
     page.table(
         [Column("\ndamping", cells("damping"), worth=100), *shown, Column("\n", marks, worth=7, left=True)],
         ["" if inside else "dim" for inside in safe],
@@ -117,26 +131,29 @@ def _words(page: Page, row: GlobalDampingRow) -> list[Text]:
     """The recommendation, the safe range, the gain of dampings a layer, the optimizer's own."""
     lines = []
     if math.isnan(row.damping):
-        lines.append(page.text(f"{_name(row)}: no damping that was tried lowers the loss.", "yellow"))
+        lines.append(page.text(f"{_name(row)}: no damping that was tried is safe (rho >= 1/4, a decrease predicted)."))
     else:
-        words = f"{_name(row)}: lowest loss at damping {number(row.damping)} ({_signed(row.change)}"
-        lines.append(page.text(words + (f", rho {number(row.rho)})." if not math.isnan(row.rho) else ").")))
-    if math.isnan(row.safe_from):
-        lines.append(page.text("No damping that was tried is safe (rho at least 1/4, a decrease predicted)."))
-    else:
-        words = f"Safe from {number(row.safe_from)} on (rows that are not dim): a decrease is predicted, and rho is at "
-        words += f"least 1/4. Lowest there at {number(row.safe_damping)} ({_signed(row.safe_change)})."
-        lines.append(page.text(words))
+        words = (
+            f"{_name(row)}: damping {number(row.damping)} for all layers, {_signed(row.change)} by one full step, the "
+        )
+        words += "lowest loss of those that are safe (a decrease predicted, rho at least 1/4: from "
+        words += f"{number(row.safe_from)})."
+        lines.append(page.text(words, "bold"))
+    if math.isnan(row.lowest_damping):
+        lines.append(page.text("No damping that was tried lowers the loss.", "yellow"))
+    elif row.lowest_damping != row.damping:
+        words = f"The lowest loss tried, {_signed(row.lowest_change)} at {number(row.lowest_damping)}, is no advice: "
+        lines.append(page.text(words + f"the model does not predict it (rho {number(row.lowest_rho)}).", "dim"))
     if not math.isnan(row.gradient_from):
         lines.append(
             page.text(f"From {number(row.gradient_from)} on the step is within 18 degrees of the plain gradient's.")
         )
     if not math.isnan(row.current):
-        words = f"The optimizer's own damping is {number(row.current)}: {_signed(row.current_change)}."
+        words = f"The optimizer's own damping is {number(row.current)}: {_signed(row.current_change)} by the full step."
         lines.append(page.text(words, "bold" if row.current < row.safe_from or math.isnan(row.safe_from) else ""))
     if not math.isnan(row.per_layer_change) and row.change < 0:
         gain = row.per_layer_change / row.change - 1
-        words = f"A damping for each layer from its own block, times {number(row.per_layer_factor)}: "
+        words = f"A damping for each layer (set, above: its own best times {number(row.per_layer_factor)}): "
         words += f"{_signed(row.per_layer_change)}, {abs(gain):.0%} {'more' if gain > 0 else 'less'} than one for all."
         lines.append(page.text(words, "dim"))
     return lines
