@@ -222,9 +222,9 @@ class StepRow:
 class GlobalDampingRow:
     """What the steps of one approximation and form say of damping: one value for all layers, or one for each.
 
-    Changes are those of the objective by one step. Every damping judged from `safe_from` on has rho >= 1/4 and a
-    predicted decrease (the Levenberg-Marquardt rule); of them `damping`, the recommended one, has the lowest objective,
-    `change` below the present one. lowest_*: the lowest objective of all dampings tried, safe or not. From
+    Changes are those of the objective by one step. `damping`, the recommended one, has the lowest objective of all
+    tried, safe or not. Every damping judged from `safe_from` on has rho >= 1/4 and a predicted decrease (the
+    Levenberg-Marquardt rule); safe_*: that of them with the lowest objective. From
     `lowerable_from` on rho > 3/4; from `gradient_from` on the step points within 18 degrees of the negative gradient.
     per_layer_*: every layer at the damping that its own block recommends (`RangeRow.recommended`), all times
     `per_layer_factor`, chosen by the same rule. current_*: at the optimizer's own damping.
@@ -239,9 +239,9 @@ class GlobalDampingRow:
     predicted_change: float = NAN
     rho: float = NAN
     safe_from: float = NAN
-    lowest_damping: float = NAN
-    lowest_change: float = NAN
-    lowest_rho: float = NAN
+    safe_damping: float = NAN
+    safe_change: float = NAN
+    safe_rho: float = NAN
     lowerable_from: float = NAN
     gradient_from: float = NAN
     per_layer_predicted: float = NAN

@@ -31,7 +31,7 @@ HEAD = """# What the recommended damping is worth, on its batch and on others
 
 For every sample, four batches of its training data (by their seed) and every flavour, `curvscope.analyze` recommends a
 damping for the whole network (column `damping` of table `global_damping`) and a damping for each layer (column `joint`
-of table `ranges`), and tells which of all dampings that it tried gave the lowest loss (`lowest_damping`). Each is
+of table `ranges`), and tells the best of those that are safe by the Levenberg-Marquardt rule (`safe_damping`). Each is
 judged by the actual change of the loss (with the optimizer's L2 decay, which only graph_gnn has) after one step of all
 layers, a forward pass in float32: on the batch that it was found on (**same**) and, the mean over the other three
 batches of the sample, on data that had no part in it (**other**; batches are drawn with replacement of the whole, so
@@ -43,22 +43,21 @@ other ones. Where every layer has one position an example, expand and reduce are
 | value | within {within:.0%} of the best of {fine}, same batch | median lost, same | worst lost, same | lowers the loss on the other batches | median share of the best decrease there | worst change there, in units of the loss |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: |
 {summary}
-The lowest loss tried is within {within:.0%} of the best by construction: both are searched among actual losses of one
+The recommendation is the lowest loss of all tried: within {within:.0%} of the best by construction: both are searched among actual losses of one
 batch. {reading}
 
 """
 READING = (
-    "On other batches of the same data the lowest loss tried raises the loss in {bad_lowest} of {total} runs, the "
-    "recommended value in {bad_safe}, the dampings by layer in {bad_layers} of {with_layers} (exact blocks have none of "
+    "On other batches of the same data the recommended value raises the loss in {bad_lowest} of {total} runs, the "
+    "safe one in {bad_safe}, the dampings by layer in {bad_layers} of {with_layers} (exact blocks have none of "
     "their own). One step on one batch of a trained network often harms other batches, whatever the damping, and by these "
-    "figures neither rule is clearly ahead there. The recommendation follows the Levenberg-Marquardt rule (rho >= 1/4 and "
-    "a predicted decrease) because its steps are those that the quadratic model predicts; on the batch itself it reaches "
-    "{share:.0%} (median) of the best decrease, but misses it by more than 5 % in many runs. The lowest loss tried is told "
-    "beside it, as an observation."
+    "figures neither is clearly ahead there. The safe value (rho >= 1/4 and a predicted decrease) takes steps that the "
+    "quadratic model predicts, and is what the findings advise to set for a run that goes on; on the batch itself it "
+    "reaches {share:.0%} (median) of the best decrease, but misses it by more than 5 % in many runs."
 )
 TITLES = (
-    *("sample", "seed", "loss", "flavour", "best of the grid", "same", "other", "recommended", "rho", "same", "other"),
-    *("lowest", "rho", "same", "other", "by layer, times", "same", "other", "passes"),
+    *("sample", "seed", "loss", "flavour", "best of the grid", "same", "other", "safe", "rho", "same", "other"),
+    *("recommended", "rho", "same", "other", "by layer, times", "same", "other", "passes"),
 )
 
 
@@ -104,12 +103,12 @@ def studied(run: curvscope.Run, networks: Sequence[WholeNetwork], own: int, fine
     best = min(grid, key=lambda d: grid[d][0] if math.isfinite(grid[d][0]) else math.inf)
     there = min((other for _, other in grid.values() if math.isfinite(other)), default=math.nan)
     values = {"best": grid[best], "there": (math.nan, there)}
-    for name, damping in (("recommended", row.damping), ("lowest", row.lowest_damping)):
+    for name, damping in (("safe", row.safe_damping), ("recommended", row.damping)):
         values[name] = changes(networks, own, network._joint(*series, damping)) if damping == damping else NOTHING
     layers = {one.layer: one.joint for one in run.tables["ranges"] if (one.approximation, one.form) == series}
     values["layers"] = NOTHING
     if row.per_layer_factor == row.per_layer_factor:
-        given = {part.spec.name: row.damping for part in network.parts}
+        given = {part.spec.name: row.safe_damping for part in network.parts}
         given |= {name: damping for name, damping in layers.items() if damping == damping}
         values["layers"] = changes(networks, own, network._joint(*series, given))
     return row, best, values
@@ -136,8 +135,8 @@ def runs() -> Iterator[tuple[dict[str, tuple[float, float]], list[str]]]:
                     values,
                     [
                         *(name, str(seed), f"{run.model.loss:.4f}", flavour, f"{best:.3g}", *two("best")),
+                        *(f"{row.safe_damping:.3g}", f"{row.safe_rho:.2f}", *two("safe")),
                         *(f"{row.damping:.3g}", f"{row.rho:.2f}", *two("recommended")),
-                        *(f"{row.lowest_damping:.3g}", f"{row.lowest_rho:.2f}", *two("lowest")),
                         *(f"{row.per_layer_factor:.3g}", *two("layers"), str(row.passes)),
                     ],
                 )
@@ -146,7 +145,7 @@ def runs() -> Iterator[tuple[dict[str, tuple[float, float]], list[str]]]:
 def summarized(all_values: Sequence[dict[str, tuple[float, float]]]) -> tuple[str, dict[str, Any]]:
     """The summary's lines, and the numbers of the sentence below it."""
     lines, numbers = "", {"total": len(all_values), "with_layers": 0}
-    names = {"recommended": "recommended (safe)", "lowest": "lowest loss tried", "layers": "a damping for each layer"}
+    names = {"safe": "safe", "recommended": "recommended", "layers": "a damping for each layer"}
     for key, words in names.items():
         lost = [1 - values[key][0] / values["best"][0] for values in all_values if values[key][0] == values[key][0]]
         known = [values for values in all_values if values[key][0] == values[key][0]]
@@ -167,10 +166,10 @@ def summarized(all_values: Sequence[dict[str, tuple[float, float]]]) -> tuple[st
             )
             + "\n"
         )
-        numbers[{"recommended": "bad_safe", "lowest": "bad_lowest", "layers": "bad_layers"}[key]] = len(other) - lowered
+        numbers[{"safe": "bad_safe", "recommended": "bad_lowest", "layers": "bad_layers"}[key]] = len(other) - lowered
         if key == "layers":
             numbers["with_layers"] = len(known)
-        if key == "recommended":
+        if key == "safe":
             numbers["share"] = 1 - statistics.median(lost)
     return lines, numbers
 

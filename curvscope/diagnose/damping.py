@@ -134,8 +134,8 @@ def _raise(row: RangeRow, joint: Sequence[GlobalDampingRow]) -> str:
     advice = []
     if row.joint > row.current:
         advice.append(f"of this layer to {row.joint:.2g}, with all others at theirs (column set)")
-    if one is not None and one.damping > row.current:
-        advice.append(f"of all layers to {one.damping:.2g}")
+    if one is not None and one.safe_damping > row.current:
+        advice.append(f"of all layers to {one.safe_damping:.2g}")
     if advice:
         return f"Raise the damping {', or '.join(advice)}."
     return (
@@ -163,7 +163,7 @@ def together(
     if all(learning_rate <= 2 * (1 - limits.trusted) * row.current_alpha_star for row in rows):
         return []
     row = rows[0]
-    remedy = "" if math.isnan(row.damping) else f"Raise the damping of all layers to {row.damping:.2g}."
+    remedy = "" if math.isnan(row.safe_damping) else f"Raise the damping of all layers to {row.safe_damping:.2g}."
     found = finding(
         "CS405",
         "warning",

@@ -156,8 +156,8 @@ class WholeNetwork:
         searched = self.grid[max(0, min(nearest - 1, len(self.grid) - 3)) :][:3] if form == "eigenbasis" else ()
         for damping in sorted(judged):
             role = "grid" if damping in self.grid else "boundary"
-            role = "lowest" if damping == lowest_at and judged[damping].actual < 0 else role
-            role = "recommended" if damping == best else role
+            role = "safest" if damping == best else role
+            role = "recommended" if damping == lowest_at and judged[damping].actual < 0 else role
             role = "current" if damping == self.current else role
             self.rows.append(
                 self._row(approximation, form, damping, role, judged[damping], spent[damping], damping in searched)
@@ -228,7 +228,13 @@ class WholeNetwork:
         reasons = self._reasons(approximation, form, lowest_at if math.isnan(best) else best, bottom)
         if bottom.actual < 0:
             row = dataclasses.replace(
-                row, lowest_damping=lowest_at, lowest_change=bottom.actual, lowest_rho=self._rho(bottom)
+                row,
+                damping=lowest_at,
+                relative_damping=lowest_at / self.mean[0],
+                relative_damping_stderr=self._relative_stderr(lowest_at),
+                change=bottom.actual,
+                predicted_change=bottom.predicted,
+                rho=self._rho(bottom),
             )
         else:
             reasons.append("no damping tried lowers the objective")
@@ -236,15 +242,7 @@ class WholeNetwork:
             reasons.append("no damping tried is safe: a decrease that the quadratic model predicts, and a quarter kept")
         else:
             step = judged[best]
-            row = dataclasses.replace(
-                row,
-                damping=best,
-                relative_damping=best / self.mean[0],
-                relative_damping_stderr=self._relative_stderr(best),
-                change=step.actual,
-                predicted_change=step.predicted,
-                rho=self._rho(step),
-            )
+            row = dataclasses.replace(row, safe_damping=best, safe_change=step.actual, safe_rho=self._rho(step))
         if self.current is not None:
             now = judged[self.current]
             row = dataclasses.replace(

@@ -104,7 +104,7 @@ MEANINGS: dict[str, dict[str, str]] = {
         "approximation": WHOLE,
         "form": FORM,
         "damping": "lam, added to every layer's approximation, in units of loss / parameter^2",
-        "role": "grid, current (the optimizer's own damping), recommended, lowest (the lowest objective of all tried), "
+        "role": "grid, current (the optimizer's own damping), recommended, safest (lowest objective of the safe), "
         "or boundary (tried to find where the safe range begins)",
         "relative_damping": "damping over the mean eigenvalue of the network's exact GGN, tr G / P: from the layers' "
         "exact traces, else (with a standard error) from 4 probes",
@@ -125,16 +125,15 @@ MEANINGS: dict[str, dict[str, str]] = {
     "global_damping": {
         "approximation": WHOLE,
         "form": FORM,
-        "damping": "the recommended damping: the lowest objective after one step, of those from safe_from on",
+        "damping": "the recommended damping: the lowest objective after one step, of all tried, safe or not",
         "relative_damping": "the same over the mean eigenvalue of the network's exact GGN",
         "change": "actual change of the objective there, in units of the loss",
         "predicted_change": "change by the quadratic model there, in units of the loss",
         "rho": "change / predicted_change, dimensionless",
         "safe_from": "least damping tried from which on rho >= 1/4 and a decrease is predicted",
-        "lowest_damping": "the damping with the lowest objective after one step, of all tried: an observation on this "
-        "batch, no recommendation, where it lies below safe_from",
-        "lowest_change": "actual change of the objective there, in units of the loss",
-        "lowest_rho": "rho there, dimensionless",
+        "safe_damping": "the damping with the lowest objective after one step, of those from safe_from on",
+        "safe_change": "actual change of the objective there, in units of the loss",
+        "safe_rho": "rho there, dimensionless",
         "lowerable_from": "least damping tried from which on rho > 3/4: it may be lowered there",
         "gradient_from": "least damping tried from which on the step is within 18 degrees of the negative gradient",
         "per_layer_predicted": "change by the model with each layer at the damping that its own exact block "

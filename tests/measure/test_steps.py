@@ -130,8 +130,8 @@ def test_the_recommendation_is_the_lowest_of_all_that_was_judged(setting: Settin
             for row in setting.run.tables["steps"]
             if (row.approximation, row.form) == (summary.approximation, summary.form)
         ]
-        assert summary.lowest_change == min(row.actual_change for row in rows)
-        assert {summary.damping, summary.lowest_damping} <= {row.damping for row in rows}
+        assert summary.change == min(row.actual_change for row in rows)
+        assert {summary.damping, summary.safe_damping} <= {row.damping for row in rows}
         safe = [row for row in rows if row.damping >= summary.safe_from]
         assert all(row.rho >= 0.25 and row.predicted_change < 0 for row in safe)
         below = [row.damping for row in rows if row.damping < summary.safe_from and not math.isnan(row.rho)]
@@ -139,7 +139,7 @@ def test_the_recommendation_is_the_lowest_of_all_that_was_judged(setting: Settin
             edge = next(row for row in rows if row.damping == max(below))
             assert edge.rho < 0.25 or edge.predicted_change >= 0
             assert summary.safe_from / edge.damping < 2
-        assert summary.change == min(row.actual_change for row in safe)
+        assert summary.safe_change == min(row.actual_change for row in safe)
 
 
 def test_the_mean_eigenvalue_is_near_the_trace_over_the_parameters() -> None:

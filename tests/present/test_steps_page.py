@@ -32,8 +32,8 @@ def test_the_first_page_has_the_better_kfac_and_a_line_for_the_others(width: int
     assert all(len(line) <= width for line in text.splitlines())
     words = " ".join(text.split())
     # the lowest change of the four K-FACs in eigenbasis form is kfac_reduce's
-    assert "K-FAC-reduce: damping 10.0 for all layers, -0.0320 by one full step" in words
-    assert "rho at least 1/4: from 10.0" in words
+    assert "K-FAC-reduce: recommended damping 10.0 for all layers, -0.0320 by one full step" in words
+    assert "Safe from 10.0 on (a decrease predicted, rho at least 1/4)" in words
     assert "The optimizer's own damping is 0.100: +0.00400 by the full step." in words
     assert "-0.0210, 34% less than one for all." in words
     assert "K-FAC-expand 10.0 (-0.0300)" in words
@@ -64,12 +64,12 @@ def test_a_run_without_the_tables_has_no_section() -> None:
 def test_no_safe_damping_and_no_decrease_are_words() -> None:
     run = make_run()
     run.tables["global_damping"] = [
-        dataclasses.replace(row, damping=NAN, safe_from=NAN, change=NAN, lowest_damping=NAN)
+        dataclasses.replace(row, damping=NAN, safe_from=NAN, change=NAN, safe_damping=NAN)
         for row in run.tables["global_damping"][:1]
     ]
     words = " ".join(section(shown(run)).split())
     assert "No damping that was tried lowers the loss" in words
-    assert "no damping that was tried is safe" in words
+    assert "No damping that was tried is safe" in words
     assert "nan" not in words
 
 

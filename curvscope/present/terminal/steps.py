@@ -20,7 +20,7 @@ NAMES = {
 ROLE_WORDS = {
     "grid": "",
     "recommended": "recommended",
-    "lowest": "lowest loss tried",
+    "safest": "lowest loss there",
     "current": "the optimizer's",
     "boundary": "",
 }
@@ -131,19 +131,20 @@ def _words(page: Page, row: GlobalDampingRow) -> list[Text]:
     """The recommendation, the safe range, the gain of dampings a layer, the optimizer's own."""
     lines = []
     if math.isnan(row.damping):
-        lines.append(page.text(f"{_name(row)}: no damping that was tried is safe (rho >= 1/4, a decrease predicted)."))
-    else:
-        words = (
-            f"{_name(row)}: damping {number(row.damping)} for all layers, {_signed(row.change)} by one full step, the "
-        )
-        words += "lowest loss of those that are safe (a decrease predicted, rho at least 1/4: from "
-        words += f"{number(row.safe_from)})."
-        lines.append(page.text(words, "bold"))
-    if math.isnan(row.lowest_damping):
         lines.append(page.text("No damping that was tried lowers the loss.", "yellow"))
-    elif row.lowest_damping != row.damping:
-        words = f"The lowest loss tried, {_signed(row.lowest_change)} at {number(row.lowest_damping)}, is no advice: "
-        lines.append(page.text(words + f"the model does not predict it (rho {number(row.lowest_rho)}).", "dim"))
+    else:
+        words = f"{_name(row)}: recommended damping {number(row.damping)} for all layers, {_signed(row.change)} by one "
+        lines.append(page.text(words + "full step, the lowest loss of all tried.", "bold"))
+    if math.isnan(row.safe_damping):
+        lines.append(page.text("No damping that was tried is safe (a decrease predicted, rho at least 1/4).", "yellow"))
+    else:
+        words = f"Safe from {number(row.safe_from)} on (a decrease predicted, rho at least 1/4)"
+        if row.safe_damping != row.damping:
+            words += (
+                f"; lowest there at {number(row.safe_damping)} ({_signed(row.safe_change)}). The model does not "
+                f"predict the recommended step (rho {number(row.rho)}): it holds for this one step, the safe value for more"
+            )
+        lines.append(page.text(words + "."))
     if not math.isnan(row.gradient_from):
         lines.append(
             page.text(f"From {number(row.gradient_from)} on the step is within 18 degrees of the plain gradient's.")
