@@ -125,7 +125,7 @@ def test_every_parameter_is_accounted_for() -> None:
         assert rows[name].treatment == treatment, name
         assert reason in rows[name].reason, (name, rows[name].reason)
     normed = [row for name, row in rows.items() if name.startswith("normed.parametrizations")]
-    assert {row.treatment for row in normed} == {"uncovered"}
+    assert {row.treatment for row in normed} == {"exact_only"}
     covered = sum(row.count for row in rows.values() if row.treatment == "kronecker")
     trained = sum(row.count for row in rows.values() if row.treatment != "frozen")
     assert run.coverage == pytest.approx(covered / trained)
