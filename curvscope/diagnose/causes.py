@@ -99,7 +99,7 @@ CAUSES: dict[str, tuple[tuple[str, Relation], ...]] = {
     "CS204": (("CS202", _elsewhere),),
     "CS205": (("CS213", _same), ("CS215", _anywhere), ("CS203", _elsewhere), ("CS202", _elsewhere),
               ("CS211", _elsewhere)),
-    "CS206": (("CS202", _anywhere), ("CS203", _anywhere), ("CS213", _same), ("CS211", _anywhere), ("CS212", _warned),
+    "CS206": (("CS202", _anywhere), ("CS203", _anywhere), ("CS213", _same), ("CS211", _same), ("CS212", _warned),
               ("CS209", _same), ("CS205", _same), ("CS204", _same)),
     "CS207": (("CS214", _anywhere),),
     "CS213": (("CS214", _anywhere),),

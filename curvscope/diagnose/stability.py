@@ -30,8 +30,17 @@ def stability_findings(model: ModelInfo, rows: Sequence[StabilityRow]) -> list[t
             "info",
             "",
             f"Whether training is stable was not assessed: {sharpness.reason}.",
-            "Name the optimizer and its numbers (--optimizer, --lr, ...); one whose step rests on moments, such as "
-            "Adam, needs its state: analyze a checkpoint that holds it, or capture one with optimizer=.",
+            _what_is_missing(sharpness.reason),
+        )
+        return [(2, 0.5, row)]
+    if sharpness.status == "not_converged" and sharpness.verdict != "above":
+        row = finding(
+            "CS503",
+            "info",
+            "",
+            f"Whether training is stable was not assessed: the sharpness is {sharpness.value:.3g} at least, against a "
+            f"threshold of {sharpness.threshold:.3g} ({sharpness.reason}).",
+            "Give it more time (--time), or analyze fewer examples.",
         )
         return [(2, 0.5, row)]
     if sharpness.verdict == "above":
@@ -41,6 +50,20 @@ def stability_findings(model: ModelInfo, rows: Sequence[StabilityRow]) -> list[t
     if sharpness.verdict == "undecided" or close > NEAR * sharpness.threshold:
         return [(2, 0.8, _near(model, sharpness, network)), *later]
     return later
+
+
+def _what_is_missing(reason: str) -> str:
+    """What would let stability be assessed, by the reason why it was not."""
+    if "no optimizer" in reason or "state" in reason or "moment" in reason:
+        return (
+            "Name the optimizer and its numbers (--optimizer, --lr, ...); one whose step rests on moments, such as "
+            "Adam, needs its state: analyze a checkpoint that holds it, or capture one with optimizer=."
+        )
+    if "learning rate" in reason or " lr" in reason:
+        return "Give the learning rate of the next step (--lr)."
+    if "memory" in reason:
+        return "Give it more memory (--memory), or a smaller batch."
+    return "The sharpness of the Hessian in table stability stands without a verdict."
 
 
 def _above(
@@ -55,9 +78,10 @@ def _above(
         if growth is not None and growth.status == "ok"
         else ""
     )
+    low = sharpness.value if math.isnan(sharpness.low) else sharpness.low
     early = network.get("early_moments")
-    fades = early is not None and sharpness.low <= sharpness.threshold * early.value
-    severity = "error" if sharpness.low > FAR_ABOVE * sharpness.threshold else "warning"
+    fades = early is not None and low <= sharpness.threshold * early.value
+    severity = "error" if low > FAR_ABOVE * sharpness.threshold else "warning"
     if fades and early is not None:
         severity = "info"
         grows = (
@@ -148,11 +172,12 @@ def _spread(model: ModelInfo, row: StabilityRow) -> str:
 
 def _rate(network: dict[str, StabilityRow]) -> str:
     rates = network.get("largest_stable_lr")
-    if rates is None or not math.isfinite(rates.value):
+    if rates is None or rates.status != "ok" or not math.isfinite(rates.value):
         return ""
     safe = rates.low if math.isfinite(rates.low) else rates.value
     if rates.threshold <= safe:
-        return f"The learning rate, {rates.threshold:.2g}, is stable on this batch and on its parts (up to {safe:.2g})."
+        parts = " and on its parts" if math.isfinite(rates.low) else ""
+        return f"The learning rate, {rates.threshold:.2g}, is stable on this batch{parts} (up to {safe:.2g})."
     return f"A learning rate under {safe:.2g} would be stable on this batch (now {rates.threshold:.2g})."
 
 

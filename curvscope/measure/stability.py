@@ -16,6 +16,7 @@ from curvscope.curvature.extremes import Extremes
 from curvscope.records import NAN, StabilityRow
 
 WITHIN_BUDGET = "the time for it was spent before the iteration converged; the value is a lower bound"
+NO_SPREAD = "the iterations on its halves did not converge, so that there is no spread"
 FEW_STEPS = "the iteration did not converge in its number of steps; the value is a lower bound"
 
 
@@ -51,6 +52,11 @@ class Spread:
             tops[0].converged,
             len(parts),
         )
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The lowest and the highest value; NaN where they are not known: no halves, or one that did not converge."""
+        return (self.low, self.high) if self.parts and math.isfinite(self.ceiling) else (NAN, NAN)
 
     def scaled(self, factor: float) -> Spread:
         """The same of factor times the operator."""
@@ -96,13 +102,16 @@ def eigenvalue_row(
     """One eigenvalue as a row; not_converged where its own iteration is."""
     if not spread.converged:
         reason = "; ".join(filter(None, (WITHIN_BUDGET if timed_out else FEW_STEPS, reason)))
+    elif spread.parts and math.isinf(spread.ceiling):
+        reason = "; ".join(filter(None, (NO_SPREAD, reason)))
+    low, high = spread.bounds
     return StabilityRow(
         scope=scope,
         layer=layer,
         quantity=quantity,
         value=spread.value,
-        low=spread.low if spread.parts else NAN,
-        high=spread.high if spread.parts else NAN,
+        low=low,
+        high=high,
         threshold=threshold,
         verdict=said,
         residual=spread.residual,

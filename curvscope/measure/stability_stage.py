@@ -233,7 +233,7 @@ def _consequences(stage: Spreads, P: Preconditioner, spread: Spread, said: str, 
     """The growth factor along the top direction, and the largest rate that would be stable."""
     known = spread.converged and not P.momentum_differs
     why = "groups differ in momentum" if P.momentum_differs else "the sharpness is a lower bound only"
-    low, high = (spread.low, spread.high) if spread.parts else (float("nan"),) * 2
+    low, high = spread.bounds
     growth = [P.step.growth(value) if value == value else value for value in (spread.value, low, high)]
     rates = [P.step.stable_lr(value) if value == value else value for value in (spread.value, high, low)]
     grown = StabilityRow(

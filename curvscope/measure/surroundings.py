@@ -91,7 +91,7 @@ def clipped_rows(
             reason=reason,
         )
 
-    low, high = (short.low, short.high) if short.parts else (NAN, NAN)
+    low, high = short.bounds
     lasts = _lasts(settings, plain, step.threshold, norm)
     rows = [
         row("clipped_sharpness", (unit * short.value, unit * low, unit * high), unit * step.threshold, lasts),

@@ -121,3 +121,22 @@ def test_kfac_that_is_safe_for_one_step_may_be_unstable_for_many() -> None:
     assert "one after another: both can hold" in find(kfac, {}, [], rows("above"))[0].remedy
     shampoo = dataclasses.replace(MODEL, optimizer="Shampoo, lr 1, damping 0.1")
     assert "one after another" not in find(shampoo, {}, [], rows("above"))[0].remedy
+
+
+def test_a_lower_bound_speaks_for_no_rate() -> None:
+    """An iteration that time cut short: a sharpness that is a lower bound is no ground to call a rate stable."""
+    table = rows("undecided", value=0.014, low=float("nan"), high=float("nan"))
+    table[0] = dataclasses.replace(table[0], status="not_converged", reason="the time was spent; a lower bound")
+    table[2] = dataclasses.replace(table[2], value=150.0, status="not_converged", reason="an upper bound")
+    told = found(table)
+    assert "CS502" not in told
+    assert "0.014 at least" in told["CS503"].evidence
+    assert "--time" in told["CS503"].remedy
+    assert not any("stable on this batch" in row.remedy for row in told.values())
+
+
+@pytest.mark.parametrize(("low", "said"), [(0.05, "and on its parts"), (float("nan"), "stable on this batch (up to")])
+def test_parts_are_claimed_only_where_they_are_known(low: float, said: str) -> None:
+    table = rows("undecided", value=19.0, low=15.0, high=22.0)
+    table[2] = dataclasses.replace(table[2], value=0.12, low=low, threshold=0.04)
+    assert said in found(table)["CS502"].remedy

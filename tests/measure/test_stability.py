@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from curvscope.load.optimizer_settings import OptimizerSettings, optimizer_setti
 from curvscope.measure.halves import halves
 from curvscope.measure.network import Network
 from curvscope.measure.spreads import Wanted
-from curvscope.measure.stability import Spread, verdict
+from curvscope.measure.stability import Spread, eigenvalue_row, verdict
 from curvscope.measure.stability_stage import NO_OPTIMIZER, assess
 from curvscope.records import StabilityRow
 from tests import models
@@ -304,3 +305,18 @@ def test_through_the_pipeline_with_groups() -> None:
     assert first.caused_by == "CS504 2"
     assert "2 carries" in first.evidence
     assert [row.rank for row in run.findings] == list(range(1, len(run.findings) + 1))
+
+
+def test_halves_that_did_not_converge_are_no_spread() -> None:
+    def ends(value: float, *, converged: bool) -> Extremes:
+        return Extremes([Pair(value, torch.ones(1), 0.0, converged)], [], 1)
+
+    known = Spread.of(ends(3.0, converged=True), [ends(2.0, converged=True), ends(4.0, converged=True)])
+    assert known.bounds == (2.0, 4.0)
+    cut = Spread.of(ends(3.0, converged=True), [ends(0.001, converged=False), ends(4.0, converged=True)])
+    row = eigenvalue_row("network", "", "hessian_top", cut)
+    assert math.isnan(row.low)
+    assert math.isnan(row.high)
+    assert row.status == "ok"
+    assert "did not converge" in row.reason
+    assert verdict(cut, 5.0, halved=True) == "undecided"

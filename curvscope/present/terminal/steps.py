@@ -142,7 +142,7 @@ def _words(page: Page, row: GlobalDampingRow) -> list[Text]:
         if row.safe_damping != row.damping:
             words += (
                 f"; lowest there at {number(row.safe_damping)} ({_signed(row.safe_change)}). The model does not "
-                f"predict the recommended step (rho {number(row.rho)}): it holds for this one step, the safe value for more"
+                f"predict the recommended step (rho {number(row.rho)}): for many steps take the safe value"
             )
         lines.append(page.text(words + "."))
     if not math.isnan(row.gradient_from):
