@@ -208,7 +208,8 @@ def said(case: Case, limits: Thresholds | None = None) -> Said:
     rows: Sequence[FindingRow] = run.tables["findings"]
     if limits is not None:
         network = [row for row in run.tables["examples"] if not row.layer]
-        rows = rules.find(run.model, run.layers, run.tables["coverage"], run.tables["stability"], network, limits)
+        coverage, stability, joint = (run.tables[name] for name in ("coverage", "stability", "global_damping"))
+        rows = rules.find(run.model, run.layers, coverage, stability, network, limits, joint)
     families = (*FAMILIES, *(KFAC_FAMILIES if case.kfac else ()))
     return Said(case, tuple(row for row in rows if row.severity != "info" and row.code[:3] in families))
 
