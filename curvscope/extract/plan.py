@@ -133,12 +133,14 @@ def plan_layer(
         form, kept = "outer" if positions == 1 else "factored", factored * itemsize
     # one column of all examples, while it is added to G
     column = examples * P * (itemsize + 8) if form == "formed" else 0
+    # groups are worked on one after the other, in the same slices
+    each, beside = (slices, column) if spec.groups == 1 else (0, column + slices)
     return LayerPlan(
         form,
         spec.groups * kept,
-        spec.groups * measure_bytes(form, sizes, slices) + column,
+        spec.groups * measure_bytes(form, sizes, each) + beside,
         inputs=tokens or 0,
-        damped_bytes=0 if keep_draws else spec.groups * damped_bytes(form, sizes, slices) + column,
+        damped_bytes=0 if keep_draws else spec.groups * damped_bytes(form, sizes, each) + beside,
         dump_bytes=spec.groups * dumped_bytes(sizes, dump),
     )
 

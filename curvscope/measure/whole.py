@@ -408,4 +408,6 @@ def mean_eigenvalue(objective: Objective, seed: int) -> tuple[float, float]:
             for name, p in parameters.items()
         }
         found.append(objective.form(signs) / sum(p.numel() for p in parameters.values()))
+    if not all(math.isfinite(value) for value in found):
+        return NAN, NAN
     return statistics.fmean(found), statistics.stdev(found) / PROBES**0.5

@@ -338,7 +338,7 @@ def test_memory_does_not_grow_with_the_number_of_batches() -> None:
         columns = [extract.columns for extract in merged[0].values()]
         assert all(each.form == "formed" for each in columns)
         held.append((max(sizes), sum(each.block.numel() for each in columns)))
-        assert len(sizes) == count
+        assert len(sizes) >= count
     assert held[0] == held[1]
 
 
