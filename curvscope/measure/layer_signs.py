@@ -17,6 +17,7 @@ from curvscope.records import ErrorRow, ExampleRow, StabilityRow
 # Examples listed of a layer.
 LISTED = 5
 # Positions are compared where there are at least this many.
+UNEQUAL = "positions do not stand for the same thing in every example"
 LEAST_POSITIONS = 4
 
 
@@ -120,13 +121,17 @@ def _positions(extract: Extract, rows: Rows | str) -> StabilityRow:
     name = extract.spec.name
     if isinstance(rows, str):
         return missing("position_share", rows, layer=name)
-    if extract.spec.kind != "linear" or extract.padded > 0:
-        return missing("position_share", "positions do not stand for the same thing in every example", layer=name)
+    if extract.spec.kind != "linear":
+        return missing("position_share", f"told of linear layers only, not of {extract.spec.kind}", layer=name)
+    if extract.padded > 0:
+        return missing("position_share", f"{UNEQUAL} (padding)", layer=name)
     if len(extract.spec.sites) > 1:
         return missing("position_share", "its positions are calls of one weight, one after the other", layer=name)
     # a column at a time: all squares together would be as large as the gradients
     energy = torch.stack([g.square().sum(-1, dtype=torch.float64) for g in rows.gradients]).sum(0)
     energy = energy.view(extract.examples, -1).sum(0)
+    if energy.numel() != extract.positions:
+        return missing("position_share", f"{UNEQUAL} (examples of unequal size)", layer=name)
     if energy.numel() < LEAST_POSITIONS or not float(energy.sum()) > 0:
         return missing("position_share", f"fewer than {LEAST_POSITIONS} positions, or no curvature", layer=name)
     shares = energy / energy.sum()
