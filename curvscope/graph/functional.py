@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, fx
 
 from curvscope.graph import sites as finding
-from curvscope.graph import taps
 from curvscope.graph.accounts import account
 from curvscope.graph.biases import biases_of, site_bias, split_biases, with_addition
 from curvscope.graph.operands import MatrixForm, Part
 from curvscope.graph.products import Operation
 from curvscope.graph.selection import layer_names, require_layers, require_trainable, selected
 from curvscope.graph.sites import LayerSpec, Leaf, ParameterUse, Site
+from curvscope.graph.tap import Tap, TapPlan
+from curvscope.graph.taps import find_taps
 from curvscope.graph.unlift import tidy, unlift
 from curvscope.graph.weights import (
     Role,
@@ -171,7 +172,7 @@ def build(
     owned = {spec.weight for spec in specs.values()} | {spec.bias for spec in specs.values()}
     free = [name for name in parameters if requires_grad[name] and name not in owned and name not in reasons]
     split_biases(graph, free)
-    plans, why = taps.find_taps(graph, module, free, set(specs))
+    plans, why = find_taps(graph, module, free, set(specs))
     behind: dict[fx.Node, fx.Node] = {}
     for plan in plans:
         node, site = _insert_tap(module, plan, behind.get(plan.node, plan.node), specs, shapes)
@@ -236,7 +237,7 @@ def build(
 
 def _insert_tap(
     module: fx.GraphModule,
-    plan: taps.TapPlan,
+    plan: TapPlan,
     behind: fx.Node,
     specs: dict[str, LayerSpec],
     shapes: dict[str, torch.Size],
@@ -249,7 +250,7 @@ def _insert_tap(
     own = {*known.members, *plan.parameters}
     known.members = {name: shape.numel() for name, shape in shapes.items() if name in own}
     known.d_in = sum(known.members.values())
-    tap = taps.Tap(plan.members, plan.shapes, plan.pulls)
+    tap = Tap(plan.members, plan.shapes, plan.pulls)
     count = sum(len(spec.sites) for spec in specs.values())
     site = Site(f"curvscope_tap_{count}_{plan.node.name}", name, plan.kind, tap)
     known.sites.append(site)
