@@ -45,6 +45,7 @@ BLOCKS: dict[str, Callable[[], Block]] = {
     "factored_long": lambda: made("factored", 3, 4, positions=7),
     "dense": lambda: made("dense", positions=3),
     "dependent": lambda: made("dense", positions=2, rank=3),
+    "rank_one": lambda: made("dense", positions=2, rank=1),
     "formed": lambda: made("formed", 2, 2, positions=3),
     "formed_singular": lambda: made("formed", 3, 3, positions=2),
     "one_parameter": lambda: made("dense", 1, 1),
