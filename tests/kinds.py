@@ -1,4 +1,4 @@
-"""Every kind of layer in a small body that mixes tokens, and networks of such bodies for the matrix of kinds and losses.
+"""Every kind of layer in a small body, and networks that mix tokens, for the matrix of kinds and forms of loss.
 
 A body takes tokens x [N, T, WIDTH] and ids [N, T]. While a network runs with `calls` it tells of every linear call: its
 input rows and its output, as plain arithmetic; recurrent layers are then unrolled by hand.
@@ -88,9 +88,7 @@ class Packed(Body):
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
         parts = []
         for i, (weight, bias) in enumerate(zip(self.qkv.weight.chunk(3), self.qkv.bias.chunk(3), strict=True)):
-            parts.append(
-                self.note("qkv.weight", x, functional.linear(x, weight, bias), out=range(3 * i, 3 * i + 3))
-            )
+            parts.append(self.note("qkv.weight", x, functional.linear(x, weight, bias), out=range(3 * i, 3 * i + 3)))
         q, k, v = parts
         mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
         return (q @ k.mT).masked_fill(mask, float("-inf")).softmax(-1) @ v
@@ -198,9 +196,7 @@ class TiedTable(Body):
         self.table = nn.Embedding(WORDS, WIDTH)
 
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
-        looked = self.note(
-            "table.weight", functional.one_hot(ids, WORDS).to(x), self.table(ids), role="embedding"
-        )
+        looked = self.note("table.weight", functional.one_hot(ids, WORDS).to(x), self.table(ids), role="embedding")
         h = torch.tanh((x + looked).cumsum(1))
         return self.note("table.weight", h, functional.linear(h, self.table.weight), role="head")
 

@@ -6,7 +6,6 @@ takes one backward pass for every single output, so that losses differ in their 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -16,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from curvscope.curvature.block import Block
 from curvscope.extract import ready
@@ -100,8 +98,12 @@ FORMS: dict[str, Form] = {
         "bce_with_logits", torch.nn.BCEWithLogitsLoss, NUMBERS.sigmoid(), TOKENS * CLASSES, pos_weight=OF_CLASSES
     ),
     "bce, sum": entropy(
-        "bce_with_logits", torch.nn.BCEWithLogitsLoss, (NUMBERS > 0).to(DTYPE), TOKENS * CLASSES,
-        weight=OF_CLASSES, reduction="sum",
+        "bce_with_logits",
+        torch.nn.BCEWithLogitsLoss,
+        (NUMBERS > 0).to(DTYPE),
+        TOKENS * CLASSES,
+        weight=OF_CLASSES,
+        reduction="sum",
     ),
     "callable": Form(coupled_mean, coupled_mean, NUMBERS, TOKENS * CLASSES),
     "callable, sum": Form(coupled, coupled, NUMBERS, TOKENS * CLASSES),
@@ -140,14 +142,16 @@ def extracts(name: str, form: str) -> dict[str, Extract]:
     assert found.passes.columns == loss.columns
     forms = {key: layer.form for key, layer in found.plan.layers.items()}
     swept = found.passes.sweep(forms, first=True)
-    return {each.spec.weight if not each.spec.exact_only else next(iter(each.spec.members)): each for each in swept.values()}
+    specs = [each.spec for each in swept.values()]
+    keys = [next(iter(spec.members)) if spec.exact_only else spec.weight for spec in specs]
+    return dict(zip(keys, swept.values(), strict=True))
 
 
 @dataclass(frozen=True)
 class Naive:
     """Of one network: outputs [N, T, C], and derivatives of every single output.
 
-    jacobians: parameter -> [N, D, *shape]; calls: weight -> each call with d f[n, j] / d its output as [N, D, R, d_out].
+    jacobians: parameter -> [N, D, *shape]; calls: weight -> each call with d f[n, j] / d its output, [N, D, R, d_out].
     """
 
     outputs: Tensor
@@ -234,6 +238,14 @@ def as_matrix(weight: Weight, value: Tensor, bias: Tensor | None) -> Tensor:
     return matrix.unflatten(0, (weight.groups, -1))
 
 
+def jacobian_of(weight: Weight, values: Tensor, biases: Tensor | None) -> Tensor:
+    """[N, D, groups, d_out, d_in(+1)] from those of the parameters."""
+    each = values.flatten(0, 1)
+    of_bias = [None] * len(each) if biases is None else biases.flatten(0, 1)
+    matrices = [as_matrix(weight, w, b) for w, b in zip(each, of_bias, strict=True)]
+    return torch.stack(matrices).unflatten(0, values.shape[:2])
+
+
 def naive_block(J: Tensor, H: Tensor) -> Tensor:
     return torch.einsum("njp,njk,nkq->pq", J, H, J)
 
@@ -247,14 +259,7 @@ def test_blocks_and_gradients(name: str, form: str) -> None:
         got = found[key]
         bias = f"{key.rpartition('.')[0]}.{weight.bias.rpartition('.')[2]}" if weight.bias else ""
         assert got.spec.bias == (bias or None)
-        J = torch.stack(
-            [
-                torch.stack(
-                    [as_matrix(weight, w, b) for w, b in zip(of_n, known.jacobians[bias][n] if bias else [None] * len(of_n), strict=True)]
-                )
-                for n, of_n in enumerate(known.jacobians[key])
-            ]
-        )  # [N, D, groups, d_out, d_in]
+        J = jacobian_of(weight, known.jacobians[key], known.jacobians.get(bias))
         gradient = as_matrix(weight, grads[key], grads[bias] if bias else None)
         if got.tokens is not None and not weight.roles:
             J, gradient = J[..., got.tokens], gradient[..., got.tokens]
