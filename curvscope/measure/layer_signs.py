@@ -95,7 +95,7 @@ def _factor_rows(extract: Extract) -> list[StabilityRow]:
 def _condition(name: str, which: str, factor: Tensor) -> list[StabilityRow]:
     """lambda_max / lambda_min of one factor (of the worst group), and how much of it float32 does not resolve.
 
-    Eigenvalues up to lambda_max n eps are rounding: where there are any the ratio is not known, and their share is told.
+    Eigenvalues up to lambda_max n eps are rounding: where there are any, their share is told and the ratio is not.
     """
     condition, unresolved = f"condition_{which}", f"unresolved_{which}"
     size = factor.shape[-1]

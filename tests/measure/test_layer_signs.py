@@ -244,7 +244,7 @@ class Pixels(nn.Module):
 
 @pytest.mark.parametrize(("rest", "told"), [(1.0, False), (0.1, True)])
 def test_the_share_of_one_pixel(rest: float, told: bool) -> None:
-    """tr B of every output pixel r is sum_n tr J_r^T H_n J_r, J_r the outputs' Jacobian by what the convolution has there."""
+    """Pixel r has sum_n tr J_r^T H_n J_r of tr B, J_r the outputs' Jacobian by what the convolution puts out there."""
     torch.manual_seed(0)
     model, x = Pixels(rest).double(), torch.randn(5, 1, 4, 5, dtype=torch.float64)
     run = curvscope.analyze(model, (x, torch.randint(3, (5,))), loss="cross_entropy", dtype="float64")

@@ -8,7 +8,7 @@ from rich.panel import Panel
 from rich.table import Table
 
 from curvscope.present.names import shorten
-from curvscope.present.numbers import count, number, percent
+from curvscope.present.numbers import count, number, percent, whole_percent
 from curvscope.present.sparkline import picture
 from curvscope.present.terminal.damping import layer_section
 from curvscope.present.terminal.page import STATUS_WORDS, Column, Page
@@ -134,8 +134,9 @@ def _sources(page: Page, layer: Layer) -> None:
     lines: dict[str, list[str]] = {}
     for name, row in layer.sources.items():
         if row.status == "ok":
-            shares = f"deviation from the inputs' mean {row.spread:.0%}, the mean {row.mean:.0%}"
-            words = f"{shares}, positions adding up {row.cross:.0%}" if layer.row.positions != 1 else shares
+            spread, mean, cross = (whole_percent(share) for share in (row.spread, row.mean, row.cross))
+            words = f"deviation from the inputs' mean {spread}, the mean {mean}"
+            words += f", positions adding up {cross}" if layer.row.positions != 1 else ""
         else:
             words = f"{STATUS_WORDS.get(row.status, row.status)}, {row.reason}"
         lines.setdefault(words, []).append(name)

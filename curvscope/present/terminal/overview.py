@@ -60,7 +60,9 @@ def _layer_table(page: Page, layers: list[Layer]) -> list[str]:
         wider = [[name, *chosen[:-1], spectrum] for spectrum in spectra]
         chosen = next((c for c in wider if page.needed(c) <= page.width - 2), [name, *chosen])[1:]
     page.table([name, *chosen])
-    return page.left_out(columns, chosen) + ([] if any(spectrum in chosen for spectrum in spectra) else ["GGN spectrum"])
+    return page.left_out(columns, chosen) + (
+        [] if any(spectrum in chosen for spectrum in spectra) else ["GGN spectrum"]
+    )
 
 
 def _layer_columns(page: Page, layers: list[Layer]) -> list[Column]:
