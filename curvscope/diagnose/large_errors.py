@@ -25,7 +25,7 @@ BAR = 2.4
 
 
 def of_layer(layer: Layer, *, blind: bool) -> tuple[float, FindingRow] | None:
-    """The better K-FAC's error and the finding, where it is over 0.5; `blind`: reduce is, which has a finding of its own.
+    """The better K-FAC's error and the finding, where it is over 0.5; `blind`: reduce is, which is told by CS101.
 
     The remedy follows the error's source (tables/sources): the inputs' mean can be taken out of them, positions that
     add up are what the flavours differ in, and curvature that goes with the inputs is EKFAC's to correct. What the
