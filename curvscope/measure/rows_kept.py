@@ -49,6 +49,8 @@ def rows_of(extract: Extract) -> Rows | str:
         return "the layer has groups, each with rows of its own"
     if columns is None:
         return "the layer's columns were not kept"
+    if extract.tokens is not None:
+        return "an embedding's rows are not kept beside its block"
     if extract.mean_input is None:
         return "the data came in several pieces, whose rows are not put together"
     if columns.inputs is not None and columns.gradients is not None:
