@@ -26,9 +26,6 @@ from curvscope.extract.symmetric import GramSum
 from curvscope.graph.functional import Graph
 from curvscope.graph.verify import Independent
 
-# Odd and close to 2^64 over the golden ratio: seeds of neighbouring pieces have nothing in common.
-SPREAD = 0x9E3779B97F4A7C15
-
 # Sweeps that are timed, the first one not counted.
 TIMED_SWEEPS = 3
 MOST_SWEEPS = 8
@@ -133,7 +130,7 @@ class Passes:
         return [late.since(early) for early, late in itertools.pairwise(marks)]
 
     def root(self, piece: Piece, outputs: Tensor) -> Root:
-        """The root of a piece's share of L in its outputs; draws depend on the seed and the piece's first example."""
+        """The root of a piece's share of L in its outputs."""
         if not piece.counts:
             zeros = torch.zeros_like(outputs)
             count = outputs_an_example(outputs, piece.layouts.output)
@@ -145,7 +142,8 @@ class Passes:
             piece.layouts.output,
             fisher=self.fisher,
             samples=self.samples,
-            seed=(self.seed + piece.start * SPREAD) % 2**63,
+            seed=self.seed,
+            start=piece.start,
             independent=self.independent,
         )
         return found if piece.share == 1.0 else _scaled(found, piece.share)
@@ -290,4 +288,10 @@ class Passes:
 def _scaled(root: Root, share: float) -> Root:
     """The root of `share` times the loss."""
     column: Any = root.column
-    return replace(root, column=lambda k: column(k) * share**0.5, gradient=root.gradient * share)
+    variance, third = root.draw_moments
+    return replace(
+        root,
+        column=lambda k: column(k) * share**0.5,
+        gradient=root.gradient * share,
+        draw_moments=(variance * share**2, third * share**3),
+    )
