@@ -21,13 +21,13 @@ from curvscope.extract.sweep import Progress, no_progress
 from curvscope.load import load_problem
 from curvscope.load.decay import is_shampoo
 from curvscope.load.problem import Problem
-from curvscope.measure.layer import Wishes, keep_nothing
 from curvscope.measure.layers import attempt, measure_layers, timed
 from curvscope.measure.optimizer import SHAMPOO, damping_wishes
 from curvscope.measure.series import SHARE_OF_TIME, estimated_seconds
 from curvscope.measure.spreads import Wanted
 from curvscope.measure.stability_stage import Assessment, stability_stage
 from curvscope.measure.stage import NetworkStage, no_tables, open_network
+from curvscope.measure.wishes import Wishes, keep_nothing
 from curvscope.planned import PlannedRun
 from curvscope.run import Run
 from curvscope.settings import Settings, checked_settings

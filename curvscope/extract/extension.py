@@ -16,7 +16,7 @@ from backpack.extensions.firstorder.base import FirstOrderBackpropExtension, Fir
 from torch import Tensor, nn
 
 from curvscope.graph.sites import GroupedLinear
-from curvscope.graph.taps import Tap
+from curvscope.graph.tap import Tap
 
 Receiver = Callable[[nn.Module, Tensor, Tensor], None]
 SITE_CLASSES = (

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from curvscope.graph.functional import Graph
-from curvscope.graph.taps import Tap
+from curvscope.graph.tap import Tap
 
 # Gradients that are alive at once in a backward pass, in units of the largest activation.
 GRADIENTS = 3

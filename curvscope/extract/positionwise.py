@@ -25,7 +25,7 @@ from curvscope.extract.taps import TapCollector, tap_entries
 from curvscope.graph.functional import Graph
 from curvscope.graph.layout import Layout
 from curvscope.graph.sites import LayerSpec, Site
-from curvscope.graph.taps import Tap
+from curvscope.graph.tap import Tap
 from curvscope.graph.verify import Independent, Layouts
 from curvscope.load.class_axis import class_axis
 from curvscope.load.problem import Loss

@@ -13,7 +13,7 @@ from curvscope.extract.replayed import Replayed
 from curvscope.extract.symmetric import GramSum
 from curvscope.graph.layout import Layout
 from curvscope.graph.sites import LayerSpec
-from curvscope.graph.taps import Tap
+from curvscope.graph.tap import Tap
 from curvscope.graph.verify import Layouts
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from curvscope.graph.functional import Graph
 from curvscope.graph.operands import SAME_VALUES, VIEWS, operand_of
 from curvscope.graph.sites import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
-from curvscope.graph.taps import INDEXING, NORMS
+from curvscope.graph.tap_places import INDEXING, NORMS
 
 aten = torch.ops.aten
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from curvscope.graph.export import FlatInputs, output_tensor
-from curvscope.graph.functional import Graph, layer_names, require_layers, require_trainable, selected
+from curvscope.graph.functional import Graph
 from curvscope.graph.operands import stored_form
+from curvscope.graph.selection import layer_names, require_layers, require_trainable, selected
 from curvscope.graph.sites import LayerSpec, Leaf, ParameterUse, Site, role_name, site_module
 
 KINDS: dict[type[nn.Module], str] = {

@@ -12,7 +12,7 @@ from torch import fx
 from curvscope.graph.activations import LINEAR
 from curvscope.graph.functional import Graph
 from curvscope.graph.operands import SAME_VALUES, VIEWS, operand_of
-from curvscope.graph.taps import INDEXING
+from curvscope.graph.tap_places import INDEXING
 
 aten = torch.ops.aten
 

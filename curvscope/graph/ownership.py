@@ -17,7 +17,7 @@ from curvscope.graph.functional import Graph
 from curvscope.graph.layout import Layout
 from curvscope.graph.ragged import Ragged
 from curvscope.graph.sites import Site, spatial_dims
-from curvscope.graph.taps import Tap
+from curvscope.graph.tap import Tap
 from curvscope.graph.verify import Layouts, observe, watched_pass
 
 

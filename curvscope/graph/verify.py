@@ -14,7 +14,7 @@ from curvscope.errors import LayoutError, ModelError
 from curvscope.graph.functional import Graph
 from curvscope.graph.layout import Layout, candidates, holds
 from curvscope.graph.sites import SiteModule, spatial_dims
-from curvscope.graph.taps import Tap
+from curvscope.graph.tap import Tap
 
 
 @dataclass(frozen=True)

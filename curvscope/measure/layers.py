@@ -22,7 +22,8 @@ from curvscope.extract.footprint import release
 from curvscope.extract.passes import Passes
 from curvscope.extract.plan import PIECES_AT_ONCE, LayerPlan, Plan, keeps_draws
 from curvscope.extract.sweep import Progress
-from curvscope.measure.layer import Wishes, measure_layer, unmeasured
+from curvscope.measure.layer import measure_layer, unmeasured
+from curvscope.measure.wishes import Wishes
 from curvscope.records import Layer
 
 LEAST_SLICE_BYTES = 2**20

@@ -15,10 +15,10 @@ from curvscope.load.decay import kfac_damping, l2_decay
 from curvscope.load.problem import Problem
 from curvscope.measure import series, whole
 from curvscope.measure.evidence import Likelihood, evidence_rows, likelihood
-from curvscope.measure.layer import Keep, keep_nothing
 from curvscope.measure.network import Network
 from curvscope.measure.ranges import own_dampings, with_joint
 from curvscope.measure.room import Room, fitted, room_of
+from curvscope.measure.wishes import Keep, keep_nothing
 from curvscope.records import Layer, Row
 from curvscope.settings import Settings
 

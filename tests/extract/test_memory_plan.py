@@ -54,7 +54,7 @@ def test_groups_of_layers_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch)
 
 def test_small_slices_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(10**9, measure=("spectral", "kron_best"), dump=("columns",))
-    monkeypatch.setattr("curvscope.measure.layer.Block", _sliced_block)
+    monkeypatch.setattr("curvscope.measure.exact_layer.Block", _sliced_block)
     sliced = run(10**9, measure=("spectral", "kron_best"), dump=("columns",))
     for name, layer in whole.layers.items():
         for approximation, row in layer.errors.items():
