@@ -21,7 +21,7 @@ from curvscope.extract.pieces import Piece, Pieces
 from curvscope.extract.plan import ROWS_BYTES
 from curvscope.extract.projected import Bases, ProjectedCollector
 from curvscope.extract.roots import Root, make_root, outputs_an_example
-from curvscope.extract.sweep import Progress, no_progress, sweep
+from curvscope.extract.sweep import Progress, layers_with_rows, no_progress, sweep
 from curvscope.extract.symmetric import GramSum
 from curvscope.graph.functional import Graph
 from curvscope.graph.verify import Independent
@@ -39,7 +39,7 @@ class Passes:
         columns: K.
         unit: `Root.unit` of everything that the sweeps return.
         loss: L over all data, once the first sweep has run.
-        rows_bytes: see `curvscope.extract.sweep.sweep`.
+        rows_bytes: what rows kept beside columns of another form may take together.
         rest: dL/dp of the trained parameters that belong to no layer, likewise.
     """
 
@@ -223,6 +223,15 @@ class Passes:
             name: Merged(survey.examples, self.columns)
             for name in [*forms, *(name for name in gradient_only if name not in forms)]
         }
+        rows = layers_with_rows(
+            self.graph.layers,
+            forms,
+            survey.positions,
+            examples=survey.examples,
+            columns=self.columns,
+            itemsize=self.pieces.itemsize,
+            limit=self.rows_bytes,
+        )
         judge = Judge() if self.pieces.in_pieces() else None
         blocks: dict[str, GramSum] = {}
         for piece in self.pieces:
@@ -241,7 +250,7 @@ class Passes:
                     progress=self._told(progress, piece),
                     judge=judge,
                     blocks=blocks,
-                    rows_bytes=self.rows_bytes,
+                    rows=rows,
                 )
                 for name in list(extracts):
                     merged[name].add(extracts.pop(name))  # freed as soon as it is taken in

@@ -68,7 +68,7 @@ def test_numbers_have_their_distributions() -> None:
     noise, other = Noise(5, Layout(0)), Noise(6, Layout(0))
     signs, normal, level = noise.signs(like), noise.normal(like), noise.uniform(like)
     assert set(signs.unique().tolist()) == {-1.0, 1.0}
-    assert 0 < float(level.min()) and float(level.max()) < 1
+    assert float(level.min()) > 0 and float(level.max()) < 1
     size = like.numel() ** 0.5
     for values, moments in ((signs, (0, 1)), (normal, (0, 1, 0, 3)), (level - 0.5, (0, 1 / 12, 0, 1 / 80))):
         for power, moment in enumerate(moments, start=1):
@@ -82,4 +82,4 @@ def test_numbers_have_their_distributions() -> None:
     assert abs(float(bits.mean())) < 4.5 / bits.numel() ** 0.5
     assert correlation(bits) < 5
     extremes = torch.tensor([0, -1])  # all bits zero, all one
-    assert 0 < float(uniform(extremes).min()) and float(uniform(extremes).max()) < 1
+    assert float(uniform(extremes).min()) > 0 and float(uniform(extremes).max()) < 1
