@@ -26,7 +26,7 @@ from curvscope.curvature.eigen import eigvalsh
 from curvscope.curvature.kronecker import Kronecker
 from curvscope.curvature.tiles import Tile
 from curvscope.extract.sweep import sweep
-from curvscope.measure import damping, layer
+from curvscope.measure import damping, exact_layer
 from curvscope.measure.condition import preconditioned_condition
 from curvscope.measure.step_sums import FollowedSteps
 
@@ -96,7 +96,7 @@ def measure(name: str) -> dict[str, float]:
     steps = type("TimedSteps", (TimedSteps,), {"clock": clock})
     with (
         mock.patch.object(passes, "sweep", clock.timed("extraction", sweep)),
-        mock.patch.object(layer, "DampingStage", timed_stage(clock)),
+        mock.patch.object(exact_layer, "DampingStage", timed_stage(clock)),
         mock.patch.object(damping, "FollowedSteps", steps),
         mock.patch.object(damping, "preconditioned_condition", clock.timed("conditions", preconditioned_condition)),
     ):
