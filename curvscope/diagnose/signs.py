@@ -327,11 +327,14 @@ def _step(rows: Rows, limits: Thresholds) -> list[Found]:
         f"The next step is {row.value:.2g} times as long as the weights themselves (threshold {row.threshold:g})."
     )
     worst = max(_above(rows, "update_ratio"), key=lambda one: one.value, default=None)
-    if worst is not None:
+    if worst is not None and worst.value > row.value:
         evidence = evidence[:-1] + f"; in {worst.layer} {worst.value:.2g} times."
+    bears = any(one.scope == "network" and one.verdict == "below" for one in rows.get("preconditioned_sharpness", []))
+    if bears:
+        evidence += " The sharpness bears this rate here: it is trouble if the loss is not quadratic that far."
     remedy = f"Divide the learning rate by {row.value / 0.01:.2g} for a step of 1 %, or warm it up."
     severity = "warning" if row.value > limits.large_step else "info"
-    sure = confidence(row.value, row.threshold)
+    sure = confidence(row.value, row.threshold) if not bears else 0.5
     return [found("CS508", severity, "", evidence, remedy, size=row.value, confidence=sure)]
 
 
