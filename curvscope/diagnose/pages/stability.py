@@ -34,7 +34,8 @@ ENTRIES = (
         "Between 0.8 of the threshold and it, or a spread over the halves of the batch that holds it (a choice).",
         EDGE,
         "Repeat with a larger batch.",
-        "SGD: sharpness 76.2 (on 64 examples, 3.75 to 152 with its halves) is close below the threshold 190.",
+        "SGD: sharpness 76.2 (on 64 examples, 3.75 to 152 with its halves) is below the threshold 190, but close to it "
+        "on a part of the batch.",
     ),
     Entry(
         "CS503",
