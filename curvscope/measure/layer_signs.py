@@ -87,8 +87,7 @@ def _factor_rows(extract: Extract) -> list[StabilityRow]:
         share = float(extract.mean_input.square().sum()) / total
         rows.append(sign_row("mean_share", share, layer=name))
     else:
-        why = "all inputs are zero on this batch" if total == 0 else "the data came in several pieces"
-        rows.append(missing("mean_share", why, layer=name))
+        rows.append(missing("mean_share", "all inputs are zero on this batch", layer=name))
     return rows + _condition(name, "A", A)
 
 

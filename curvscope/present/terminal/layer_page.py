@@ -38,8 +38,6 @@ KEPT = ("columns", "block", "eigenvectors")
 
 def layer_page(page: Page, run: Run, layer: Layer) -> None:
     """Print everything the run has about one layer."""
-    # the overview refers to this page for standard errors: columns give way to them, not they to columns
-    page.show_stderr = True
     page.console.print(_header(page, layer))
     rows = [row for row in run.tables["findings"] if row.layer == layer.name]
     if rows:

@@ -152,9 +152,8 @@ def _legend(page: Page, run: Run, layers: dict[str, Layer], left_out: list[str])
         row = grouped.row
         size = f"{row.d_out // row.groups}{page.times}{row.d_in}"
         words.append(f"{_shape(page, grouped)}: {row.groups} groups of {size} each.")
-    shown_estimate = any(row.status == "estimated" and row.layer in layers for row in run.tables["errors"])
-    if shown_estimate and not page.show_stderr:
-        words.append("~ estimated: its standard error stands in the layer's own page.")
+    if any(row.status == "estimated" and row.layer in layers for row in run.tables["errors"]):
+        words.append("± estimated, with its standard error; * only where the other flavour's bar leaves no doubt.")
     if left_out:
         words.append(f"No room here for {', '.join(left_out)}: on the layers' pages, or in a wider terminal.")
     page.lines([page.text(line, "dim") for line in words])

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from curvscope.present.names import spoken
-from curvscope.present.numbers import number
+from curvscope.present.numbers import number, with_stderr
 from curvscope.records import FindingRow
 
 GAP = 2
@@ -79,7 +79,6 @@ class Page:
         self.times = "x" if self.ascii_only else "×"
         self.group_mark = "*" if self.ascii_only else "·"
         self.arrow = "->" if self.ascii_only else "→"
-        self.show_stderr = self.width >= 110
 
     def text(self, words: str, style: str = "") -> Text:
         """Words of any origin, safe to print here: no control characters, none that the encoding lacks."""
@@ -98,8 +97,7 @@ class Page:
             return self.dash
         if math.isnan(stderr):
             return f"~{number(value)}" if estimated else number(value)
-        plus_minus = "+-" if self.ascii_only else "±"
-        return f"{number(value)}{plus_minus}{number(stderr, 1)}" if self.show_stderr else f"~{number(value)}"
+        return with_stderr(value, stderr, "+-" if self.ascii_only else "±")
 
     def heading(self, words: str) -> None:
         """A heading with a line to the right edge."""
