@@ -196,9 +196,9 @@ were low already and doubled on the way, which is common on small batches.
 THRESHOLDS = """
 ## Thresholds
 
-Those of the sharpness (MATH: theory), of `update_rms` (2.3, arXiv:2304.13013), `beta1_over_root_beta2` (1,
-arXiv:2208.09632), the logit gap (rounding of float32) and the share of a promised decrease (1/4, arXiv:1503.05671) are
-published or follow from a theorem, and are the same everywhere. All others are choices: below, with their grids, what is
+Those of the sharpness (MATH: theory), of `beta1_over_root_beta2` (1, arXiv:2208.09632), the logit gap (rounding of
+float32) and the share of a promised decrease (1/4, arXiv:1503.05671) are published or follow from a theorem, and are the
+same everywhere. All others are choices: below, with their grids, what is
 shipped, and what the rule made of them without one program and with all four. `far` to `lost` are explained in
 `curvscope/diagnose/thresholds.py`, the rest in [signs.md](signs.md). Where the programs say nothing of a threshold, it
 stays in the middle of its grid; and the grids were laid around numbers that had been found reasonable on these programs.

@@ -165,15 +165,17 @@ def _scheduled(model: ModelInfo, network: dict[str, StabilityRow]) -> list[tuple
 
 
 def _near(model: ModelInfo, sharpness: StabilityRow, network: dict[str, StabilityRow]) -> FindingRow:
-    side = "cannot be told from"
+    words = f"cannot be told from the threshold {sharpness.threshold:.3g}"
     if sharpness.verdict != "undecided":
         near = sharpness.value > NEAR * sharpness.threshold
-        side = "is close below" if near else "is below, but on a part of the batch close to,"
+        words = f"is close below the threshold {sharpness.threshold:.3g}"
+        if not near:
+            words = f"is below the threshold {sharpness.threshold:.3g}, but close to it on a part of the batch"
     return finding(
         "CS502",
         "info",
         "",
-        f"{model.optimizer}: sharpness {_spread(model, sharpness)} {side} the threshold {sharpness.threshold:.3g}.",
+        f"{model.optimizer}: sharpness {_spread(model, sharpness)} {words}.",
         "Repeat with a larger batch to decide. " + _rate(network),
         confidence=0.6,
     )

@@ -8,6 +8,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from curvscope.present.names import spoken
 from curvscope.present.numbers import count, number, percent
 from curvscope.present.terminal.page import SEVERITY_STYLES, Page, titled
 from curvscope.records import Layer, Run
@@ -81,7 +82,7 @@ def _verdict(page: Page, run: Run) -> Text:
     if roots:
         first, more = roots[0], len(roots) - 1
         line = page.text(first.severity.upper(), SEVERITY_STYLES[first.severity])
-        said = f" {titled(first.code, first.title)}" + (f" in {first.layer}" if first.layer else "")
+        said = f" {titled(first.code, first.title)}" + (f" in {spoken(first.layer)}" if first.layer else "")
         line.append(page.safe(said), style="not bold default")
         rest = f"; {count(more, 'more root cause')}" if more else ""
         line.append(f"{rest}; evidence and remedy are at the end", style="not bold dim default")
