@@ -11,14 +11,16 @@ ENTRIES = (
         "CS501",
         "unstable at this learning rate",
         "error where even the lowest value is over twice the threshold, warning otherwise; info where Adam's bias "
-        "correction is about to bring it below",
+        "correction, or this batch's gradient in v, brings it below with the next steps",
         "The largest eigenvalue of the preconditioned Hessian is above what the optimizer's step can bear: on the "
         "batch and on both halves of it.",
         "Along its eigenvector every step multiplies the distance to the optimum by the growth factor: the loss "
         "rises until something else stops it.",
         "That of the optimizer: 2/lr for SGD, 2 (1 + beta)/lr with momentum, (2 + 2 beta1)/((1 - beta1) lr) for "
         "Adam; all in docs/stability.md. Full-batch training hovers just above it for long without diverging, "
-        "hence the factor 2.",
+        "hence the factor 2. The stored v of Adam and RMSprop is frozen for it; where it is above, the sharpness "
+        "under the v of the very next step, which has taken this batch's gradient in, is computed, too "
+        "(next_sharpness): a token that the optimizer has never seen is sharp by the first alone.",
         EDGE,
         "Lower the learning rate under the value that the finding names, or warm it up; remove the cause it names. "
         "Gradient clipping that acts shortens the step and raises the threshold, as long as the gradient stays as "
