@@ -151,6 +151,8 @@ def label(row: Any) -> str:
 
 
 def same(one: Any, other: Any, column: str, tolerance: float) -> bool:
+    if column == "reason" and math.isinf(tolerance):
+        return True  # it may state the numbers
     if isinstance(one, str):
         return ROUNDING.sub("0", one) == ROUNDING.sub("0", other)
     if not isinstance(one, float) or math.isnan(one):
