@@ -139,6 +139,14 @@ class Page:
             kept = [column for column in kept if column.worth > least]
         return kept
 
+    def dropped(self, columns: Sequence[Column]) -> list[Text]:
+        """A line that names the columns for which `table` has no room; none where all are shown."""
+        kept = self.fitting(columns, self.width - 2)
+        names = [" ".join(column.header.replace("-\n", "").split()) for column in columns if column not in kept]
+        if not names:
+            return []
+        return [self.text(f"{self.dash} no room for {', '.join(names)}: a wider terminal, or curvscope export", "dim")]
+
     @staticmethod
     def left_out(columns: Sequence[Column], shown: Sequence[Column]) -> list[str]:
         """The headers of the columns that are not shown, in one line each; those of like first lines together."""
