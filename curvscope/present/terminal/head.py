@@ -11,7 +11,7 @@ from rich.text import Text
 from curvscope.present.names import spoken
 from curvscope.present.numbers import count, number, percent
 from curvscope.present.terminal.page import SEVERITY_STYLES, Page, titled
-from curvscope.records import Layer, Run
+from curvscope.records import Layer, Run, RunInfo
 
 TREATMENT_WORDS = {
     "exact_only": "exact block only",
@@ -64,7 +64,7 @@ def head(page: Page, run: Run) -> Panel:
         "model": page.text(f"{model.name}, {count(model.parameters, 'parameter')}{step}"),
         "batch": page.text(f"{count(model.examples, 'example')}, outputs {model.outputs}"),
         "loss": page.text(f"{number(model.loss, 4)} {model.loss_name}, gradient norm {number(model.gradient_norm)}"),
-        "curvature": page.text(f"{_fisher_words(run)}, {info.dtype} on {info.device}"),
+        "curvature": page.text(f"{_fisher_words(run)}, {info.dtype} on {info.device}{_stored(info)}"),
         "mode": page.text("eval mode" + (f": {model.mode_note}" if model.mode_note else "")),
     }
     if model.graph != "exported":
@@ -74,6 +74,11 @@ def head(page: Page, run: Run) -> Panel:
     title = page.text(f"curvscope {page.dash} {PurePath(model.checkpoint).name or model.name}", "bold")
     made = page.text(f"curvscope {info.curvscope_version}, {info.created[:16].replace('T', ' ')}", "dim")
     return Panel(grid, title=title, title_align="left", subtitle=made, subtitle_align="right", border_style="cyan")
+
+
+def _stored(info: RunInfo) -> str:
+    """The dtype of the stored weights, where that is not the run's."""
+    return f", weights stored as {info.source_dtype}" if info.source_dtype else ""
 
 
 def _verdict(page: Page, run: Run) -> Text:
