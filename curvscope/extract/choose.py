@@ -173,10 +173,12 @@ def make_plan(
     piece_share: float = 0.0,
     without: Mapping[str, str] = NONE,
     apart: Independent | None = None,
+    beside: int = 0,
 ) -> Plan:
     """Forms and groups of all chosen layers under the memory bound; a pass takes `activations` bytes.
 
-    Those `without` columns get none, for a reason; positions that are kept `apart` count as examples.
+    Those `without` columns get none, for a reason; positions that are kept `apart` count as examples. `beside` bytes
+    are kept of the layers for later stages.
     """
     draws = fisher in ("probe", "mc")
     plans = layer_plans(graph, layouts, columns, settings, keep_draws=draws, apart=apart)
@@ -184,6 +186,7 @@ def make_plan(
     per_draw = {name: columns for name, layer in plans.items() if draws and keeps_draws(layer.form)}
     # rows beside columns are kept of data in one piece only
     stays = standing(graph, layouts, settings, per_draw) + (0 if piece_share else rows_bytes(usable(settings)))
+    stays += beside
     # while pieces are put together, each has factors beside those of all before
     passing = activations + (stays if piece_share > 0 else 0)
     remedy = FEWER if draws else f"{FEWER}, or --fisher probe"

@@ -89,8 +89,8 @@ def test_auto_decides_on_measured_seconds(bundle: Path, monkeypatch: pytest.Monk
     assert pipeline.plan(bundle, time=1e-3).fisher == "probe"
     assert "61 s" in pipeline.plan(bundle, time=1e-3).reason
     monkeypatch.setattr(Passes, "pass_seconds", lambda self: cost.PassSeconds(1e-9, 1e-9))
-    monkeypatch.setattr(cost, "measure_seconds", lambda load, rates: 1e-9)
-    monkeypatch.setattr(cost, "keep_seconds", lambda load, rates: 1e-9)
+    monkeypatch.setattr("curvscope.extract.choose.measure_seconds", lambda load, rates: 1e-9)
+    monkeypatch.setattr("curvscope.extract.choose.keep_seconds", lambda load, rates: 1e-9)
     monkeypatch.setattr("curvscope.extract.choose.SETTLED", -1.0)
     assert pipeline.plan(bundle, time=1e-3).fisher == "exact"
 
