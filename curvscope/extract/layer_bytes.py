@@ -17,7 +17,7 @@ LEAST_BASIS = 20
 VECTORS_BESIDE = 8
 # Squares that the eigenvectors of one take beside it, as measured (LAPACK's work space, copies).
 EIGENVECTORS = 5
-# Dampings of the grid, with the decades that reach the largest eigenvalue; three matrices a flavour are followed over it.
+# Dampings of the grid, with the decades up to the largest eigenvalue; three matrices a flavour are followed over it.
 GRID = 16
 FOLLOWED = 3
 
