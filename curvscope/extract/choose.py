@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from curvscope.errors import UsageError
 from curvscope.extract.cost import ASSUMED, PassSeconds, keep_seconds, loads_of, measure_seconds, measured_rates
 from curvscope.extract.cost import estimate as estimated_seconds
 from curvscope.extract.free import free_bytes
@@ -20,6 +21,7 @@ from curvscope.extract.plan import (
     plan_sweeps,
     rows_bytes,
     site_positions,
+    size_in_words,
     standing_bytes,
     working_bytes,
 )
@@ -230,4 +232,25 @@ def with_budget(settings: Settings, device: torch.device) -> Settings:
 def usable(settings: Settings) -> int:
     """What of the budget is left to plan with: export, solvers and what is freed too late take the rest."""
     whole = budget(settings)
-    return whole - min(OVERHEAD_BYTES, whole // 4)
+    return max(whole - OVERHEAD_BYTES, whole // 16)
+
+
+def require_memory(settings: Settings, standing: int, example: int, *, asked: bool) -> None:
+    """Refuse a bound that not even factors fit under: what stands throughout, and a pass over one example.
+
+    Raises:
+        UsageError: --memory is `asked` for and too small, with the least that it would have to be.
+        MemoryError: half of what is free is too little.
+    """
+    # while pieces are put together, each has factors beside those of all before
+    least = OVERHEAD_BYTES + 2 * standing + example + rows_bytes(0)
+    bound = budget(settings)
+    if bound < least and not asked:
+        raise MemoryError
+    if bound < least:
+        raise UsageError(
+            f"The bound on memory leaves no room for an analysis: {size_in_words(bound)} is less than the "
+            f"{size_in_words(least)} that the factors of all layers take with one example at a time.",
+            where="--memory",
+            remedy=f"Give at least {size_in_words(least)} (more is needed for columns), or fewer layers with --layers.",
+        )

@@ -19,6 +19,8 @@ from curvscope.extract.choose import (
     choose,
     estimate_plan,
     make_plan,
+    require_memory,
+    standing,
     usable,
     with_budget,
 )
@@ -95,7 +97,7 @@ def get_ready(
     Raises:
         CurvscopeError: whatever speaks against analyzing it.
     """
-    settings = with_budget(settings, device)
+    asked, settings = settings.memory_bytes is not None, with_budget(settings, device)
     dtype = DTYPES[settings.dtype]
     start = time.perf_counter()
     report("export", problem.name, 0, 1)
@@ -115,6 +117,7 @@ def get_ready(
     survey = pieces.survey
     layouts = dataclasses.replace(layouts, tokens=pieces.tokens(layouts))
     everything = dataclasses.replace(layouts, examples=survey.examples, positions=survey.positions)
+    require_memory(settings, standing(graph, everything, settings), pieces.example_bytes, asked=asked)
     looked = time.perf_counter()
     apart = None
     if settings.fisher in ("auto", "exact") and not pieces.in_pieces():

@@ -321,8 +321,8 @@ def test_passes_are_counted() -> None:
     model, x, y = CASES["cnn"][0](), CASES["cnn"][1]().float(), CASES["cnn"][2]()
     run, whole = with_network(model, (x, y), "cross_entropy", dtype="float32")
     counted = sum(row.passes for row in run.tables["global_damping"])
-    # stability goes on with the same network
-    assert counted <= whole.objective.network.passes
+    # beside those of the steps: a look, passes that are timed, and the mean eigenvalue's; stability goes on
+    assert counted <= whole.objective.network.passes <= counted + MOST_BESIDE
     assert all(0 < row.passes < 120 for row in run.tables["global_damping"])
     assert np.isfinite(whole.mean[0])
 
