@@ -51,11 +51,11 @@ class Effort:
 
 def timed_effort(network: Network, enough: float = float("inf")) -> Effort:
     """Times the passes; no products where the forward passes of one series alone take `enough` seconds."""
-    device = next(iter(network.parameters.values())).device
+    device, counted = next(iter(network.parameters.values())).device, network.passes
     forward = seconds_of(network.loss, device)
-    if FORWARDS_A_SERIES * forward > enough:
-        return Effort(forward, 0.0)
-    return Effort(forward, _form_seconds(network, device))
+    form = 0.0 if FORWARDS_A_SERIES * forward > enough else _form_seconds(network, device)
+    network.passes = counted  # those of the stages, not of the timing
+    return Effort(forward, form)
 
 
 def _form_seconds(network: Network, device: torch.device) -> float:

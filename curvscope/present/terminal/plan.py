@@ -27,12 +27,11 @@ def render_plan(planned: PlannedRun, console: Console) -> None:
         "passes": f"{planned.backward_passes} backward passes in {_count(planned.sweeps, 'sweep', 'sweeps')}",
         "memory": f"about {size(planned.peak_bytes)} at the peak ({size(planned.kept_bytes)} of columns kept), "
         f"bound {size(planned.budget_bytes)}",
-        "time": f"about {duration(planned.total_seconds)} ("
-        + ", ".join(
+        "time": f"about {duration(planned.total_seconds)} (%s)"
+        % ", ".join(
             f"{STAGES.get(stage, stage)} {duration(taken) if taken else 'none'}"
             for stage, taken in planned.seconds.items()
-        )
-        + ")",
+        ),
         "layers": ", ".join(_of_treatment(planned.layers)),
     }
     console.print(Text("plan, nothing was analyzed", style="bold"))
