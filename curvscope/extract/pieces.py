@@ -25,7 +25,8 @@ from curvscope.extract.roots import exact_columns
 from curvscope.graph.prepare import Prepared
 from curvscope.graph.ragged import Ragged
 from curvscope.graph.trial import refused
-from curvscope.graph.verify import Independent, Layouts, all_tokens, looked_up
+from curvscope.graph.passing import all_tokens, looked_up
+from curvscope.graph.verify import Independent, Layouts
 from curvscope.load import check_targets
 from curvscope.load.problem import Batch, Loss, Problem
 from curvscope.load.reduction import averages, denominator, has_terms
@@ -98,6 +99,7 @@ class Pieces:
         self._survey: Survey | None = None
         self.example_bytes = 0
         self._divisible = True
+        self._routed = False
         if self.many and prepared.index is not None:
             raise BatchError(
                 "A batch of graphs is taken alone: which rows belong to which graph is established for one batch.",
@@ -162,7 +164,11 @@ class Pieces:
         """
         loaded = self._loader.load(self._first)
         count = loaded.examples if examples is None or not self._prepared.any_size else min(examples, loaded.examples)
-        return self._verified(loaded, count)
+        layouts = self._verified(loaded, count)
+        if layouts.routed:
+            self.size = None
+            layouts = layouts if count == loaded.examples else self._verified(loaded, loaded.examples)
+        return layouts
 
     def look(self, layouts: Layouts, seconds: float) -> Loss:
         """Surveys all batches; the loss comes back with its class axis settled.
@@ -242,8 +248,11 @@ class Pieces:
 
     @property
     def can_pick(self) -> bool:
-        """Whether the graph takes any number of examples, and the loss any part of them."""
-        return self._prepared.any_size and self._divisible
+        """Whether the graph takes any number of examples, and the loss any part of them.
+
+        Not where rows are routed: a part of a batch has its rows at other places.
+        """
+        return self._prepared.any_size and self._divisible and not self._routed
 
     def pick(self, piece: Piece, index: Tensor) -> Piece:
         """These examples of a piece alone, in this order; its share is still to be set.
@@ -252,8 +261,8 @@ class Pieces:
             ValueError: they can't be taken out: rows of graphs, or targets that do not lie as the outputs do.
         """
         layouts, count = piece.layouts, piece.layouts.examples
-        if isinstance(layouts.output, Ragged):
-            raise ValueError("the rows of graphs")
+        if isinstance(layouts.output, Ragged) or layouts.routed:
+            raise ValueError("rows that are assigned for the whole batch alone")
         tensors = [
             tensor if axis is None else tensor.index_select(axis, index.to(tensor.device))
             for tensor, axis in zip(piece.tensors, self.axes, strict=True)
@@ -281,7 +290,7 @@ class Pieces:
     def halve(self) -> bool:
         """Makes pieces of half as many examples, where there are any smaller ones."""
         now = self.largest
-        if now == 1 or not self._prepared.any_size or not self._divisible:
+        if now == 1 or not self.can_pick:
             return False
         self.size = now // 2
         return True
@@ -374,17 +383,21 @@ class Pieces:
             yield loaded
 
     def _of_shape(self, loaded: Loaded) -> Layouts:
-        """The layouts that hold for batches of this shape, verified once."""
+        """The layouts that hold for batches of this shape, verified once; for every batch where rows are routed."""
         shape = sizes(loaded.flat, loaded.axes)
-        if shape not in self._layouts:
+        known = self._layouts.get(shape)
+        if known is None or (known.routed and self.many):
             self._verified(loaded, loaded.examples)
+        if known is not None:
+            self._layouts[shape] = replace(self._layouts[shape], tokens=known.tokens)
         return self._layouts[shape]
 
     def _verified(self, loaded: Loaded, count: int) -> Layouts:
-        tensors = [
+        alone = [
             tensor if axis is None else tensor.narrow(axis, 0, count)
             for tensor, axis in zip(loaded.tensors, loaded.axes, strict=True)
         ]
+        tensors = alone
         if count == 1 and self.many and self._prepared.any_size:
             # one example tells no axis: two copies do
             count = 2
@@ -394,6 +407,8 @@ class Pieces:
             ]
         try:
             layouts = layouts_of(self.graph, loaded, tensors, count, self._prepared.index)
+            if count > loaded.examples and layouts.routed:
+                count, layouts = 1, replace(layouts_of(self.graph, loaded, alone, 1, self._prepared.index), routed=True)
         except CurvscopeError:
             raise
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
@@ -402,6 +417,7 @@ class Pieces:
             raise refused(error, loaded.flat) from error
         if count > loaded.examples:
             layouts = replace(layouts, examples=1, outputs=layouts.output.take(layouts.outputs, 0, 1))
+        self._routed |= layouts.routed
         # the shape is all that is kept of the outputs
         outputs = layouts.outputs.new_zeros(()).expand(layouts.outputs.shape)
         self._layouts[sizes(loaded.flat, loaded.axes)] = replace(layouts, outputs=outputs)
@@ -415,7 +431,7 @@ class Pieces:
 
     def _divides(self, loaded: Loaded, layouts: Layouts) -> bool:
         """Whether examples can be taken out of a batch: the graph takes any number, and targets follow the outputs."""
-        return self._prepared.any_size and can_split(self.loss, loaded, layouts)
+        return self._prepared.any_size and not layouts.routed and can_split(self.loss, loaded, layouts)
 
     def _check_weights(self, layouts: Layouts) -> None:
         """Refuse weights of single examples where there are several batches.
