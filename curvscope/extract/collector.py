@@ -57,6 +57,7 @@ class Extract:
     in the data; A of expand, which is diagonal, is a vector over all inputs. A weight of several `roles` has an
     `Extract` for each, without columns and with the role's own orientation, and no factors of its own; its columns and
     its gradient have the first role's orientation and run over all inputs. `draw_moments`: `Root.draw_moments`.
+    `occupied`: how many examples have any rows; None where all have.
     """
 
     spec: LayerSpec
@@ -75,6 +76,7 @@ class Extract:
     tokens: Tensor | None = None
     roles: dict[str, Extract] = field(default_factory=dict)
     draw_moments: tuple[float, float] = (0.0, 0.0)
+    occupied: int | None = None
 
     @property
     def single(self) -> bool:
@@ -322,6 +324,7 @@ class Collector:
         )
         return replace(
             found,
+            occupied=int((counts > 0).sum()),
             unmasked=unmasked,
             tokens=self._tokens(),
             example_squares=self.squares,
@@ -337,12 +340,12 @@ class Collector:
         a = self._a()
         bias = self.spec.bias is not None
         masked = a if real is None else a * real.unsqueeze(-1)
-        expand = input_gram(masked.reshape(-1, a.shape[-1]), float(counts.sum()), bias=bias)
+        expand = input_gram(masked.reshape(-1, a.shape[-1]), float(counts.sum().clamp(min=1)), bias=bias)
         if a.shape[1] == 1:
             return {"expand": expand, "reduce": expand}
         means = masked.sum(1) / counts.clamp(min=1).unsqueeze(1).to(a.dtype)
         held = counts > 0
-        return {"expand": expand, "reduce": input_gram(means[held], float(held.sum()), bias=bias)}
+        return {"expand": expand, "reduce": input_gram(means[held], float(held.sum().clamp(min=1)), bias=bias)}
 
     def _real(self, masks: Mapping[str, Tensor]) -> Tensor | None:
         """Which rows count: those that are there (see `Ragged`), without the masked ones; None where all do."""

@@ -84,8 +84,8 @@ class GroupedCollector(Collector):
             rows = a.flatten(1, 2)
             means = a.sum(2) / counts.clamp(min=1).view(1, -1, 1)
             A = {
-                "expand": torch.bmm(rows.transpose(1, 2), rows) / int(counts.sum()),
-                "reduce": torch.bmm(means.transpose(1, 2), means) / int((counts > 0).sum()),
+                "expand": torch.bmm(rows.transpose(1, 2), rows) / max(1, int(counts.sum())),
+                "reduce": torch.bmm(means.transpose(1, 2), means) / max(1, int((counts > 0).sum())),
             }
             factors = {name: (A[name], self._sums[name]) for name in A}
         draws = {name: torch.stack(each) for name, each in self.draws.items() if each}
@@ -97,6 +97,9 @@ class GroupedCollector(Collector):
         padded = 1.0 - int(counts.sum()) / (examples * positions if there is None else int(there.sum()))
         inputs = self._split(self._a())
         inputs = inputs if real is None else inputs * real.unsqueeze(-1)
-        mean = inputs.sum((1, 2), dtype=torch.float64) / int(counts.sum())
+        mean = inputs.sum((1, 2), dtype=torch.float64) / max(1, int(counts.sum()))
         found = Extract(self.spec, examples, mean_positions(counts), padded, factors, self.gradient, columns, draws)
-        return dataclasses.replace(found, example_squares=self.squares, mean_input=mean, real=real)
+        occupied = int((counts > 0).sum())
+        return dataclasses.replace(
+            found, example_squares=self.squares, mean_input=mean, real=real, occupied=occupied
+        )

@@ -106,23 +106,24 @@ class Merged:
         if extract.examples == self.examples:
             self.total = extract
             return
-        real = extract.positions * extract.examples
+        held = float(extract.examples if extract.occupied is None else extract.occupied)
+        real = extract.positions * held
         rows = real / (1 - extract.padded) if extract.padded < 1 else 0.0
         # what belongs to single rows is not put together over pieces; sums over examples are
         extract = dataclasses.replace(extract, mean_input=None, real=None)
         if self.total is None:
             self.total, self.rows = extract, rows
-            self.weights = {"expand": real, "reduce": float(extract.examples), "all": rows}
+            self.weights = {"expand": real, "reduce": held, "all": rows}
             self.unmasked = extract.unmasked or None
             return
         before, self.rows = self.total, self.rows + rows
         old = dict(self.weights)
-        for name, more in (("expand", real), ("reduce", float(extract.examples)), ("all", rows)):
+        for name, more in (("expand", real), ("reduce", held), ("all", rows)):
             self.weights[name] = old[name] + more
-        new = {"expand": real, "reduce": float(extract.examples), "all": rows}
+        new = {"expand": real, "reduce": held, "all": rows}
 
         def mean(kind: str, a: Tensor, b: Tensor) -> Tensor:
-            whole = self.weights[kind]
+            whole = self.weights[kind] or 1.0
             return a * (old[kind] / whole) + b * (new[kind] / whole)
 
         factors = {}
@@ -142,7 +143,8 @@ class Merged:
         self.total = dataclasses.replace(
             before,
             examples=examples,
-            positions=real_so_far / examples,
+            positions=real_so_far / max(1.0, self.weights["reduce"]),
+            occupied=round(self.weights["reduce"]),
             padded=1 - real_so_far / self.rows if real_so_far < self.rows else 0.0,
             factors=factors,
             gradient=_sum(before.gradient, extract.gradient),

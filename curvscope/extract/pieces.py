@@ -383,10 +383,10 @@ class Pieces:
             yield loaded
 
     def _of_shape(self, loaded: Loaded) -> Layouts:
-        """The layouts that hold for batches of this shape, verified once; for every batch where rows are routed."""
+        """The layouts that hold for batches of this shape, verified once; for every batch where rows may be routed."""
         shape = sizes(loaded.flat, loaded.axes)
         known = self._layouts.get(shape)
-        if known is None or (known.routed and self.many):
+        if known is None or (self.many and (known.routed or self.graph.routes is None)):
             self._verified(loaded, loaded.examples)
         if known is not None:
             self._layouts[shape] = replace(self._layouts[shape], tokens=known.tokens)

@@ -76,7 +76,8 @@ def verify(graph: Graph, tensors: Sequence[Tensor], axes: Sequence[int | None], 
     output, inputs, rows, tokens = observe(graph, tensors)
     if examples == 1:
         found = {target: _whole(tensor) for target, tensor in inputs.items()}
-        return Layouts(1, _whole(output), found, output, _positions(rows, inputs, found, 1), tokens=tokens)
+        positions = _positions(rows, inputs, found, 1)
+        return Layouts(1, _whole(output), found, output, positions, tokens=tokens, routed=bool(graph.routes))
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(examples, generator=generator)
     if bool((order == torch.arange(examples)).all()):
@@ -113,9 +114,20 @@ def verify(graph: Graph, tensors: Sequence[Tensor], axes: Sequence[int | None], 
     found |= by_values
     kept = {site.target for site in graph.sites()}
     found = {target: each for target, each in found.items() if target in kept}
-    routed = any(target in found for target in by_values)
+    routed = any(target in found for target in by_values) or _routes(graph, tensors, axes, rows)
     positions = _positions(rows, inputs, found, examples)
     return Layouts(examples, layout, found, output, positions, tokens=tokens, routed=routed)
+
+
+def _routes(graph: Graph, tensors: Sequence[Tensor], axes: Sequence[int | None], rows: Mapping[str, int]) -> bool:
+    """Whether values decide how many rows a site has: copies of the first example then have other ones."""
+    if graph.routes is not None:
+        return graph.routes
+    copies = [
+        tensor if axis is None else tensor.narrow(axis, 0, 1).expand_as(tensor)
+        for tensor, axis in zip(tensors, axes, strict=True)
+    ]
+    return observe(graph, copies)[2] != rows
 
 
 def _row_axes(site: Site, rows: Tensor) -> int:

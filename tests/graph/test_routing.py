@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import curvscope
 
@@ -130,9 +130,44 @@ def test_experts_have_the_rows_of_their_examples(case: str) -> None:
             assert gap(layer.factors[flavour].B, B) < TOLERANCE, (name, flavour)
 
 
-def test_one_example_and_an_expert_without_rows() -> None:
+def test_experts_without_rows() -> None:
     model, x, y = made(examples=1, tokens=1)
     run = analyzed(model, (x, y))
-    idle = [name for name, layer in run.layers.items() if "up" in name and not layer.row.columns]
-    for name, (block, _) in alone_or_zero(model, x, y).items():
-        assert gap(run.layers[name].block, block) < TOLERANCE, (name, idle)
+    idle = [name for name, layer in run.layers.items() if layer.row.positions == 0]
+    assert len(idle) == 4  # two of four experts, two layers each
+    assert all(not run.layers[name].block.any() and run.layers[name].row.status == "ok" for name in idle)
+    assert all(np.isfinite(layer.factors["expand"].A).all() for layer in run.layers.values())
+    assert run.layers["experts.gate"].block.any()
+
+
+def test_batches_route_each_its_own_rows() -> None:
+    model, x, y = made()
+    whole = analyzed(model, (x, y))
+    parts = [(x[low:high], y[low:high]) for low, high in ((0, 2), (2, 3), (3, 5))]
+    many = analyzed(model, parts)
+    for name, layer in whole.layers.items():
+        assert gap(many.layers[name].block, torch.as_tensor(layer.block)) < TOLERANCE, name
+        for flavour, factors in layer.factors.items():
+            assert gap(many.layers[name].factors[flavour].A, torch.as_tensor(factors.A)) < TOLERANCE, (name, flavour)
+            assert gap(many.layers[name].factors[flavour].B, torch.as_tensor(factors.B)) < TOLERANCE, (name, flavour)
+
+
+class Untold(nn.Module):
+    """A trained layer whose rows are features of the whole batch, beside a plain one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features, self.head = nn.Linear(3, 1), nn.Linear(5, CLASSES)
+        self.register_buffer("table", torch.arange(21.0).view(7, 3).sin())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x) + self.features(self.get_buffer("table").to(x) + 0 * x.sum()).sum()
+
+
+def test_a_layer_whose_rows_nothing_tells_is_given_up_alone() -> None:
+    torch.manual_seed(0)
+    run = analyzed(Untold(), (torch.randn(4, 5).double(), torch.arange(4) % CLASSES))
+    rows = {row.parameter: row for row in run.tables["coverage"]}
+    assert rows["head.weight"].treatment == "kronecker"
+    assert rows["features.weight"].treatment == "uncovered"
+    assert "can't be assigned to examples" in rows["features.weight"].reason
