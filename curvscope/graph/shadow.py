@@ -10,6 +10,10 @@ from torch import Tensor, nn
 
 from curvscope.errors import ModelError
 
+# Where a transformers config says how experts are computed. Its grouped product takes no float64, and sorts the rows by
+# expert; the batched one multiplies every token with the weights of its own experts, in the order of the tokens.
+EXPERTS = "_experts_implementation"
+
 
 def shadow(model: nn.Module, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> nn.Module:
     """A structural copy of `model` in eval mode, on `device` and in `dtype`.
@@ -17,7 +21,8 @@ def shadow(model: nn.Module, *, device: torch.device | None = None, dtype: torch
     Parameters are aliases (`p.detach()`, the same storage) wherever device and dtype already agree; buffers are
     clones, since a forward pass may write to them. So are embeddings with `max_norm`, whose rows a forward pass
     rescales in place: the copy has all of them rescaled, and no `max_norm` any more. Neither mode, `requires_grad`,
-    hooks nor values of `model` change, now or later.
+    hooks nor values of `model` change, now or later. Mixtures of experts of transformers compute the same in another
+    way (`EXPERTS`).
 
     Raises:
         ModelError: the module holds something that can't be copied (an open file, a lock, ...).
@@ -49,6 +54,8 @@ def shadow(model: nn.Module, *, device: torch.device | None = None, dtype: torch
     for copied in twin.modules():
         if _rescales(copied):
             setattr(copied, "max_norm", None)  # noqa: B010
+        if getattr(config := getattr(copied, "config", None), EXPERTS, None) == "grouped_mm":
+            setattr(config, EXPERTS, "batched_mm")
     return twin.eval()
 
 

@@ -100,7 +100,11 @@ def verify(graph: Graph, tensors: Sequence[Tensor], axes: Sequence[int | None], 
         except LayoutError as refusal:
             passing[site.target] = []
             refusals[site.target] = refusal
-    layout = _holding(output, output_permuted, order, examples, output.ndim, tolerance, "the model's output")[0]
+    try:
+        layout = _holding(output, output_permuted, order, examples, output.ndim, tolerance, "the model's output")[0]
+    except LayoutError as refusal:
+        # the first layer that does not follow, either, says more
+        raise next(iter(refusals.values()), refusal) from None
     strangers = _Strangers(graph, tensors, layout, tolerance / 100)
     found = {target: kept for target, choices in passing.items() if (kept := strangers.first(target, choices))}
     open_sites = {target: allowed[target] for target in passing if target not in found}

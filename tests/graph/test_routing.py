@@ -75,7 +75,7 @@ def alone(model: Mixture, x: Tensor, y: Tensor) -> dict[str, tuple[Tensor, dict[
         seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in linear}
         handles = [
             module.register_forward_hook(
-                lambda module, args, result, name=name: seen[name].append((args[0].detach(), result))
+                lambda module, args, result, kept=seen[name]: kept.append((args[0].detach(), result))
             )
             for name, module in linear.items()
         ]
