@@ -29,9 +29,9 @@ PAGE = Path(__file__).with_suffix(".md")
 HEAD = """# Architectures
 
 What one `curvscope.analyze` of each covers, and how far its exact blocks are from brute force. The models are the
-packages' own classes, small and with random weights: those of `tests/architectures.py` are tested in CI one by one, those
-of `tests/families.py` here (and a few in CI). {examples} examples, exact, float64, one thread; torch {torch}, {packages}.
-This page is written by `python -m docs.architectures`.
+packages' own classes, small and with random weights: those of `tests/architectures.py` are tested in CI one by one,
+those of `tests/families.py` here (and a few in CI). {examples} examples, exact, float64, one thread; torch {torch},
+{packages}. This page is written by `python -m docs.architectures`.
 
 - **Kronecker**: the share of parameters in layers with Kronecker factors; **exact only**: in layers whose exact block
   has no Kronecker form (norms, free parameters, experts looked up by a gate); what is left is named in the last column.
