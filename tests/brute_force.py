@@ -131,8 +131,8 @@ def exact_run(architecture: Architecture, built: Built) -> Run:
 def deviations(architecture: Architecture, run: Run, built: Built, most: int | None = None) -> dict[str, float]:
     """Layer -> the largest deviation of V V^T from sum_n J_n^T H_n J_n, relative to the largest entry.
 
-    Where the order of a layer's columns is no plain one, of the spectrum. `most`: so many layers, spread over the model;
-    all by default.
+    Where the order of a layer's columns is no plain one, of the spectrum. `most`: so many layers, spread over the
+    model; all by default.
     """
     model, inputs, targets = built
     loss = LOSSES.get(str(architecture.loss), architecture.loss)

@@ -100,6 +100,4 @@ class GroupedCollector(Collector):
         mean = inputs.sum((1, 2), dtype=torch.float64) / max(1, int(counts.sum()))
         found = Extract(self.spec, examples, mean_positions(counts), padded, factors, self.gradient, columns, draws)
         occupied = int((counts > 0).sum())
-        return dataclasses.replace(
-            found, example_squares=self.squares, mean_input=mean, real=real, occupied=occupied
-        )
+        return dataclasses.replace(found, example_squares=self.squares, mean_input=mean, real=real, occupied=occupied)

@@ -22,10 +22,10 @@ from curvscope.extract.footprint import bytes_an_example
 from curvscope.extract.loaded import Loaded, Loader, layouts_of, sizes
 from curvscope.extract.plan import ACTIVATIONS_SHARE
 from curvscope.extract.roots import exact_columns
+from curvscope.graph.passing import all_tokens, looked_up
 from curvscope.graph.prepare import Prepared
 from curvscope.graph.ragged import Ragged
 from curvscope.graph.trial import refused
-from curvscope.graph.passing import all_tokens, looked_up
 from curvscope.graph.verify import Independent, Layouts
 from curvscope.load import check_targets
 from curvscope.load.problem import Batch, Loss, Problem

@@ -236,9 +236,10 @@ def build(
         return torch.func.functional_call(plain, reached, tuple(tensors))
 
     origin = "exported" if dynamic else "exported with a fixed batch size"
-    found = Graph(module, specs, uses, parameters, requires_grad, origin, leaves, rest, function, wanted, plain)
-    found.routes = any(isinstance(v := node.meta.get("val"), Tensor) and free_unbacked_symbols(v) for node in graph.nodes)
-    return found
+    whole = Graph(module, specs, uses, parameters, requires_grad, origin, leaves, rest, function, wanted, plain)
+    values = [node.meta.get("val") for node in graph.nodes]
+    whole.routes = any(isinstance(value, Tensor) and free_unbacked_symbols(value) for value in values)
+    return whole
 
 
 def _insert_tap(

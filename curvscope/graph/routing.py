@@ -4,8 +4,8 @@ How many rows an expert gets, and in which order, only the values of the batch t
 are permuted. So the inputs and the rows that are known already are disturbed a little, those of some examples at a
 time. A row that changes is one of theirs. With the examples' numbers in binary, two passes a digit name every row's
 example, and a row that changes with both values of a digit belongs to several. What nothing changes (behind units that
-are dead for it) gradients tell: those of the same examples' outputs. A row that neither tells adds nothing to any block; it
-is taken to lie where an earlier site with the same rows has it.
+are dead for it) gradients tell: those of the same examples' outputs. A row that neither tells adds nothing to any
+block; it is taken to lie where an earlier site with the same rows has it.
 """
 
 from __future__ import annotations
@@ -60,13 +60,15 @@ class Routing:
             for place, reached in self._reached().items():
                 still = told[place].sum(1) == 0
                 told[place] = torch.where(still.unsqueeze(1), reached, told[place])
-        owners = {place: owner for place, digits in told.items() if (owner := _owner(digits, self.examples)) is not None}
+        owners = {place: _owner(digits, self.examples) for place, digits in told.items()}
         found: dict[str, Tensor] = {}
         layouts: dict[str, Layout] = {}
         for (target, axis), owner in owners.items():
+            if owner is None or target in found:
+                continue
             whole = [owner, *(_completed(owner, other) for other in reversed(found.values()))]
             chosen = next((each for each in whole if each is not None and bool((each >= 0).all())), None)
-            if chosen is not None and target not in found:
+            if chosen is not None:
                 found[target], layouts[target] = chosen, Ragged.of(axis, chosen, self.examples)
         return layouts
 

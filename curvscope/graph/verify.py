@@ -116,8 +116,8 @@ def verify(graph: Graph, tensors: Sequence[Tensor], axes: Sequence[int | None], 
         if site.target in open_sites and site.target not in by_values:
             _give_up(graph, site, refusals.get(site.target), bool(found))
     found |= by_values
-    kept = {site.target for site in graph.sites()}
-    found = {target: each for target, each in found.items() if target in kept}
+    left = {site.target for site in graph.sites()}
+    found = {target: each for target, each in found.items() if target in left}
     routed = any(target in found for target in by_values) or _routes(graph, tensors, axes, rows)
     positions = _positions(rows, inputs, found, examples)
     return Layouts(examples, layout, found, output, positions, tokens=tokens, routed=routed)
