@@ -19,6 +19,7 @@ from curvscope.graph.functional import Graph, build
 from curvscope.run import Run
 from tests.architectures import ARCHITECTURES, BilinearHead, CellLoop, EinsumAttention, Experts
 from tests.brute_force import ANALYZED, as_inputs, deviations, eager, exact_run, in_float64
+from tests.families import FAMILIES, TESTED
 
 # It warns of a slower implementation, once a process.
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning")
@@ -181,10 +182,12 @@ BRUTE_FORCE = (
 )
 
 
-@pytest.mark.parametrize("name", BRUTE_FORCE)
+@pytest.mark.parametrize("name", [*BRUTE_FORCE, *TESTED])
 def test_blocks_agree_with_brute_force(name: str) -> None:
     """Every layer: V V^T is sum_n J_n^T H_n J_n, with J by one backward pass an output."""
-    built = in_float64(ARCHITECTURES[name].build(2))
-    run = exact_run(ARCHITECTURES[name], built)
-    for layer, deviation in deviations(ARCHITECTURES[name], run, built).items():
+    architecture = (ARCHITECTURES | FAMILIES)[name]
+    built = in_float64(architecture.build(2))
+    run = exact_run(architecture, built)
+    assert {row.treatment for row in run.tables["coverage"]} <= ANALYZED
+    for layer, deviation in deviations(architecture, run, built).items():
         assert deviation <= 1e-9, layer
