@@ -76,15 +76,11 @@ def estimated_rows(layer: str, fisher: str, extract: Extract, blocks: Sequence[B
     block-diagonal matrices are sums over the groups.
     """
     draws = blocks[0].columns.count
-    reason = ""
-    if draws < MINIMUM_DRAWS:
-        reason = f"{draws} draws give no error bar: take --samples {MINIMUM_DRAWS} or more, or --fisher exact"
-    elif sum(block.trace for block in blocks) == 0.0:
+    reason = no_bars(extract, draws)
+    if not reason and sum(block.trace for block in blocks) == 0.0:
         reason = "the block is zero in every draw: no curvature reaches the layer"
-    elif blocks[0].columns.form == "formed":
+    elif not reason and blocks[0].columns.form == "formed":
         reason = "the draws of this layer were summed, not kept"
-    else:
-        reason = _rare_labels(extract, draws)
     if reason:
         return {name: ErrorRow(layer, name, fisher, status="not_assessed", reason=reason) for name in APPROXIMATIONS}
     if not terms(extract):
@@ -144,7 +140,7 @@ def estimated_spectra(layer: str, extract: Extract, blocks: Sequence[Block], sca
     where labels are drawn too rarely. K-FACs whose B is exact are left out.
     """
     draws = blocks[0].columns.count
-    rare = _rare_labels(extract, draws)
+    refused = no_bars(extract, draws)
     traces: dict[str, Tensor] = {}
     if blocks[0].columns.form != "formed":
         traces["ggn"] = sum((block_pairs(block)[1] for block in blocks), torch.zeros(()))
@@ -155,10 +151,8 @@ def estimated_spectra(layer: str, extract: Extract, blocks: Sequence[Block], sca
     for name, each in traces.items():
         found = Estimate(float(each.mean()), NAN)
         reason = EIGENVALUES
-        if draws < MINIMUM_DRAWS:
-            reason = f"{draws} draws give no error bar; {EIGENVALUES}"
-        elif rare:
-            reason = f"{rare}; {EIGENVALUES}"
+        if refused:
+            reason = f"{refused}; {EIGENVALUES}"
         else:
             found = sums([], [each], rounding=_rounding(blocks[0])).of(lambda u: u[..., 0])
         rows[name] = SpectrumRow(
@@ -170,6 +164,14 @@ def estimated_spectra(layer: str, extract: Extract, blocks: Sequence[Block], sca
             reason=reason,
         )
     return rows
+
+
+def no_bars(extract: Extract, draws: int) -> str:
+    """Why these draws do not tell how far off they are; empty where they do."""
+    if draws < MINIMUM_DRAWS:
+        gives = "1 draw gives" if draws == 1 else f"{draws} draws give"
+        return f"{gives} no error bar: take --samples {MINIMUM_DRAWS} or more, or --fisher exact"
+    return _rare_labels(extract, draws)
 
 
 def _rare_labels(extract: Extract, draws: int) -> str:

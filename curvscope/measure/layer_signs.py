@@ -10,6 +10,7 @@ from torch import Tensor
 from curvscope.curvature.block import Block
 from curvscope.curvature.extremes import extremes
 from curvscope.extract.collector import Extract
+from curvscope.measure.drawn_signs import SINGULAR, TOP_DIRECTION, Draws, condition_of_B, dead_outputs, position_share
 from curvscope.measure.rows_kept import Rows, rows_of
 from curvscope.measure.signs import missing, sign_row
 from curvscope.records import ErrorRow, ExampleRow, StabilityRow
@@ -22,11 +23,18 @@ LEAST_POSITIONS = 4
 
 
 def layer_signs(
-    extract: Extract, blocks: Sequence[Block], errors: Mapping[str, ErrorRow], seed: int
+    extract: Extract,
+    blocks: Sequence[Block],
+    errors: Mapping[str, ErrorRow],
+    seed: int,
+    draws: Draws | None = None,
 ) -> tuple[list[StabilityRow], list[ExampleRow]]:
-    """The layer's rows of tables/stability that need what the sweep extracted, and its rows of tables/examples."""
+    """The layer's rows of tables/stability that need what the sweep extracted, and its rows of tables/examples.
+
+    `draws` says how its columns were drawn, where they were: then what rests on them has an error, or is not assessed.
+    """
     name = extract.spec.name
-    rows = _factor_rows(extract)
+    rows = _factor_rows(extract, draws)
     if extract.example_squares is not None and extract.gradient is not None:
         squared = float(extract.gradient.double().square().sum())
         rows += noise_rows(extract.example_squares, squared, layer=name)
@@ -34,8 +42,8 @@ def layer_signs(
         return rows, []
     rows += _limit(name, errors)
     kept = rows_of(extract)
-    rows.append(_positions(extract, kept))
-    shares = top_shares(extract, blocks, kept, seed)
+    rows.append(_positions(extract, kept, draws))
+    shares = TOP_DIRECTION if draws is not None else top_shares(extract, blocks, kept, seed)
     if isinstance(shares, str):
         return [*rows, missing("example_share", shares, layer=name)], []
     listed = example_rows(name, shares, extract.example_squares)
@@ -64,20 +72,28 @@ def noise_rows(squares: Tensor, squared: float, *, layer: str = "", reason: str 
     ]
 
 
-def _factor_rows(extract: Extract) -> list[StabilityRow]:
+def _factor_rows(extract: Extract, draws: Draws | None) -> list[StabilityRow]:
     """What the diagonals and the extreme eigenvalues of expand's A and B say."""
     if "expand" not in extract.factors:
         return []
     name, bias = extract.spec.name, extract.spec.bias is not None
     A, B = (factor.double() for factor in extract.factors["expand"])
+    B_draws = None if draws is None else extract.probe_B.get("expand")
+    if draws is None or B_draws is None:
+        of_B = _condition(name, "B", B)
+    else:
+        of_B = condition_of_B(name, B, B_draws, draws)
     if A.ndim == 1:  # counts of tokens: nothing that has a mean or a scale
-        return [_condition(name, "B", B)]
+        return [of_B]
     inputs, outputs = A.diagonal(dim1=-2, dim2=-1), B.diagonal(dim1=-2, dim2=-1)
     if bias:
         inputs = inputs[..., :-1]
+    dead = float((outputs == 0).double().mean())
     rows = [
         sign_row("dead_inputs", float((inputs == 0).double().mean()), layer=name),
-        sign_row("dead_outputs", float((outputs == 0).double().mean()), layer=name),
+        sign_row("dead_outputs", dead, layer=name)
+        if draws is None or B_draws is None
+        else dead_outputs(name, dead, draws),
     ]
     total = float(inputs.sum())
     if extract.mean_input is not None and total > 0:
@@ -86,9 +102,7 @@ def _factor_rows(extract: Extract) -> list[StabilityRow]:
     else:
         why = "all inputs are zero on this batch" if total == 0 else "the data came in several pieces"
         rows.append(missing("mean_share", why, layer=name))
-    for which, factor in (("A", A), ("B", B)):
-        rows.append(_condition(name, which, factor))
-    return rows
+    return [*rows, _condition(name, "A", A), of_B]
 
 
 def _condition(name: str, which: str, factor: Tensor) -> StabilityRow:
@@ -100,7 +114,7 @@ def _condition(name: str, which: str, factor: Tensor) -> StabilityRow:
     floor = most * factor.shape[-1] * torch.finfo(torch.float32).eps
     if bool((least <= floor).any()):
         rank = int((values > floor[:, None]).sum(1).min())
-        reason = f"singular to float32: {rank} of {factor.shape[-1]} eigenvalues are resolved"
+        reason = SINGULAR.format(rank=rank, size=factor.shape[-1])
         return sign_row(f"condition_{which}", float("inf"), layer=name, reason=reason)
     return sign_row(f"condition_{which}", float((most / least).max()), layer=name)
 
@@ -116,7 +130,7 @@ def _limit(name: str, errors: Mapping[str, ErrorRow]) -> list[StabilityRow]:
     return [sign_row("kronecker_limit", nearest.rel_frobenius / min(known), layer=name)]
 
 
-def _positions(extract: Extract, rows: Rows | str) -> StabilityRow:
+def _positions(extract: Extract, rows: Rows | str, draws: Draws | None) -> StabilityRow:
     """The largest share that one position has in the trace of expand's B."""
     name = extract.spec.name
     if isinstance(rows, str):
@@ -128,12 +142,15 @@ def _positions(extract: Extract, rows: Rows | str) -> StabilityRow:
     if len(extract.spec.sites) > 1:
         return missing("position_share", "its positions are calls of one weight, one after the other", layer=name)
     # a column at a time: all squares together would be as large as the gradients
-    energy = torch.stack([g.square().sum(-1, dtype=torch.float64) for g in rows.gradients]).sum(0)
-    energy = energy.view(extract.examples, -1).sum(0)
+    squares = torch.stack([g.square().sum(-1, dtype=torch.float64) for g in rows.gradients])
+    each = squares.view(len(squares), extract.examples, -1).sum(1)
+    energy = each.sum(0)
     if energy.numel() != extract.positions:
         return missing("position_share", f"{UNEQUAL} (examples of unequal size)", layer=name)
     if energy.numel() < LEAST_POSITIONS or not float(energy.sum()) > 0:
         return missing("position_share", f"fewer than {LEAST_POSITIONS} positions, or no curvature", layer=name)
+    if draws is not None:
+        return position_share(name, each, draws)
     shares = energy / energy.sum()
     place = int(shares.argmax())
     return sign_row("position_share", float(shares[place]), layer=name, reason=f"position {place} of {shares.numel()}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from curvscope.measure.jackknife import Estimate, t_95
 from curvscope.records import NAN, StabilityRow
 
 
@@ -69,6 +70,7 @@ def sign_row(
     low: float = NAN,
     high: float = NAN,
     threshold: float | None = None,
+    stderr: float = NAN,
     status: str = "ok",
     reason: str = "",
 ) -> StabilityRow:
@@ -85,9 +87,17 @@ def sign_row(
         limit,
         side(limit, value, low, high),
         source=known.source,
+        value_stderr=stderr,
         status=status,
         reason=reason,
     )
+
+
+def estimated(quantity: str, found: Estimate, draws: int, *, layer: str = "", reason: str = "") -> StabilityRow:
+    """A sign from so many draws: its verdict rests on both ends of the 95 % interval."""
+    half = t_95(draws - 1) * found.stderr
+    ends = {"low": max(0.0, found.value - half), "high": found.value + half}
+    return sign_row(quantity, found.value, layer=layer, **ends, stderr=found.stderr, status="estimated", reason=reason)
 
 
 def missing(quantity: str, reason: str, *, layer: str = "", status: str = "not_assessed") -> StabilityRow:

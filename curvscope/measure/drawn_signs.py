@@ -1,0 +1,87 @@
+"""Signs that rest on draws: what draws can tell, with its error, and what they cannot, with the reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from curvscope.measure.factor_estimate import WIDEST, FactorOfDraws
+from curvscope.measure.jackknife import of_positive
+from curvscope.measure.signs import estimated, missing, sign_row
+from curvscope.records import StabilityRow
+
+TOP_DIRECTION = (
+    "the top direction of a sum of few draws leans to the draws, and with it the examples it blames: --fisher exact"
+)
+SINGULAR = "singular to float32: {rank} of {size} eigenvalues are resolved"
+
+
+@dataclass(frozen=True)
+class Draws:
+    """How a layer's columns were drawn: probe or mc, how many, and why they tell no error of their own, if so."""
+
+    fisher: str
+    count: int
+    refused: str = ""
+
+    @property
+    def words(self) -> str:
+        """For reasons, e.g. "8 probes"."""
+        noun = "probe" if self.fisher == "probe" else "drawn label"
+        return f"{self.count} {noun}{'' if self.count == 1 else 's'}"
+
+
+def dead_outputs(layer: str, share: float, draws: Draws) -> StabilityRow:
+    """The share of outputs that no draw reaches: an upper bound of those that no curvature reaches.
+
+    A Rademacher probe misses an output that curvature reaches with probability 1/2 at most, so that all K do with at
+    most 2^-K. Labels may be drawn too rarely to reach it: then no more than "below" can be said.
+    """
+    if draws.fisher == "probe":
+        odds = 2.0**-draws.count
+        reason = f"under {draws.words}: an output that curvature does reach would be missed with odds below {odds:.2g}"
+        return sign_row("dead_outputs", share, layer=layer, status="estimated", reason=reason)
+    reason = f"under {draws.words}: at most so many; labels that are drawn rarely may reach more outputs"
+    return sign_row("dead_outputs", share, layer=layer, low=0.0, high=share, status="estimated", reason=reason)
+
+
+def condition_of_B(layer: str, B: Tensor, B_draws: Tensor, draws: Draws) -> StabilityRow:
+    """lambda_max / lambda_min of the worst group's B with its error; where it is singular, whether it settled at that.
+
+    Draws only add to B's range. Where the first half of them fills what all of them do, so does, but for draws that
+    all fell into it by chance, every further one.
+    """
+    name = "condition_B"
+    if not bool((B != 0).any()):
+        return missing(name, f"B is zero under {draws.words}", layer=layer)
+    if draws.refused:
+        return missing(name, draws.refused, layer=layer)
+    eps = torch.finfo(torch.float32).eps
+    found = FactorOfDraws.of(B_draws, eps)
+    if found is None:
+        return missing(name, f"told of draws up to {WIDEST} outputs only", layer=layer)
+    size, rank = B.shape[-1], int(found.ranks[0].min())
+    if rank == size and found.settled:
+        return estimated(name, found.condition(), draws.count, layer=layer, reason=f"from {draws.words}")
+    half = FactorOfDraws.of(B_draws[: draws.count // 2], eps)
+    if half is None or bool((half.ranks[0] != found.ranks[0]).any()) or not found.settled:
+        return missing(name, f"{draws.words} do not fill the range of B: more of them may find more of it", layer=layer)
+    words = SINGULAR.format(rank=rank, size=size)
+    reason = f"{words}, by half of {draws.words} as by all"
+    return sign_row(name, float("inf"), layer=layer, status="estimated", reason=reason)
+
+
+def position_share(layer: str, energy: Float64[Tensor, "K R"], draws: Draws) -> StabilityRow:
+    """The largest share of one position in the trace of expand's B, from every draw's energy at the positions."""
+    if draws.refused:
+        return missing("position_share", draws.refused, layer=layer)
+    total = energy.sum(0)
+    less = total - energy
+    whole, without = total / total.sum(), less / less.sum(1, keepdim=True)
+    place = int(whole.argmax())
+    (found,) = of_positive(whole[place, None], without[:, place, None])
+    reason = f"position {place} of {whole.numel()}, from {draws.words}"
+    return estimated("position_share", found, draws.count, layer=layer, reason=reason)
