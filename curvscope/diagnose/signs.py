@@ -134,6 +134,8 @@ def _condition(rows: Rows) -> list[Found]:
     for which in ("A", "B"):
         for row in _above(rows, f"condition_{which}"):
             words = row.reason or f"its condition is {row.value:.2g}"
+            if row.status == "estimated" and not math.isnan(row.value_stderr):
+                words = f"its condition is {row.value:.2g} ({row.low:.2g} to {row.high:.2g}, {row.reason})"
             evidence = f"K-FAC's {which} can't be inverted without damping: {words}."
             if not any(one.row.layer == row.layer for one in result):
                 remedy = "Damping alone decides the step in the lost directions."
@@ -147,8 +149,8 @@ def _positions(rows: Rows) -> list[Found]:
             "CS208",
             "info",
             row.layer,
-            f"{row.reason} holds {row.value:.0%} of the curvature that reaches its outputs (threshold "
-            f"{row.threshold:.0%}).",
+            f"{row.reason} holds {row.value:.0%}{_interval(row)} of the curvature that reaches its outputs "
+            f"(threshold {row.threshold:.0%}).",
             "One token decides the layer's step: look at what it attends to, or pool over more positions.",
             size=row.value,
             confidence=confidence(row.value, row.threshold),
@@ -156,6 +158,11 @@ def _positions(rows: Rows) -> list[Found]:
         for row in _above(rows, "position_share")
         if row.value < 1.0  # a pooled token is all there is
     ]
+
+
+def _interval(row: StabilityRow) -> str:
+    """The 95 % interval of a share from draws."""
+    return "" if math.isnan(row.value_stderr) else f" ({row.low:.0%} to {row.high:.0%})"
 
 
 def _attention(rows: Rows) -> list[Found]:

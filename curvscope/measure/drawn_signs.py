@@ -9,8 +9,8 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from curvscope.measure.factor_estimate import WIDEST, FactorOfDraws
-from curvscope.measure.jackknife import of_positive
-from curvscope.measure.signs import estimated, missing, sign_row
+from curvscope.measure.jackknife import Estimate, of_positive, t_95
+from curvscope.measure.signs import missing, sign_row
 from curvscope.records import StabilityRow
 
 TOP_DIRECTION = (
@@ -32,6 +32,13 @@ class Draws:
         """For reasons, e.g. "8 probes"."""
         noun = "probe" if self.fisher == "probe" else "drawn label"
         return f"{self.count} {noun}{'' if self.count == 1 else 's'}"
+
+
+def _estimated(quantity: str, found: Estimate, draws: int, *, layer: str = "", reason: str = "") -> StabilityRow:
+    """A sign from so many draws: its verdict rests on both ends of the 95 % interval."""
+    half = t_95(draws - 1) * found.stderr
+    ends = {"low": max(0.0, found.value - half), "high": found.value + half}
+    return sign_row(quantity, found.value, layer=layer, **ends, stderr=found.stderr, status="estimated", reason=reason)
 
 
 def dead_outputs(layer: str, share: float, draws: Draws) -> StabilityRow:
@@ -65,7 +72,7 @@ def condition_of_B(layer: str, B: Tensor, B_draws: Tensor, draws: Draws) -> Stab
         return missing(name, f"told of draws up to {WIDEST} outputs only", layer=layer)
     size, rank = B.shape[-1], int(found.ranks[0].min())
     if rank == size and found.settled:
-        return estimated(name, found.condition(), draws.count, layer=layer, reason=f"from {draws.words}")
+        return _estimated(name, found.condition(), draws.count, layer=layer, reason=f"from {draws.words}")
     half = FactorOfDraws.of(B_draws[: draws.count // 2], eps)
     if half is None or bool((half.ranks[0] != found.ranks[0]).any()) or not found.settled:
         return missing(name, f"{draws.words} do not fill the range of B: more of them may find more of it", layer=layer)
@@ -84,4 +91,4 @@ def position_share(layer: str, energy: Float64[Tensor, "K R"], draws: Draws) -> 
     place = int(whole.argmax())
     (found,) = of_positive(whole[place, None], without[:, place, None])
     reason = f"position {place} of {whole.numel()}, from {draws.words}"
-    return estimated("position_share", found, draws.count, layer=layer, reason=reason)
+    return _estimated("position_share", found, draws.count, layer=layer, reason=reason)

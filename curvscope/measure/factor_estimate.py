@@ -1,14 +1,15 @@
-"""What factors made of a few draws say of eigenvalues, with standard errors: spectra of K-FAC, extremes and condition of B.
+"""What factors made of a few draws say of eigenvalues, with standard errors: K-FAC's spectra, B's extremes and condition.
 
 A has no draw in it; B is the mean of what each draw alone gives. Every number is computed without each draw in turn
-(`jackknife.of_positive`). What few draws cannot tell has no error: the smallest eigenvalues where B would lose rank with
-one draw less.
+(`jackknife.of_positive`). What few draws cannot tell is not given: the smallest eigenvalues where B would lose rank
+with one draw less.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float64
@@ -94,7 +95,7 @@ def with_errors(row: SpectrumRow, found: dict[str, Estimate] | None, scale: floa
     """A row of tables/spectra with the standard errors of its numbers, or without the numbers that draws can't tell."""
     if found is None or all(found[name].stderr != found[name].stderr for name in NUMBERS):
         return dataclasses.replace(row, status="estimated", reason="; ".join(filter(None, (UNKNOWN, row.reason))))
-    changes: dict[str, float] = {}
+    changes: dict[str, Any] = {}
     for name in NUMBERS:
         value, unit = getattr(row, name), scale if name.startswith("lambda") else 1.0
         if value != value:

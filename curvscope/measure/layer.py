@@ -19,7 +19,7 @@ from curvscope.measure.approximate import Built
 from curvscope.measure.damping import not_assessed
 from curvscope.measure.drawn_signs import Draws
 from curvscope.measure.draws import factors_of_draws
-from curvscope.measure.estimate import estimated_rows, estimated_spectra, no_bars
+from curvscope.measure.estimate import estimated_errors, estimated_spectra, no_bars
 from curvscope.measure.exact_layer import against_exact, blocks_of, eigenvectors_of, group_factors
 from curvscope.measure.factor_estimate import spectrum_estimates, with_errors
 from curvscope.measure.found import Found
@@ -47,6 +47,7 @@ from curvscope.records import (
 )
 from curvscope.settings import APPROXIMATIONS
 
+
 def measure_layer(
     extract: Extract, wishes: Wishes, *, why_no_columns: str = "", projected: Mapping[str, Tensor] | None = None
 ) -> Layer:
@@ -68,6 +69,7 @@ def measure_layer(
     eigenvectors: dict[str, Any] = {}
     kept: dict[str, Any] = {}
     built: Sequence[Mapping[str, Built]] = ()
+    better = ""
     if not blocks:
         found.without_errors(spec.name, wishes.fisher, why_no_columns, APPROXIMATIONS)
         _factor_spectra(extract, wishes, found)
@@ -77,10 +79,11 @@ def measure_layer(
     else:
         block: Block | GroupedBlock = blocks[0] if len(blocks) == 1 else GroupedBlock(blocks)
         if wishes.fisher in ("probe", "mc"):
-            _estimated(extract, blocks, wishes, found)
+            better = _estimated(extract, blocks, wishes, found)
             found.damping = not_assessed(spec.name, "steps need exact columns: an estimated block has few of them")
         else:
             built = against_exact(extract, blocks, block, wishes, found)
+            better = better_flavour(extract.single, found.errors)
             if "spectra" in wishes.dump and isinstance(block, Block):
                 eigenvectors["ggn"] = eigenvectors_of(block)
         if "columns" in wishes.dump and blocks[0].columns.form != "formed":
@@ -97,9 +100,7 @@ def measure_layer(
         found.sources = no_sources(spec.name, why_no_columns or "the exact columns were not taken")
     signs, examples = layer_signs(extract, blocks, found.errors, wishes.seed, draws)
     squares = extract.example_squares
-    row = layer_row(
-        extract, blocks[0].total_columns if blocks else 0, better_flavour(extract.single, found.errors), why_no_columns
-    )
+    row = layer_row(extract, blocks[0].total_columns if blocks else 0, better, why_no_columns)
     return Layer(
         row=row,
         factors=factors,
@@ -193,9 +194,11 @@ def _factor_spectra(extract: Extract, wishes: Wishes, found: Found) -> None:
         )
 
 
-def _estimated(extract: Extract, blocks: list[Block], wishes: Wishes, found: Found) -> None:
+def _estimated(extract: Extract, blocks: list[Block], wishes: Wishes, found: Found) -> str:
+    """All measures of a layer whose columns are draws; what comes back is the better K-FAC."""
     layer = extract.spec.name
-    found.errors.update(estimated_rows(layer, wishes.fisher, extract, blocks))
+    errors = estimated_errors(layer, wishes.fisher, extract, blocks)
+    found.errors.update(errors.rows)
     _factor_spectra(extract, wishes, found)
     known, refused = terms(extract), no_bars(extract, blocks[0].columns.count)
     for name, row in estimated_spectra(layer, extract, blocks, found.scale).items():
@@ -207,3 +210,4 @@ def _estimated(extract: Extract, blocks: list[Block], wishes: Wishes, found: Fou
             reason = "; ".join(filter(None, (refused, drawn.reason)))
             row = dataclasses.replace(drawn, trace_stderr=row.trace_stderr, reason=reason)
         found.spectra[name] = row
+    return errors.better

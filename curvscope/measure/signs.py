@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from curvscope.measure.jackknife import Estimate, t_95
 from curvscope.records import NAN, StabilityRow
 
 
@@ -91,13 +90,6 @@ def sign_row(
         status=status,
         reason=reason,
     )
-
-
-def estimated(quantity: str, found: Estimate, draws: int, *, layer: str = "", reason: str = "") -> StabilityRow:
-    """A sign from so many draws: its verdict rests on both ends of the 95 % interval."""
-    half = t_95(draws - 1) * found.stderr
-    ends = {"low": max(0.0, found.value - half), "high": found.value + half}
-    return sign_row(quantity, found.value, layer=layer, **ends, stderr=found.stderr, status="estimated", reason=reason)
 
 
 def missing(quantity: str, reason: str, *, layer: str = "", status: str = "not_assessed") -> StabilityRow:

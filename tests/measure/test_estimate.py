@@ -18,7 +18,7 @@ from curvscope.extract.plan import LayerPlan
 from curvscope.measure import jackknife
 from curvscope.measure.draws import block_pairs
 from curvscope.measure.ekfac_estimate import ekfac_pairs, halves
-from curvscope.measure.estimate import estimated_rows
+from curvscope.measure.estimate import estimated_errors
 from curvscope.measure.jackknife import sums
 from curvscope.run import Run
 from tests import models
@@ -111,7 +111,7 @@ def test_bars_of_ekfac_allow_for_its_basis() -> None:
     (drawn, exact) = (source.drawn("probe", 1, 8)["2"], source.exact["2"])
     block = block_of(exact)
     want = (1 - (EigenCorrected(Kronecker(*exact.factors["expand"]), block).norm / block.norm) ** 2) ** 0.5
-    row = estimated_rows("2", "probe", drawn, [block_of(drawn)])["ekfac_expand"]
+    row = estimated_errors("2", "probe", drawn, [block_of(drawn)]).rows["ekfac_expand"]
     assert abs(row.rel_frobenius - want) <= 2.365 * row.rel_frobenius_stderr
     mine = ekfac_pairs(block_of(drawn), drawn.factors["expand"][0], drawn.probe_B["expand"] * 8, halves(8))
     of_draws = sums([block_pairs(block_of(drawn))[0], mine.settled], folds=halves(8)).of(
@@ -184,7 +184,7 @@ def test_no_number_without_an_error_bar() -> None:
     withheld = 0
     for seed in range(40):
         for layer, drawn in source.drawn("mc", seed, 4).items():
-            for row in estimated_rows(layer, "mc", drawn, [block_of(drawn)]).values():
+            for row in estimated_errors(layer, "mc", drawn, [block_of(drawn)]).rows.values():
                 for quantity in ("rel_frobenius", "cosine", "trace_ratio"):
                     value, stderr = getattr(row, quantity), getattr(row, f"{quantity}_stderr")
                     assert math.isnan(value) == math.isnan(stderr)
