@@ -104,6 +104,7 @@ def test_intervals_of_eigenvalues_hold_the_exact_ones(model: str, draws: int) ->
             continue
         A, B = exact.factors["expand"]
         values = torch.outer(torch.linalg.eigvalsh(B), torch.linalg.eigvalsh(A)).flatten()
+        values = values[values > 1e-12 * values.max()]  # softmax ignores a shift: B of the last layer is singular
         want = {
             "lambda_max": float(values.max()),
             "condition": float(values.max() / values.min()),
