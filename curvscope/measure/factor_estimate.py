@@ -1,4 +1,4 @@
-"""What factors made of a few draws say of eigenvalues, with standard errors: K-FAC's spectra, B's extremes and condition.
+"""Eigenvalues of factors made of a few draws, with standard errors: K-FAC's spectra, B's extremes and condition.
 
 A has no draw in it; B is the mean of what each draw alone gives. Every number is computed without each draw in turn
 (`jackknife.of_positive`). What few draws cannot tell is not given: the smallest eigenvalues where B would lose rank
