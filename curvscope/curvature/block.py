@@ -16,11 +16,9 @@ from curvscope.curvature.eigen import eigh, eigvalsh
 from curvscope.curvature.shifted import EigenSolver, Solver
 from curvscope.curvature.tiles import Watch, turned_tiles
 from curvscope.extract.collector import Columns
+from curvscope.extract.cost import TRIDIAGONAL_FROM
 from curvscope.extract.plan import PIECE_BYTES
 from curvscope.extract.symmetric import GramSum
-
-# From this size on shifted solves go through the tridiagonal form; below, eigenvectors take less than half a second.
-TRIDIAGONAL_FROM = 1024
 
 
 class Block:

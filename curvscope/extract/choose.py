@@ -183,7 +183,7 @@ def make_plan(
     plans |= {name: LayerPlan(None, 0, 0, reason) for name, reason in without.items()}
     per_draw = {name: columns for name, layer in plans.items() if draws and keeps_draws(layer.form)}
     # rows beside columns are kept of data in one piece only
-    stays = standing(graph, layouts, settings, per_draw) + (0 if piece_share else rows_bytes(usable(settings)))
+    stays = standing(graph, layouts, settings, per_draw) + rows_bytes(usable(settings))
     # while pieces are put together, each has factors beside those of all before
     passing = activations + (stays if piece_share > 0 else 0)
     remedy = FEWER if draws else f"{FEWER}, or --fisher probe"

@@ -14,7 +14,7 @@ import torch
 
 from curvscope.extract.clock import seconds_of
 from curvscope.extract.collector import Form
-from curvscope.extract.plan import LayerPlan, Plan
+from curvscope.extract.plan import ROWS_BYTES, LayerPlan, Plan
 from curvscope.graph.sites import LayerSpec
 
 # Lanczos steps that the largest eigenvalue of G - M and the nearest Kronecker product take as a rule.
@@ -31,6 +31,20 @@ CONDITION_FREE = 2e10
 DAMPED_SIZE = 4096
 # kron_best may always take this many operations; beyond it only as many as the other measures of the layer.
 NEAREST_FREE = 2e10
+# What the split of K-FAC's error may take at most by default, a flavour (`measure.sources`).
+SPLIT_FREE = 2e10
+# Steps to the top direction of a layer's Gram matrix, for the shares of the examples.
+SHARES_STEPS = 40
+# From this size on shifted solves go through the tridiagonal form (below, eigenvectors take less than half a second);
+# so many vectors are then turned into it and back.
+TRIDIAGONAL_FROM = 1024
+TURNED_VECTORS = 200
+# EKFAC from draws: diagonals in bases of other draws, of half of the columns each; and eigenbases of B.
+FOLD_ROTATIONS = 3
+FOLD_BASES = 6
+# Seconds of what does not grow with the sizes (thousands of small operations), a layer and a flavour.
+LAYER_SECONDS = 0.02
+FLAVOUR_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
@@ -134,20 +148,23 @@ def measure_seconds(load: Load, rates: Rates) -> float:
         cubes = spec.groups * float(d_out**3 + d_in**3)
         # extremes of the stored factors, then the eigenbasis that K-FAC and EKFAC share
         factors = 2 * cubes / rates.eigenvalues + flavours * cubes / rates.eigenvectors
-        factors += flavours * spec.groups * P / rates.sorted
+        factors += flavours * spec.groups * P / rates.sorted + LAYER_SECONDS + flavours * FLAVOUR_SECONDS
     if form is None:
         return factors
     small = P if form == "formed" else NK
     block = small**3 / rates.eigenvalues + _gram(load, rates) + P / rates.sorted
     if load.draws:
-        return factors + spec.groups * (_gram(load, rates) + flavours * _contraction(load, rates))
+        bases = (FOLD_BASES * d_out**3 + d_in**3) / rates.eigenvectors
+        folds = flavours * (_contraction(load, rates) + FOLD_ROTATIONS * _rotation(load, rates) + bases)
+        return factors + spec.groups * (_gram(load, rates) + (0.0 if spec.exact_only else folds))
     if spec.exact_only:
         return block + _damped(load, small, rates)
     # G and K-FAC times a vector, and that vector against all before, twice
     step = 1.3 * _product(load, rates) + 2.0 * P * (d_out + d_in) / rates.product64
     step += 2 * SPECTRAL_STEPS * 8.0 * P / rates.bytes
     every = flavours * (_rotation(load, rates) + P / rates.sorted + SPECTRAL_STEPS * step)
-    return factors + spec.groups * (block + every + _nearest(load, rates) + _damped(load, small, rates))
+    each = block + every + _nearest(load, rates) + _damped(load, small, rates)
+    return factors + spec.groups * each + (0.0 if spec.groups > 1 else _causes(load, small, rates))
 
 
 def _sizes(load: Load) -> tuple[int, int, int]:
@@ -213,7 +230,34 @@ def _damped(load: Load, small: int, rates: Rates) -> float:
     d_out, d_in, P = _sizes(load)
     step = 1.3 * _product(load, rates) + 8.0 * P * (d_out + d_in) / rates.product64
     vectors = small**3 * max(0.0, 1 / rates.eigenvectors - 1 / rates.eigenvalues)
+    if small >= TRIDIAGONAL_FROM and load.plan.form != "formed":
+        vectors = 4.0 * TURNED_VECTORS * small**2 / rates.product64
     return vectors + GRID_STEPS * step + min(CONDITION_STEPS * step, CONDITION_FREE / rates.product64)
+
+
+def _causes(load: Load, small: int, rates: Rates) -> float:
+    """The causes of K-FAC's error, where the rows are there and it pays, and the examples' shares of the curvature."""
+    _, d_in, P = _sizes(load)
+    d_out = P // d_in
+    N, K, R = load.examples, load.columns, load.positions
+    shares = SHARES_STEPS * 8.0 * small**2 / rates.bytes
+    if load.plan.form in ("dense", "formed") and load.itemsize * N * R * (d_in + K * d_out) > ROWS_BYTES:
+        return shares
+    seconds = 0.0
+    for rows in (N * R, N) if R > 1 else (N,):
+        # rows that are more than twice the parameters are multiplied with G itself
+        whole = load.plan.form == "formed" and N > 2 * P
+        operations = 4.0 * rows * K * P**2 if whole else 2.0 * N * K * rows * P
+        if operations > SPLIT_FREE:
+            continue
+        seconds += 4.0 * rows * (K * d_out**2 + d_in**2) / rates.product64
+        if whole:
+            seconds += operations / rates.product64 + 160.0 * rows * K * P / rates.bytes
+        else:
+            # every row's gradients against every column's product with its input
+            pairs = float(rows) * K * N * K
+            seconds += (operations + 4.0 * pairs * d_out) / rates.skinny + 40.0 * pairs / rates.bytes
+    return shares + seconds
 
 
 def _nearest(load: Load, rates: Rates) -> float:

@@ -28,35 +28,56 @@ def bytes_an_example(graph: Graph, tensors: Sequence[Tensor], examples: int) -> 
     Measured on the given examples: what autograd saves, what the layers keep of their inputs, the patches that
     convolutions unfold, and the gradients that are under way.
     """
-    known = {tensor.untyped_storage().data_ptr() for tensor in graph.parameters.values()}
-    stored: dict[int, int] = {}
-    held: list[Tensor] = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            stored[storage.data_ptr()] = storage.nbytes()
-            held.append(tensor)  # else its place could be taken by another
-        return tensor
-
+    stored = Stored(graph)
     rows: list[int] = []
 
     def watch(module: Any, args: tuple[Tensor, ...], result: Tensor) -> None:
-        keep(args[0].detach())
-        keep(result.detach())
+        stored.keep(args[0].detach())
+        stored.keep(result.detach())
         if not isinstance(module, (Tap, nn.Linear, nn.Embedding)):
             inputs = module.weight[0].numel() * module.groups
             rows.append(result.numel() // result.shape[1] * inputs * result.element_size())
 
     handles = [site.module.register_forward_hook(watch) for site in graph.sites()]
     try:
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            output = graph.run(*tensors)
+        with torch.enable_grad(), stored.watched():
+            stored.keep_size(graph.run(*tensors))
     finally:
         for handle in handles:
             handle.remove()
-    largest = max([*stored.values(), output.untyped_storage().nbytes()])
-    return (sum(stored.values()) + GRADIENTS * largest + sum(rows)) // examples
+    return (stored.total() + sum(rows)) // examples
+
+
+class Stored:
+    """What autograd saves: bytes of every storage that a graph holds, once each, its parameters aside."""
+
+    def __init__(self, graph: Graph) -> None:
+        self._known = {tensor.untyped_storage().data_ptr() for tensor in graph.parameters.values()}
+        self._bytes: dict[int, int] = {}
+        self._held: list[Tensor] = []
+        self._largest = 0
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """Counts the tensor, and holds it: else its place could be taken by another."""
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._known:
+            self._bytes[storage.data_ptr()] = storage.nbytes()
+            self._held.append(tensor)
+        return tensor
+
+    def keep_size(self, tensor: Tensor) -> None:
+        """Not stored, but as large as a gradient that will be under way."""
+        self._largest = max(self._largest, tensor.untyped_storage().nbytes())
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Inside, everything that autograd saves is counted."""
+        with torch.autograd.graph.saved_tensors_hooks(self.keep, lambda tensor: tensor):
+            yield
+
+    def total(self) -> int:
+        """Everything stored, and the gradients that are alive at once in a backward pass."""
+        return sum(self._bytes.values()) + GRADIENTS * max([self._largest, *self._bytes.values()])
 
 
 @contextlib.contextmanager

@@ -14,21 +14,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from curvscope.errors import BatchError, CurvscopeError, LossError, out_of_memory
-from curvscope.extract.cutting import can_split, outputs_of, take_targets, weighs_examples
+from curvscope.errors import BatchError, CurvscopeError, LossError
+from curvscope.extract.cutting import can_split, outputs_of, take_targets
 from curvscope.extract.footprint import bytes_an_example
-from curvscope.extract.loaded import Loaded, Loader, layouts_of, sizes
+from curvscope.extract.loaded import Loaded, Loader
 from curvscope.extract.plan import ACTIVATIONS_SHARE
-from curvscope.extract.roots import exact_columns
+from curvscope.extract.shapes import Shapes, refusals, taken
+from curvscope.extract.survey import Survey, averages_examples, looked_at
 from curvscope.graph.prepare import Prepared
 from curvscope.graph.ragged import Ragged
-from curvscope.graph.trial import refused
 from curvscope.graph.verify import Independent, Layouts, all_tokens, looked_up
-from curvscope.load import check_targets
 from curvscope.load.problem import Batch, Loss, Problem
-from curvscope.load.reduction import averages, denominator, has_terms
+from curvscope.load.reduction import denominator, has_terms
 
 # Verifying the layouts holds about this many times what a pass over the same examples does.
 VERIFYING = 3
@@ -57,31 +55,6 @@ class Piece:
     counts: bool = True
 
 
-@dataclass(frozen=True)
-class Survey:
-    """What one look at all batches tells: sizes for the plan, and what the loss divides by.
-
-    Attributes:
-        examples: N of all batches together.
-        batches: how many there are.
-        columns: K of the exact root, that of the batch that has most.
-        positions: site -> most rows an example.
-        total: what a mean divides by; 0 for a sum.
-        terms: how many terms of a named loss count (with their class weights); 0 for a callable.
-        seconds: of a forward pass over everything.
-        largest: the examples of the largest batch.
-    """
-
-    examples: int
-    batches: int
-    columns: int
-    positions: dict[str, int]
-    total: float
-    seconds: float
-    largest: int
-    terms: float = 0.0
-
-
 class Pieces:
     """All examples of all batches in pieces of at most `size` (None: whole batches); iterating reads them anew."""
 
@@ -94,7 +67,7 @@ class Pieces:
         self._loader = Loader(prepared, device, dtype)
         self._first = Batch(problem.inputs, problem.targets, "the batch")
         self._batches: Iterable[Batch] = [self._first] if problem.batches is None else problem.batches
-        self._layouts: dict[tuple[tuple[int, ...], ...], Layouts] = {}
+        self._shapes = Shapes(prepared.graph, prepared, self.many)
         self._survey: Survey | None = None
         self.example_bytes = 0
         self._divisible = True
@@ -111,6 +84,11 @@ class Pieces:
         return self._loader.device
 
     @property
+    def itemsize(self) -> int:
+        """Bytes of a number in the run's dtype."""
+        return self._loader.dtype.itemsize
+
+    @property
     def survey(self) -> Survey:
         """What `look` found."""
         assert self._survey is not None
@@ -125,16 +103,8 @@ class Pieces:
         few = min(2, loaded.examples)
         if not self._prepared.any_size or loaded.examples == few:
             return None
-        tensors = [
-            tensor if axis is None else tensor.narrow(axis, 0, few)
-            for tensor, axis in zip(loaded.tensors, loaded.axes, strict=True)
-        ]
-        try:
-            self.example_bytes = bytes_an_example(self.graph, tensors, few)
-        except (RuntimeError, ValueError, IndexError, TypeError) as error:
-            if out_of_memory(error):
-                raise
-            raise refused(error, loaded.flat) from error
+        with refusals(loaded):
+            self.example_bytes = bytes_an_example(self.graph, taken(loaded, 0, few), few)
         size = max(1, int(budget * ACTIVATIONS_SHARE) // max(1, self.example_bytes))
         if size >= loaded.examples and not self.many:
             return None
@@ -162,7 +132,7 @@ class Pieces:
         """
         loaded = self._loader.load(self._first)
         count = loaded.examples if examples is None or not self._prepared.any_size else min(examples, loaded.examples)
-        return self._verified(loaded, count)
+        return self._shapes.verify(loaded, count)
 
     def look(self, layouts: Layouts, seconds: float) -> Loss:
         """Surveys all batches; the loss comes back with its class axis settled.
@@ -174,33 +144,9 @@ class Pieces:
         Raises:
             BatchError, LossError: targets that do not suit the loss, with the batch they are in; no term counts in any.
         """
-        examples, batches, columns, terms, largest = 0, 0, 0, 0.0, 0
-        positions: dict[str, int] = {}
-        for loaded in self._loaded():
-            batches += 1
-            with self.named(loaded.name):
-                known = self._of_shape(loaded)
-                outputs = outputs_of(known, loaded.examples)
-                if self.loss.name == "callable" and batches == 1:
-                    check_targets(self.loss, layouts.outputs, self._targets_of(loaded, layouts))
-                elif self.loss.name != "callable" and (has_terms(self.loss, loaded.targets) or not self.many):
-                    self.loss = check_targets(self.loss, outputs, loaded.targets)
-                    self._check_weights(known)
-                    terms += denominator(self.loss, outputs, loaded.targets)
-                if has_terms(self.loss, loaded.targets) or not self.many:
-                    columns = max(columns, exact_columns(self.loss, outputs, known.output, loaded.targets))
-            examples, largest = examples + loaded.examples, max(largest, loaded.examples)
-            for site, rows in known.positions.items():
-                positions[site] = max(positions.get(site, 0), rows)
-        if columns == 0 and self.many:
-            raise BatchError(
-                "No batch has a target that counts: the loss has no term.",
-                where="targets of all batches",
-                remedy="Check ignore_index and the class weights against the targets.",
-            )
-        each = seconds / layouts.examples
-        total = terms if self.loss.settings.get("reduction") == "mean" else 0.0
-        self._survey = Survey(examples, batches, columns, positions, total, each * examples, largest, terms)
+        self.loss, self._survey = looked_at(
+            self._loaded(), self.loss, self._shapes, layouts, seconds, many=self.many, named=self.named
+        )
         return self.loss
 
     def settle(self, layouts: Layouts) -> None:
@@ -209,12 +155,19 @@ class Pieces:
         Raises:
             LossError: neither, or it can't be told, and there are several pieces.
         """
+        if self.loss.name != "callable":
+            return
         try:
-            self._settle(layouts)
+            mean = averages_examples(
+                self._loaded(), self.loss, self.graph, layouts, divides=self._divides, named=self.named
+            )
         except LossError:
             if self.in_pieces():
                 raise
             self._divisible = False
+        else:
+            if mean is not None:
+                self._survey = replace(self.survey, total=float(self.survey.examples) if mean else 0.0)
 
     def tokens(self, layouts: Layouts) -> dict[str, Tensor]:
         """The rows of every embedding that the data looks up, by one more forward pass where there are pieces.
@@ -226,7 +179,7 @@ class Pieces:
             for piece in self:
                 with self.named(piece.name):
                     found = all_tokens(found, looked_up(self.graph, piece.tensors), self.graph)
-        self._layouts = {shape: replace(known, tokens=found) for shape, known in self._layouts.items()}
+        self._shapes.say(tokens=found)
         return found
 
     @property
@@ -276,7 +229,7 @@ class Pieces:
 
     def apart(self, independent: Independent | None) -> None:
         """From now on the layouts say how positions are kept apart."""
-        self._layouts = {shape: replace(known, independent=independent) for shape, known in self._layouts.items()}
+        self._shapes.say(independent=independent)
 
     def halve(self) -> bool:
         """Makes pieces of half as many examples, where there are any smaller ones."""
@@ -285,37 +238,6 @@ class Pieces:
             return False
         self.size = now // 2
         return True
-
-    def _settle(self, layouts: Layouts) -> None:
-        if self.loss.name != "callable":
-            return
-        outputs, layout = layouts.outputs, layouts.output
-        for number, loaded in enumerate(self._loaded()):
-            part = self._targets_of(loaded, layouts) if number == 0 else loaded.targets
-            if number == 0 and layouts.examples > 1 and self._divides(loaded, layouts):
-                low = max(1, layouts.examples // 3)
-                cuts = [(0, low), (low, layouts.examples)]
-                parts = [
-                    (
-                        layout.take(outputs, *cut),
-                        take_targets(self.loss, loaded.targets, layouts, loaded.examples, slice(*cut)),
-                        cut[1] - cut[0],
-                    )
-                    for cut in cuts
-                ]
-                self._set_total(averages(self.loss, parts, (outputs, part)))
-                return
-            if number == 0:
-                first = (outputs, part, loaded.examples)
-                continue
-            with torch.no_grad(), self.named(loaded.name):
-                more = self.graph.run(*loaded.tensors)
-            joined = torch.cat([outputs, more], dim=layout.axis)
-            both = pytree.tree_map(
-                lambda a, b: torch.cat([a, b]) if isinstance(a, Tensor) and a.ndim else a, first[1], loaded.targets
-            )
-            self._set_total(averages(self.loss, [first, (more, loaded.targets, loaded.examples)], (joined, both)))
-            return
 
     def count(self) -> int:
         """About how many pieces there are: exactly, where batches are of one size."""
@@ -336,7 +258,7 @@ class Pieces:
         survey, start = self.survey, 0
         for loaded in self._loaded():
             with self.named(loaded.name):
-                layouts = self._of_shape(loaded)
+                layouts = self._shapes.of(loaded)
                 step = loaded.examples
                 if self.size is not None and self.size < step and self._divides(loaded, layouts):
                     step = self.size
@@ -349,10 +271,7 @@ class Pieces:
         count = high - low
         tensors, targets = loaded.tensors, loaded.targets
         if count < loaded.examples:
-            tensors = [
-                tensor if axis is None else tensor.narrow(axis, low, count)
-                for tensor, axis in zip(loaded.tensors, loaded.axes, strict=True)
-            ]
+            tensors = taken(loaded, low, high)
             targets = take_targets(self.loss, loaded.targets, layouts, loaded.examples, slice(low, high))
         counts = has_terms(self.loss, targets)
         share = 1.0
@@ -364,71 +283,15 @@ class Pieces:
             share = 0.0
         return Piece(loaded.name, tensors, targets, replace(layouts, examples=count), start, share, counts)
 
-    def _set_total(self, mean: bool) -> None:
-        self._survey = replace(self.survey, total=float(self.survey.examples) if mean else 0.0)
-
     def _loaded(self) -> Iterator[Loaded]:
         for batch in self._batches:
             with self.named(batch.source):
                 loaded = self._loader.load(batch)
             yield loaded
 
-    def _of_shape(self, loaded: Loaded) -> Layouts:
-        """The layouts that hold for batches of this shape, verified once."""
-        shape = sizes(loaded.flat, loaded.axes)
-        if shape not in self._layouts:
-            self._verified(loaded, loaded.examples)
-        return self._layouts[shape]
-
-    def _verified(self, loaded: Loaded, count: int) -> Layouts:
-        tensors = [
-            tensor if axis is None else tensor.narrow(axis, 0, count)
-            for tensor, axis in zip(loaded.tensors, loaded.axes, strict=True)
-        ]
-        if count == 1 and self.many and self._prepared.any_size:
-            # one example tells no axis: two copies do
-            count = 2
-            tensors = [
-                tensor if axis is None else torch.cat([tensor, tensor], dim=axis)
-                for tensor, axis in zip(tensors, loaded.axes, strict=True)
-            ]
-        try:
-            layouts = layouts_of(self.graph, loaded, tensors, count, self._prepared.index)
-        except CurvscopeError:
-            raise
-        except (RuntimeError, ValueError, IndexError, TypeError) as error:
-            if out_of_memory(error):
-                raise
-            raise refused(error, loaded.flat) from error
-        if count > loaded.examples:
-            layouts = replace(layouts, examples=1, outputs=layouts.output.take(layouts.outputs, 0, 1))
-        # the shape is all that is kept of the outputs
-        outputs = layouts.outputs.new_zeros(()).expand(layouts.outputs.shape)
-        self._layouts[sizes(loaded.flat, loaded.axes)] = replace(layouts, outputs=outputs)
-        return layouts
-
-    def _targets_of(self, loaded: Loaded, layouts: Layouts) -> Any:
-        """The targets of the examples that the layouts' outputs are of."""
-        if layouts.examples >= loaded.examples:
-            return loaded.targets
-        return take_targets(self.loss, loaded.targets, layouts, loaded.examples, slice(0, layouts.examples))
-
     def _divides(self, loaded: Loaded, layouts: Layouts) -> bool:
         """Whether examples can be taken out of a batch: the graph takes any number, and targets follow the outputs."""
         return self._prepared.any_size and can_split(self.loss, loaded, layouts)
-
-    def _check_weights(self, layouts: Layouts) -> None:
-        """Refuse weights of single examples where there are several batches.
-
-        Raises:
-            BatchError: a weight of bce_with_logits has an axis of examples.
-        """
-        if self.many and weighs_examples(self.loss, layouts):
-            raise BatchError(
-                "The loss has weights for each example of one batch, and there are several batches.",
-                where=f"loss {self.loss.label}",
-                remedy="Give weights of outputs only, or one batch.",
-            )
 
     @contextlib.contextmanager
     def named(self, name: str) -> Iterator[None]:

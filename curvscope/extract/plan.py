@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from curvscope.extract.collector import Form
-from curvscope.extract.room import Sizes, damped_bytes, dumped_bytes, measure_bytes
+from curvscope.extract.layer_bytes import Sizes, damped_bytes, dumped_bytes, measure_bytes
 from curvscope.graph.sites import LayerSpec
 
 # Slices of columns are worked on in pieces of this many bytes, or of less under a small bound, a few at once.

@@ -16,7 +16,7 @@ from curvscope.records import StabilityRow
 TOP_DIRECTION = (
     "the top direction of a sum of few draws leans to the draws, and with it the examples it blames: --fisher exact"
 )
-SINGULAR = "singular to float32: {rank} of {size} eigenvalues are resolved"
+RESOLVED = "{rank} of {size} eigenvalues are resolved"
 
 
 @dataclass(frozen=True)
@@ -55,30 +55,32 @@ def dead_outputs(layer: str, share: float, draws: Draws) -> StabilityRow:
     return sign_row("dead_outputs", share, layer=layer, low=0.0, high=share, status="estimated", reason=reason)
 
 
-def condition_of_B(layer: str, B: Tensor, B_draws: Tensor, draws: Draws) -> StabilityRow:
-    """lambda_max / lambda_min of the worst group's B with its error; where it is singular, whether it settled at that.
+def condition_of_B(layer: str, B: Tensor, B_draws: Tensor, draws: Draws) -> list[StabilityRow]:
+    """lambda_max / lambda_min of the worst group's B with its error, and the share that float32 does not resolve.
 
     Draws only add to B's range. Where the first half of them fills what all of them do, so does, but for draws that
     all fell into it by chance, every further one.
     """
-    name = "condition_B"
-    if not bool((B != 0).any()):
-        return missing(name, f"B is zero under {draws.words}", layer=layer)
-    if draws.refused:
-        return missing(name, draws.refused, layer=layer)
+    condition, unresolved = "condition_B", "unresolved_B"
+    refused = draws.refused if bool((B != 0).any()) else f"B is zero under {draws.words}"
     eps = torch.finfo(torch.float32).eps
-    found = FactorOfDraws.of(B_draws, eps)
+    found = None if refused else FactorOfDraws.of(B_draws, eps)
     if found is None:
-        return missing(name, f"told of draws up to {WIDEST} outputs only", layer=layer)
+        refused = refused or f"told of draws up to {WIDEST} outputs only"
+        return [missing(name, refused, layer=layer) for name in (condition, unresolved)]
     size, rank = B.shape[-1], int(found.ranks[0].min())
+    words = RESOLVED.format(rank=rank, size=size)
     if rank == size and found.settled:
-        return _estimated(name, found.condition(), draws.count, layer=layer, reason=f"from {draws.words}")
+        reason = f"from {draws.words}"
+        share = sign_row(unresolved, 0.0, layer=layer, status="estimated", reason=f"{words}, {reason}")
+        return [_estimated(condition, found.condition(), draws.count, layer=layer, reason=reason), share]
     half = FactorOfDraws.of(B_draws[: draws.count // 2], eps)
     if half is None or bool((half.ranks[0] != found.ranks[0]).any()) or not found.settled:
-        return missing(name, f"{draws.words} do not fill the range of B: more of them may find more of it", layer=layer)
-    words = SINGULAR.format(rank=rank, size=size)
-    reason = f"{words}, by half of {draws.words} as by all"
-    return sign_row(name, float("inf"), layer=layer, status="estimated", reason=reason)
+        why = f"{draws.words} do not fill the range of B: more of them may find more of it"
+        return [missing(name, why, layer=layer) for name in (condition, unresolved)]
+    words = f"{words}, by half of {draws.words} as by all"
+    share = sign_row(unresolved, 1 - rank / size, layer=layer, status="estimated", reason=words)
+    return [missing(condition, f"singular to float32: {words}", layer=layer), share]
 
 
 def position_share(layer: str, energy: Float64[Tensor, "K R"], draws: Draws) -> StabilityRow:

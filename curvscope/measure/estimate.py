@@ -35,7 +35,7 @@ MINIMUM_DRAWS = 4
 RATIOS = "ratios of estimates keep a bias of order 1/draws^2"
 KRON_BEST = "the nearest product to a sum of few draws is biased towards the draws"
 # Skewness of K draws' mean trace in the outputs from which on their spread does not tell how far they are off: of 17
-# models and certainties the lowest coverage was 90 % or more up to here, 87 % at 0.23, 65 % at 0.55 (docs/estimates.md).
+# models and certainties the lowest coverage was 90 % or more to here, 87 % at 0.23, 65 % at 0.55 (docs/estimates.md).
 MOST_SKEWED = 0.2
 EIGENVALUES = "only the trace: the eigenvalues of a sum of few draws are biased"
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from curvscope.extract.choose import DTYPES, standing, usable
 from curvscope.extract.examples import Examples
-from curvscope.extract.footprint import GRADIENTS
+from curvscope.extract.footprint import Stored
 from curvscope.extract.pieces import Piece
 from curvscope.graph.functional import Graph
 from curvscope.graph.verify import Layouts
@@ -102,21 +101,11 @@ def pass_bytes(examples: Examples) -> tuple[int, int] | None:
 
 def _graph_bytes(graph: Graph, piece: Piece) -> int:
     parameters = {name: p.detach() for name, p in graph.parameters.items() if graph.requires_grad[name]}
-    known = {tensor.untyped_storage().data_ptr() for tensor in graph.parameters.values()}
-    stored: dict[int, int] = {}
-    held: list[Tensor] = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            stored[storage.data_ptr()] = storage.nbytes()
-            held.append(tensor)  # else its place could be taken by another
-        return tensor
-
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    stored = Stored(graph)
+    with torch.enable_grad(), stored.watched():
         fresh = {name: p.requires_grad_() for name, p in parameters.items()}
         outputs = differentiable(graph, fresh, piece.tensors)
         # dL/df in place of a loss's own graph, which is small beside the model's
         dummy = torch.ones_like(outputs, requires_grad=True)
         torch.autograd.grad(outputs, list(fresh.values()), dummy, create_graph=True, allow_unused=True)
-    return sum(stored.values()) + GRADIENTS * max(stored.values(), default=0)
+    return stored.total()

@@ -10,14 +10,13 @@ import torch
 from curvscope.curvature.block import Block
 from curvscope.curvature.kronecker import Kronecker
 from curvscope.extract.collector import Extract
+from curvscope.extract.cost import SPLIT_FREE
 from curvscope.measure.approximate import Built
 from curvscope.measure.rows_kept import Rows, mean_input, rows_of, with_rows
 from curvscope.measure.split import split_error, split_flops
 from curvscope.measure.terms import FLAVOURS
 from curvscope.records import SourceRow
 
-# What the split of one layer may always take; beyond that only where it is asked for.
-SPLIT_FREE = 2e10
 # Below this relative error float32 rows leave the shares no digits: squared errors are good to about 1e-6.
 LEAST_ERROR = {torch.float32: 1e-2, torch.float64: 1e-6}
 

@@ -54,3 +54,8 @@ def percent(share: float) -> str:
 def count(value: int, noun: str, plural: str = "") -> str:
     """A number with its noun, e.g. "1 layer" or "1,200 layers"."""
     return f"{value:,} {noun if value == 1 else plural or noun + 's'}"
+
+
+def whole_percent(share: float) -> str:
+    """A share to whole percents, which may be negative or over 100 %; never "-0%"."""
+    return f"{round(100 * share) + 0:d}%"

@@ -156,7 +156,7 @@ def test_memory_that_runs_out_before_the_passes_is_refused_in_words(
 
     target = {
         "verify": "curvscope.extract.loaded.verify",
-        "survey": "curvscope.extract.pieces.exact_columns",
+        "survey": "curvscope.extract.survey.exact_columns",
         "export": "curvscope.graph.prepare.build",
     }[stage]
     monkeypatch.setattr(target, fail)

@@ -140,7 +140,7 @@ def test_the_share_of_a_position_carries_its_error() -> None:
 
 def test_the_condition_of_a_drawn_factor() -> None:
     _, B = random_factors()
-    row = condition_of_B("body", B.sum(0), B[:, 0], PROBES)
+    row, resolved = condition_of_B("body", B[:, 0].sum(0), B[:, 0], PROBES)
 
     def ratio(mean: Tensor) -> float:
         values = torch.linalg.eigvalsh(mean[0])
@@ -148,17 +148,19 @@ def test_the_condition_of_a_drawn_factor() -> None:
 
     value, stderr = naive_error(ratio, B)
     assert (row.value, row.value_stderr) == (pytest.approx(value), pytest.approx(stderr))
-    assert (row.verdict, row.status) == ("below", "estimated")
+    assert row.status == resolved.status == "estimated"
+    assert resolved.verdict == "below"
     # a direction that no draw has: singular by half of the draws as by all
     P = torch.eye(4, dtype=torch.float64) - 0.25
     flat = P @ B[:, 0] @ P
-    row = condition_of_B("body", flat.sum(0), flat, PROBES)
-    assert math.isinf(row.value) and (row.verdict, row.status) == ("above", "estimated")
-    assert "3 of 4" in row.reason and "half of 8 probes" in row.reason
+    row, resolved = condition_of_B("body", flat.sum(0), flat, PROBES)
+    assert row.status == "not_assessed" and resolved.value == 0.25
+    assert (resolved.verdict, resolved.status) == ("above", "estimated")
+    assert "3 of 4" in resolved.reason and "half of 8 probes" in resolved.reason
     # one direction a draw: what is missing may be for want of draws
     g = torch.randn(DRAWS, 12, 1, dtype=torch.float64)
-    row = condition_of_B("body", (g @ g.mT).sum(0), g @ g.mT, PROBES)
-    assert row.status == "not_assessed" and "do not fill" in row.reason
+    for row in condition_of_B("body", (g @ g.mT).sum(0), g @ g.mT, PROBES):
+        assert row.status == "not_assessed" and "do not fill" in row.reason
 
 
 def test_dead_outputs_under_draws_are_bounds() -> None:
@@ -183,10 +185,10 @@ def test_nothing_from_draws_looks_exact(fisher: str) -> None:
         if not layer.factors:
             continue
         signs = {row.quantity: row for row in layer.signs}
-        for quantity in ("condition_B", "dead_outputs", "position_share", "example_share"):
+        for quantity in ("condition_B", "unresolved_B", "dead_outputs", "position_share", "example_share"):
             row = signs[quantity]
             assert row.status in ("estimated", "not_assessed") and row.reason, (name, quantity)
-            if row.status == "estimated" and quantity != "dead_outputs" and math.isfinite(row.value):
+            if row.status == "estimated" and quantity in ("condition_B", "position_share"):
                 assert row.value_stderr > 0
         assert signs["example_share"].status == "not_assessed" and not layer.examples
         assert signs["condition_A"] == {row.quantity: row for row in exact.layers[name].signs}["condition_A"]

@@ -110,7 +110,7 @@ class Page:
             self.console.print(Padding(line, (0, 1, 0, indent)), highlight=False)
 
     def table(self, columns: Sequence[Column], row_styles: Sequence[str] | None = None) -> None:
-        """A table in which no row wraps: where the width is too small, the least dear columns go."""
+        """A table in which no row wraps: where the width is too small, the least dear columns go, which is told."""
         kept = self.fitting(columns, self.width - 2)
         head = ASCII_HEAD if self.ascii_only else box.SIMPLE_HEAD
         table = Table(box=head, show_edge=False, pad_edge=False, padding=(0, GAP - 1, 0, 0), header_style="bold")
@@ -126,6 +126,8 @@ class Page:
             cells = [self.text(*column.cells[index]) for column in kept]
             table.add_row(*cells, style=row_styles[index] if row_styles else "")
         self.console.print(Padding(table, (0, 0, 0, 1)))
+        if missing := self.left_out(columns, kept):
+            self.lines([self.text(f"No room here for {', '.join(missing)}: a wider terminal shows them.", "dim")])
 
     @classmethod
     def fitting(cls, columns: Sequence[Column], room: int) -> list[Column]:
@@ -135,6 +137,15 @@ class Page:
             least = min(column.worth for column in kept)
             kept = [column for column in kept if column.worth > least]
         return kept
+
+    @staticmethod
+    def left_out(columns: Sequence[Column], shown: Sequence[Column]) -> list[str]:
+        """The headers of the columns that are not shown, in one line each; those of like first lines together."""
+        headers = [column.header.replace("-\n", "").split("\n") for column in columns if column not in shown]
+        found: dict[str, list[str]] = {}
+        for first, *rest in headers:
+            found.setdefault(first.strip(), []).append(" ".join(rest).strip())
+        return [f"{first} {' and '.join(filter(None, rest))}".strip() for first, rest in found.items()]
 
     @staticmethod
     def needed(columns: Sequence[Column]) -> int:
