@@ -22,8 +22,11 @@ from curvscope.records import NAN, SpectrumRow
 
 # Wider factors get no error bars: K more eigendecompositions each.
 WIDEST = 1024
-NUMBERS = ("lambda_max", "lambda_min_positive", "condition", "stable_rank", "effective_rank")
-BIASED = "eigenvalues of a factor made of few draws are biased, which the error bars allow for"
+NUMBERS = ("lambda_max", "lambda_min_positive", "condition", "effective_rank")
+BIASED = (
+    "eigenvalues of a factor made of few draws are biased, which the error bars allow for; not so for the stable rank, "
+    "which divides by the square of the largest, and is not given"
+)
 UNKNOWN = "eigenvalues of a factor made of few draws are biased, and have no error bar here"
 TOO_FEW = "with one draw less B has another rank: too few draws to tell its smallest eigenvalue"
 
@@ -95,7 +98,7 @@ def with_errors(row: SpectrumRow, found: dict[str, Estimate] | None, scale: floa
     """A row of tables/spectra with the standard errors of its numbers, or without the numbers that draws can't tell."""
     if found is None or all(found[name].stderr != found[name].stderr for name in NUMBERS):
         return dataclasses.replace(row, status="estimated", reason="; ".join(filter(None, (UNKNOWN, row.reason))))
-    changes: dict[str, Any] = {}
+    changes: dict[str, Any] = {"stable_rank": NAN}
     for name in NUMBERS:
         value, unit = getattr(row, name), scale if name.startswith("lambda") else 1.0
         if value != value:
@@ -116,9 +119,8 @@ def _numbers(A: Tensor, B: Tensor, about: FactorOfDraws) -> Tensor:
     high = (A.amax(-1) * B.amax(-1)).max()
     least = low.min()
     trace = (A.sum(-1) * B.sum(-1)).sum()
-    square = (A.square().sum(-1) * B.square().sum(-1)).sum()
     logs = (torch.xlogy(A, A).sum(-1) * B.sum(-1) + A.sum(-1) * torch.xlogy(B, B).sum(-1)).sum()
-    return torch.stack([high, least, high / least, square / high.square(), (trace.log() - logs / trace).exp()])
+    return torch.stack([high, least, high / least, (trace.log() - logs / trace).exp()])
 
 
 def factor_errors(B: Tensor, name: str, eps: float, scale: float) -> dict[str, float]:

@@ -67,7 +67,6 @@ def test_numbers_of_a_spectrum_are_those_of_the_formed_matrix(groups: int) -> No
         "lambda_max": lambda mean: float(eigenvalues(mean).max()),
         "lambda_min_positive": lambda mean: float(eigenvalues(mean).min()),
         "condition": lambda mean: float(eigenvalues(mean).max() / eigenvalues(mean).min()),
-        "stable_rank": lambda mean: float(eigenvalues(mean).square().sum() / eigenvalues(mean).max() ** 2),
         "effective_rank": entropy,
     }
     assert set(wanted) == set(NUMBERS)
@@ -108,7 +107,6 @@ def test_intervals_of_eigenvalues_hold_the_exact_ones(model: str, draws: int) ->
         want = {
             "lambda_max": float(values.max()),
             "condition": float(values.max() / values.min()),
-            "stable_rank": float(values.square().sum() / values.max() ** 2),
         }
         inside = dict.fromkeys(want, 0)
         for seed in range(repetitions):
