@@ -146,16 +146,21 @@ def _positions(rows: Rows) -> list[Found]:
             "CS208",
             "info",
             row.layer,
-            f"{row.reason} holds {row.value:.0%} of the curvature that reaches its outputs (threshold "
-            f"{row.threshold:.0%}).",
-            "One position decides the layer's step: look at what reads it (attention to a token, a head of one pixel), or "
-            "pool over more.",
+            f"{row.reason} holds {row.value:.0%}{_interval(row)} of the curvature that reaches its outputs "
+            f"(threshold {row.threshold:.0%}).",
+            "One position decides the layer's step: look at what reads it (attention to a token, a head of one "
+            "pixel), or pool over more.",
             size=row.value,
             confidence=confidence(row.value, row.threshold),
         )
         for row in _above(rows, "position_share")
         if row.value < 1.0  # a pooled token is all there is
     ]
+
+
+def _interval(row: StabilityRow) -> str:
+    """The 95 % interval of a share from draws."""
+    return "" if math.isnan(row.value_stderr) else f" ({row.low:.0%} to {row.high:.0%})"
 
 
 def _attention(rows: Rows) -> list[Found]:

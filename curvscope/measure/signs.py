@@ -71,6 +71,7 @@ def sign_row(
     low: float = NAN,
     high: float = NAN,
     threshold: float | None = None,
+    stderr: float = NAN,
     status: str = "ok",
     reason: str = "",
 ) -> StabilityRow:
@@ -87,6 +88,7 @@ def sign_row(
         limit,
         side(limit, value, low, high),
         source=known.source,
+        value_stderr=stderr,
         status=status,
         reason=reason,
     )

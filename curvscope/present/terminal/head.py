@@ -27,6 +27,13 @@ FISHER_WORDS = {
 SAMPLE_WORDS = {"probe": ("probe", ""), "mc": ("drawn label an example", "drawn labels an example")}
 
 
+def block_name(run: Run, *, short: bool = False) -> str:
+    """What the blocks are blocks of."""
+    if run.info.fisher == "empirical":
+        return "Fisher" if short else "empirical Fisher"
+    return "GGN"
+
+
 def kronecker_layers(run: Run) -> dict[str, Layer]:
     """The layers that have Kronecker factors; the others have a block alone, and no row in the table."""
     alone = {row.layer for row in run.tables["coverage"] if row.treatment == "exact_only"}

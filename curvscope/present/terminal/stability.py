@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from curvscope.present.names import shorten
-from curvscope.present.numbers import number, percent
+from curvscope.present.numbers import number, percent, with_stderr
 from curvscope.present.terminal.page import STATUS_WORDS, Column, Page
 from curvscope.records import Run, StabilityRow
 
@@ -198,7 +198,9 @@ def _verdict(page: Page, run: Run, row: StabilityRow) -> Text:
 
 
 def _value(row: StabilityRow) -> str:
-    """The value with its spread over the halves."""
+    """The value with its standard error, or its spread over the halves."""
+    if not math.isnan(row.value_stderr):
+        return with_stderr(row.value, row.value_stderr)
     spread = "" if math.isnan(row.low) else f" ({number(row.low)} to {number(row.high)})"
     return f"{number(row.value)}{spread}{' at least' if row.status == 'not_converged' else ''}"
 
