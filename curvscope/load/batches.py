@@ -60,8 +60,9 @@ class Batches:
         self._random: Tensor | None = None
 
     def changed(self, change: Change) -> Batches:
-        """The same batches, each passed through `change` before it is handed out."""
-        self._change = change
+        """The same batches, each passed through `change` before it is handed out, after any earlier one."""
+        before = self._change
+        self._change = change if before is None else lambda batch: change(before(batch))
         if self.held is not None:
             self.held = change(self.held)
         return self
