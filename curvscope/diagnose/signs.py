@@ -148,8 +148,8 @@ def _positions(rows: Rows) -> list[Found]:
             row.layer,
             f"{row.reason} holds {row.value:.0%} of the curvature that reaches its outputs (threshold "
             f"{row.threshold:.0%}).",
-            "One position decides the layer's step: look at what reads it (attention to a token, a head of one pixel), or "
-            "pool over more.",
+            "One position decides the layer's step: look at what reads it (attention to a token, a head of one pixel), "
+            "or pool over more.",
             size=row.value,
             confidence=confidence(row.value, row.threshold),
         )
