@@ -241,9 +241,12 @@ def analyze(
     axes = dict(example_axis(words) for words in example_axes or ())
     with guarded(debug):
         from curvscope.present.atomic import check_output
+        from curvscope.present.kept import check_kept, check_no_batch
 
         target = output or default_output(checkpoint)
         if not dry_run:
+            check_kept(target, (checkpoint, batch))
+            check_no_batch(target, batch)
             check_output(target, force)
         messages = Output(stderr=True)
         # A model's own prints must not get between the parts of the JSON document.

@@ -43,9 +43,11 @@ def export(
     with guarded(debug):
         from curvscope.present.export import check_export, default_path
         from curvscope.present.export import export as write
+        from curvscope.present.kept import check_kept
         from curvscope.run import open_run
 
         target = output or default_path(run_file, to)
+        check_kept(target, (run_file,))
         run = open_run(run_file)
         check_export(target, to, force=force)
         written = write(run, target, to, force=force)

@@ -50,7 +50,7 @@ def find(
     for layer in layers.values():
         ranked += _of_layer(layer)
         ranked += damping.of_layer(layer, model.learning_rate, joint, limits)
-    ranked += damping.of_network(layers)
+    ranked += damping.of_network(layers, joint)
     ranked += damping.together(layers, joint, ranked, model.learning_rate, limits)
     ranked += _of_network(model, coverage)
     ranked += stability_findings(model, stability)

@@ -42,6 +42,12 @@ def check_targets(loss: Loss, outputs: Tensor, targets: Any) -> Loss:
     return loss
 
 
+def class_indices(targets: Any) -> Any:
+    """Targets of integers as int64, in which all classes are counted; anything else as it is."""
+    whole = isinstance(targets, Tensor) and targets.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32)
+    return targets.long() if whole else targets
+
+
 def _check_cross_entropy(loss: Loss, outputs: Tensor, targets: Tensor) -> Loss:
     if outputs.ndim < 2:
         raise LossError(

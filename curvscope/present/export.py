@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from curvscope.errors import UsageError
+from curvscope.errors import OutputError, UsageError
 from curvscope.present import json
 from curvscope.present.atomic import check_output, replacing
 from curvscope.present.names import encode
@@ -37,6 +37,7 @@ def export(run: Run, path: str | os.PathLike[str], to: str, *, force: bool = Fal
     }
     if to not in writers:
         raise UsageError(f"There is no format {to!r}.", remedy=f"Formats: {', '.join(FORMATS)}.")
+    check_export(path, to, force=force)
     with replacing(path, force, folder=to == "csv") as temporary:
         writers[to](run, temporary)
     return Path(path)
@@ -49,7 +50,14 @@ def default_path(run_file: str | os.PathLike[str], to: str) -> Path:
 
 def check_export(path: str | os.PathLike[str], to: str, *, force: bool = False) -> None:
     """Raise OutputError where `export` could not write to `path`; writes nothing."""
-    check_output(path, force, folder=to == "csv")
+    target = check_output(path, force, folder=to == "csv")
+    strangers = sorted(file.name for file in target.iterdir() if file.suffix != ".csv") if target.is_dir() else []
+    if strangers:
+        raise OutputError(
+            f"The folder holds more than tables ({strangers[0]}) and is kept.",
+            where=str(target),
+            remedy="Name another place with -o.",
+        )
 
 
 def arrays(run: Run) -> Iterator[tuple[str, Array]]:

@@ -136,7 +136,10 @@ def _errors(page: Page, run: Run, layer: Layer) -> None:
 def _sources(page: Page, layer: Layer) -> None:
     """What each K-FAC's error comes from, a line each; one line for both where they agree or are not known."""
     lines: dict[str, list[str]] = {}
+    same = layer.row.better_flavour == "same"
     for name, row in layer.sources.items():
+        if same and name.endswith("_reduce"):
+            continue
         if row.status == "ok":
             spread, mean, cross = (whole_percent(share) for share in (row.spread, row.mean, row.cross))
             words = f"deviation from the inputs' mean {spread}, the mean {mean}"
@@ -144,9 +147,8 @@ def _sources(page: Page, layer: Layer) -> None:
         else:
             words = f"{STATUS_WORDS.get(row.status, row.status)}, {row.reason}"
         lines.setdefault(words, []).append(name)
-    same = layer.row.better_flavour == "same"
     found = [
-        page.text(f"{_title(layer, names[0]) if same else ', '.join(names)}'s error comes from: {words}", "dim")
+        page.text(f"{', '.join(_title(layer, name) for name in names)}'s error comes from: {words}", "dim")
         for words, names in lines.items()
     ]
     page.lines(found)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from rich.padding import Padding
 from rich.table import Table
@@ -31,7 +31,7 @@ def overview(page: Page, run: Run) -> None:
     left_out = _layer_table(page, run, list(layers.values()))
     _legend(page, run, layers, left_out)
     _not_assessed(page, run, layers)
-    overview_section(page, list(layers.values()))
+    overview_section(page, list(layers.values()), run.model.optimizer)
     stability_section(page, run)
     _coverage(page, run)
     steps_section(page, run)
@@ -79,10 +79,18 @@ def _layer_columns(page: Page, layers: list[Layer], matrix: str) -> list[Column]
         column(f"out{page.times}in", 5, lambda layer: (_shape(page, layer), "")),
         column("posi-\ntions", 4, lambda layer: (_positions(layer), "dim")),
     ]
-    columns += [column(f"error\n{f} ", 10, lambda layer, f=f: _error(page, layer, f)) for f in FLAVOURS]  # type: ignore[misc]
-    columns += [column(f"trace\n{f}", 2, lambda layer, f=f: _trace_ratio(page, layer, f)) for f in FLAVOURS]  # type: ignore[misc]
+    flavours = {"expand": "K-FAC"} if _one_flavour(layers) else {flavour: flavour for flavour in FLAVOURS}
+    for flavour, title in flavours.items():
+        columns.append(column(f"error\n{title} ", 10, lambda layer, f=flavour: _error(page, layer, f)))  # type: ignore[misc]
+    for flavour, title in flavours.items():
+        columns.append(column(f"trace\n{title}", 2, lambda layer, f=flavour: _trace_ratio(page, layer, f)))  # type: ignore[misc]
     condition = column(f"{matrix}\ncond.", 6, lambda layer: _condition(page, layer))
     return [*columns, condition] if any(words != page.dash for words, _ in condition.cells) else columns
+
+
+def _one_flavour(layers: Collection[Layer]) -> bool:
+    """Whether expand and reduce are the same matrix in every layer."""
+    return all(layer.row.better_flavour == "same" for layer in layers)
 
 
 def _shape(page: Page, layer: Layer) -> str:
@@ -135,8 +143,12 @@ def _spectrum_column(page: Page, layers: list[Layer], width: int, matrix: str) -
 def _legend(page: Page, run: Run, layers: dict[str, Layer], left_out: list[str]) -> None:
     """What the columns mean, in as few words as do, and which found no room."""
     words = [
-        "error: relative Frobenius error of K-FAC against the block; 0 is exact, 1 is as far off as zero;"
-        " * the better flavour.",
+        "error: relative Frobenius error of K-FAC against the block; 0 is exact, 1 is as far off as zero; "
+        + (
+            "expand = reduce, as every layer has one position."
+            if _one_flavour(layers.values())
+            else "* the better flavour."
+        ),
     ]
     if any(len(layer.spectrum.get("ggn", ())) for layer in layers.values()):
         matrix = block_name(run, short=True)

@@ -27,6 +27,7 @@ QUANTITY_WORDS = {
     "hessian_bottom": "most negative eigenvalue of the Hessian",
     "ggn_top": "largest eigenvalue of the GGN",
     "preconditioned_sharpness": "sharpness as the optimizer sees it",
+    "next_sharpness": "sharpness once v has taken this gradient in",
     "growth_factor": "growth a step along the top direction",
     "largest_stable_lr": "largest stable learning rate",
     "clip_scale": "length of the clipped step, of the full one",
