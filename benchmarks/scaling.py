@@ -69,7 +69,6 @@ def one(network: str, vary: str, value: int, fisher: str) -> dict[str, float]:
         loss="cross_entropy:class_axis=second",
         fisher=fisher,
         samples=sizes["samples"] if fisher == "probe" else None,
-        measure=("errors", "spectra"),
         time=1e9,
     )
     return {"passes": run.seconds["passes"], "measure": run.seconds["measure"], "bytes": peak_bytes("cpu") - before}

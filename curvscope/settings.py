@@ -10,7 +10,7 @@ from curvscope.errors import UsageError
 
 APPROXIMATIONS = ("kfac_expand", "kfac_reduce", "ekfac_expand", "ekfac_reduce", "kron_best", "diag")
 FISHERS = ("auto", "exact", "probe", "mc", "empirical")
-MEASURES = ("errors", "spectra", "spectral", "kron_best", "split", "damping", "steps", "stability")
+MEASURES = ("spectral", "kron_best", "split", "damping", "steps", "stability")
 DUMPS = ("factors", "spectra", "columns", "blocks")
 DTYPES = ("float32", "float64")
 DEVICES = ("auto", "cpu", "cuda")

@@ -33,12 +33,14 @@ class Architecture:
         build: `N -> (model, inputs, targets)`.
         loss: as `analyze` takes it.
         example_axes: for inputs whose examples are not along axis 0.
+        example_index: for batches of graphs, the input that holds every node's graph.
     """
 
     package: str
     build: Callable[[int], Built]
     loss: Any = "cross_entropy"
     example_axes: Mapping[str, int] = field(default_factory=dict)
+    example_index: str | None = None
 
 
 def per_token(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -14,10 +14,12 @@ from curvscope.cli.explain import explain
 from curvscope.cli.export import export
 from curvscope.cli.guard import drop_output, report, unprintable
 from curvscope.cli.show import show
+from curvscope.cli.usage import Commands
 from curvscope.errors import EXIT_INTERRUPTED, EXIT_OK
 
 app = typer.Typer(
     name="curvscope",
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",

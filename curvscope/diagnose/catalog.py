@@ -28,7 +28,7 @@ def entry(code: str) -> Entry:
     raise UsageError(
         f"There is no code {code!r}.",
         where="curvscope explain",
-        remedy=(f"Near are {', '.join(near)}. " if near else "") + "curvscope explain alone lists all.",
+        remedy=(f"Did you mean {' or '.join(near)}? " if near else "") + "curvscope explain alone lists all.",
     )
 
 

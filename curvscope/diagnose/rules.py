@@ -12,15 +12,15 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from curvscope.diagnose import damping
+from curvscope.diagnose import damping, large_errors
 from curvscope.diagnose.causes import ordered
+from curvscope.diagnose.large_errors import LARGE_ERROR, bar, clearly_better
 from curvscope.diagnose.signs import sign_findings
 from curvscope.diagnose.stability import stability_findings
 from curvscope.diagnose.thresholds import SHIPPED, Thresholds
 from curvscope.diagnose.titles import Found, finding
 from curvscope.records import (
     CoverageRow,
-    ErrorRow,
     ExampleRow,
     FindingRow,
     GlobalDampingRow,
@@ -29,21 +29,11 @@ from curvscope.records import (
     StabilityRow,
 )
 
-LARGE_ERROR = 0.5
 TRACE_OFF = 2.0
-FLAVOUR_GAP = 1.5
 UNCOVERED_SHARE = 0.05
 BLIND_TRACE = 1e-6
 KEY_SHARE = 1e-3
 KRONECKER_OPTIMIZERS = ("K-FAC", "Shampoo")
-SOURCE_WORDS = {
-    "spread": "curvature that depends on the inputs' deviation from their mean",
-    "mean": "the inputs' mean",
-    "cross": "positions of an example adding up",
-}
-MAIN_SHARE = 0.5
-# Standard errors on either side of an estimate (95 %, 8 draws) that have to lie on one side of a threshold.
-BAR = 2.4
 
 
 def find(
@@ -118,43 +108,12 @@ def _of_layer(layer: Layer) -> list[tuple[int, float, FindingRow]]:
     elif packed := _packed_keys(layer):
         found.append((1, 1.9, packed))
     best = min(expand.rel_frobenius, reduce.rel_frobenius)
-    nearest = errors.get("kron_best")
-    if best > LARGE_ERROR:
-        structural = nearest is not None and 0.8 * best < nearest.rel_frobenius <= best
-        ekfac = errors["ekfac_expand" if expand.rel_frobenius <= reduce.rel_frobenius else "ekfac_reduce"]
-        helped = not math.isnan(ekfac.rel_frobenius) and ekfac.rel_frobenius < 0.5 * best
-        limit = (
-            f" and even the nearest single Kronecker product is off by {nearest.rel_frobenius:.2f}"
-            if nearest is not None and structural
-            else ""
-        )
-        if helped:
-            remedy = (
-                f"EKFAC in the same basis is off by {ekfac.rel_frobenius:.2f}: correct the eigenvalues before "
-                "anything else."
-            )
-        elif structural:
-            remedy = "No Kronecker product describes this layer: give it more damping, or its own first-order step."
-        else:
-            remedy = "Give this layer more damping than the others, or refresh its factors on larger batches."
-        better = _clearly_better(expand, reduce)
-        if better and not blind:
-            remedy = f"Use K-FAC-{better}, the closer one. " + remedy
-        closer = expand if expand.rel_frobenius <= reduce.rel_frobenius else reduce
-        open_ = best - _bar(closer.rel_frobenius_stderr) <= LARGE_ERROR
-        limit += f"; undecided, as the error bar of {best:.2f} reaches {LARGE_ERROR:g}" if open_ else ""
-        row = finding(
-            "CS102",
-            "info" if open_ else "warning",
-            name,
-            f"Neither flavour is close to the exact block: relative errors {expand.rel_frobenius:.2f} (expand) and "
-            f"{reduce.rel_frobenius:.2f} (reduce){limit}.{_source(layer, expand, reduce)}",
-            remedy,
-        )
-        found.append((1, best, row))
+    large = large_errors.of_layer(layer, blind=blind)
+    if large is not None:
+        found.append((1, *large))
     if not blind and layer.row.positions > 1 and not (best > LARGE_ERROR):
         low, high = sorted((expand.rel_frobenius, reduce.rel_frobenius))
-        better = _clearly_better(expand, reduce)
+        better = clearly_better(expand, reduce)
         if better and high > 0.1:
             row = finding(
                 "CS103",
@@ -170,9 +129,9 @@ def _of_layer(layer: Layer) -> list[tuple[int, float, FindingRow]]:
     if not blind and ratio > 0 and (ratio > TRACE_OFF or ratio < 1 / TRACE_OFF):
         direction = "over" if ratio > 1 else "under"
         times = _times(max(ratio, 1 / ratio))
-        bar = _bar(chosen.trace_ratio_stderr)
-        near = ratio - bar <= TRACE_OFF if ratio > 1 else ratio + bar >= 1 / TRACE_OFF
-        doubt = f"; undecided, as the error bar of {bar:.2g} reaches the threshold" if near else ""
+        room = bar(chosen.trace_ratio_stderr)
+        near = ratio - room <= TRACE_OFF if ratio > 1 else ratio + room >= 1 / TRACE_OFF
+        doubt = f"; undecided, as the error bar of {room:.2g} reaches the threshold" if near else ""
         row = finding(
             "CS104",
             "info",
@@ -192,36 +151,9 @@ def _roles(layer: Layer) -> bool:
     return any(factors.role for factors in layer.factors.values())
 
 
-def _source(layer: Layer, expand: ErrorRow, reduce: ErrorRow) -> str:
-    """What most of the better K-FAC's error comes from, in a sentence; empty where that is not known."""
-    better = "kfac_expand" if expand.rel_frobenius <= reduce.rel_frobenius else "kfac_reduce"
-    row = layer.sources.get(better)
-    if row is None or math.isnan(row.spread):
-        return ""
-    shares = {name: float(getattr(row, name)) for name in SOURCE_WORDS}
-    first = max(shares, key=lambda name: shares[name])
-    if shares[first] < MAIN_SHARE:
-        return ""
-    return f" {min(shares[first], 1.0):.0%} of {better.removeprefix('kfac_')}'s error comes from {SOURCE_WORDS[first]}."
-
-
 def _times(factor: float) -> str:
     """A factor in words that claim no more than they know."""
     return f"about {factor:.1f} times" if factor < 9.5 else f"about {float(f'{factor:.1e}'):,.0f} times"
-
-
-def _bar(stderr: float) -> float:
-    """Half of an estimate's 95 % interval; nothing where the number is exact."""
-    return 0.0 if math.isnan(stderr) else BAR * stderr
-
-
-def _clearly_better(expand: ErrorRow, reduce: ErrorRow) -> str:
-    """The flavour whose error is smaller by more than FLAVOUR_GAP, or nothing."""
-    low, high = sorted((expand.rel_frobenius, reduce.rel_frobenius))
-    bars = math.hypot(_bar(expand.rel_frobenius_stderr), _bar(reduce.rel_frobenius_stderr))
-    if low <= 0 or high / low <= FLAVOUR_GAP or high - low <= bars:
-        return ""
-    return "expand" if expand.rel_frobenius < reduce.rel_frobenius else "reduce"
 
 
 def _packed_keys(layer: Layer) -> FindingRow | None:

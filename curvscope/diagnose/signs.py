@@ -132,9 +132,8 @@ def _mean(rows: Rows) -> list[Found]:
 def _condition(rows: Rows) -> list[Found]:
     result: list[Found] = []
     for which in ("A", "B"):
-        for row in _above(rows, f"condition_{which}"):
-            words = row.reason or f"its condition is {row.value:.2g}"
-            evidence = f"K-FAC's {which} can't be inverted without damping: {words}."
+        for row in _above(rows, f"unresolved_{which}"):
+            evidence = f"K-FAC's {which} can't be inverted without damping: to float32 {row.reason}."
             if not any(one.row.layer == row.layer for one in result):
                 remedy = "Damping alone decides the step in the lost directions."
                 result.append(found("CS206", "info", row.layer, evidence, remedy, size=0.0))

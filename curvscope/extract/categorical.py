@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from curvscope.errors import LossError
-from curvscope.extract.output_root import OutputRoot, signs
+from curvscope.extract.noise import Noise, signs_of, uniform
+from curvscope.extract.output_root import OutputRoot
 from curvscope.graph.layout import Layout
 from curvscope.load.class_axis import class_axis, next_tokens
 from curvscope.load.problem import Loss
@@ -58,32 +59,44 @@ def categorical_root(loss: Loss, outputs: Tensor, targets: Tensor, layout: Layou
 
     def shared(j: int, along: int) -> Tensor:
         assert along == axis
-        return of_every_term(lambda p: _reflected_column(p, _reflection(p), j))
+        return of_every_term(lambda p, _: _reflected_column(p, _reflection(p), j))
 
-    def of_every_term(of_piece: Callable[[Tensor], Tensor]) -> Tensor:
-        """sqrt(c) times a function of p [terms, C], piece by piece."""
+    def of_every_term(of_piece: Callable[[Tensor, slice], Tensor]) -> Tensor:
+        """sqrt(c) times a function of p [terms, C] and which of the terms that count these are, piece by piece."""
         out = torch.zeros_like(outputs)
         into = out.movedim(axis, -1)
         where, scale = terms.counted()
         scale = scale.sqrt()
         size = max(1, PIECE // classes)
         for start in range(0, len(scale), size):
-            at = tuple(index[start : start + size] for index in where)
+            part = slice(start, start + size)
+            at = tuple(index[part] for index in where)
             p = torch.softmax(logits[at].double(), dim=-1)
-            into[at] = (of_piece(p) * scale[start : start + size, None]).to(out.dtype)
+            into[at] = (of_piece(p, part) * scale[part, None]).to(out.dtype)
         return out
 
-    def probe(generator: torch.Generator) -> Tensor:
-        def of_piece(p: Tensor) -> Tensor:
+    def words(noise: Noise) -> Tensor:
+        """Random words, one a term that counts."""
+        shape = (*outputs.shape[:axis], *outputs.shape[axis + 1 :])
+        return noise.without(axis).words(shape, outputs.device)[terms.counted()[0]]
+
+    def probe(noise: Noise) -> Tensor:
+        drawn = words(noise)
+
+        def of_piece(p: Tensor, part: slice) -> Tensor:
             # any root serves a random sign vector: the symmetric one needs no reflection
-            s = p.sqrt() * signs(p, generator)
+            s = p.sqrt() * signs_of(drawn[part], classes, p.dtype)
             return s - p * s.sum(-1, keepdim=True)
 
         return of_every_term(of_piece)
 
-    def draw(generator: torch.Generator) -> Tensor:
-        def of_piece(p: Tensor) -> Tensor:
-            labels = torch.multinomial(p, 1, generator=generator)
+    def draw(noise: Noise) -> Tensor:
+        drawn = words(noise)
+
+        def of_piece(p: Tensor, part: slice) -> Tensor:
+            heights = p.cumsum(-1)
+            level = uniform(drawn[part]).unsqueeze(-1) * heights[:, -1:]
+            labels = torch.searchsorted(heights, level, right=True).clamp(max=classes - 1)
             return p.scatter_add(-1, labels, -torch.ones_like(p[:, :1]))
 
         return of_every_term(of_piece)

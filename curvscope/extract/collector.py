@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from curvscope.extract.counts import RowCounts
 from curvscope.extract.rows import SiteRows
 from curvscope.extract.symmetric import ONE_BLOCK, GramSum, gram, input_gram
 from curvscope.graph.sites import LayerSpec
@@ -48,10 +49,10 @@ class Extract:
     [K, d_out, d_out] (only for probe and mc). `gradient` is dL/dW as [d_out, d_in(+1)]; `positions` the mean
     number of real positions an example; `padded` the share of rows found to be padding. Columns, B and `probe_B` are in
     multiples of `unit` (`Root.unit`); the gradient is not. With groups, factors have a leading axis of groups and there
-    are columns for each. `unmasked` holds A of all rows where some look like padding and data that comes later may tell
-    otherwise. `example_squares` [N] are the squared norms of the examples' parts of the gradient. `mean_input` [d_in]
-    (with groups [groups, d_in]) is the mean of the real rows without the bias's 1, None where the data came in pieces;
-    `real` [N, R] tells real rows from others, None where all are real.
+    are columns for each. `unmasked` holds A and "mean" of all rows where some look like padding and data that comes
+    later may tell otherwise. `example_squares` [N] are the squared norms of the examples' parts of the gradient.
+    `mean_input` [d_in] (with groups [groups, d_in]) is the mean of the real rows without the bias's 1, None for an
+    embedding; `real` [N, R] tells real rows from others, None where all are real; `counts` are the numbers of rows.
 
     For an embedding `tokens` [U] says which inputs the columns, the gradient and A of reduce run over, those that occur
     in the data; A of expand, which is diagonal, is a vector over all inputs. A weight of several `roles` has an
@@ -71,6 +72,7 @@ class Extract:
     example_squares: Tensor | None = None
     mean_input: Tensor | None = None
     real: Tensor | None = None
+    counts: RowCounts = field(default_factory=lambda: RowCounts(0.0, 0.0, 0.0, 0.0, 1))
     unmasked: dict[str, Tensor] = field(default_factory=dict)
     tokens: Tensor | None = None
     roles: dict[str, Extract] = field(default_factory=dict)
@@ -85,11 +87,6 @@ class Extract:
     def width(self) -> int:
         """The inputs that the columns run over, the bias included."""
         return self.tokens.numel() if self.tokens is not None else self.spec.d_in + (self.spec.bias is not None)
-
-
-def mean_positions(counts: Tensor) -> float:
-    """The mean number of positions over the examples that have any; 1 only where all of these have one."""
-    return float(counts[counts > 0].double().mean()) if bool((counts > 0).any()) else 0.0
 
 
 def _both(left: Tensor | None, right: Tensor | None) -> Tensor | None:
@@ -230,14 +227,7 @@ class Collector:
         """The mean of the real rows, [d_in] float64."""
         a = self._a()
         held = a if real is None else a * real.unsqueeze(-1)
-        return held.sum((0, 1), dtype=torch.float64) / float(counts.sum())
-
-    def rows_bytes(self) -> int:
-        """What the rows of a dense or formed layer take; 0 where there is nothing to keep beside the columns."""
-        if self.form not in ("dense", "formed"):
-            return 0
-        a = self._a()
-        return a.element_size() * a.shape[0] * a.shape[1] * (a.shape[2] + self.count * self.spec.d_out)
+        return held.sum((0, 1), dtype=torch.float64) / max(1.0, float(counts.sum()))
 
     def _a(self) -> Tensor:
         """The layer's rows of all calls, [N, R, d_in]."""
@@ -302,8 +292,8 @@ class Collector:
         """The layer's sums, scaled as records.CONVENTIONS says."""
         examples, positions = self._a().shape[:2]
         there, real = self._real({}), self._real(masks)
-        counts = torch.full((examples,), float(positions), device=self.like.device) if real is None else real.sum(1)
-        counts = counts.to(self.like.dtype)
+        full = torch.full((examples,), float(positions), device=self.like.device, dtype=self.like.dtype)
+        counts, whole = (full if rows is None else rows.sum(1).to(full) for rows in (real, there))
         factors = {}
         unmasked: dict[str, Tensor] = {}
         if self.factors and self.reduce is not None:
@@ -312,13 +302,13 @@ class Collector:
             A = self._input_factors(real, counts)
             factors = {"expand": (A["expand"], B_expand), "reduce": (A["reduce"], B_reduce)}
             if real is not None and self.undecided:
-                whole = torch.full_like(counts, positions) if there is None else there.sum(1).to(counts)
                 unmasked = self._input_factors(there, whole)
-        rows = examples * positions if there is None else int(there.sum())
-        padded = 0.0 if real is None or rows == 0 else 1.0 - float(counts.sum()) / rows
+                mean = self._mean_input(there, whole)
+                unmasked |= {} if mean is None else {"mean": mean}
+        rows = RowCounts.of(counts, whole, positions)
         draws = {name: torch.stack(each) for name, each in self.draws.items() if each}
         found = Extract(
-            self.spec, examples, mean_positions(counts), padded, factors, self.gradient, self._columns(), draws
+            self.spec, examples, rows.positions, rows.padded, factors, self.gradient, self._columns(), draws
         )
         return replace(
             found,
@@ -327,6 +317,7 @@ class Collector:
             example_squares=self.squares,
             mean_input=self._mean_input(real, counts) if self.factors else None,
             real=real,
+            counts=rows,
         )
 
     def _tokens(self) -> Tensor | None:

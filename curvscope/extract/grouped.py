@@ -12,7 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from curvscope.extract.collector import Collector, Columns, Extract, example_squares, mean_positions
+from curvscope.extract.collector import Collector, Columns, Extract, example_squares
+from curvscope.extract.counts import RowCounts
 
 
 class GroupedCollector(Collector):
@@ -74,29 +75,43 @@ class GroupedCollector(Collector):
         a = self._split(self._a())
         examples, positions = a.shape[1:3]
         there, real = self._real({}), self._real(masks)
-        counts = torch.full((examples,), positions, device=a.device) if real is None else real.sum(1)
-        if self.spec.bias is not None:
-            a = torch.cat([a, a.new_ones(*a.shape[:3], 1)], dim=-1)
-        factors = {}
+        full = torch.full((examples,), positions, device=a.device)
+        counts, whole = (full if rows is None else rows.sum(1) for rows in (real, there))
+        factors, unmasked = {}, {}
         if self.factors:
-            if real is not None:
-                a = a * real.unsqueeze(-1)
-            rows = a.flatten(1, 2)
-            means = a.sum(2) / counts.clamp(min=1).view(1, -1, 1)
-            A = {
-                "expand": torch.bmm(rows.transpose(1, 2), rows) / int(counts.sum()),
-                "reduce": torch.bmm(means.transpose(1, 2), means) / int((counts > 0).sum()),
-            }
-            factors = {name: (A[name], self._sums[name]) for name in A}
+            A = self._group_factors(a, real, counts)
+            factors = {name: (A[name], self._sums[name]) for name in self._sums}
+            if real is not None and self.undecided:
+                unmasked = self._group_factors(a, there, whole)
+            mean = A["mean"]
         draws = {name: torch.stack(each) for name, each in self.draws.items() if each}
         columns: list[Columns] | None = None
         if self._blocks is not None:
             columns = [Columns("formed", examples, self.count, block=block) for block in self._blocks]
         elif self.values is not None:
             columns = [Columns("dense", examples, self.count, values=each) for each in self.values]
-        padded = 1.0 - int(counts.sum()) / (examples * positions if there is None else int(there.sum()))
-        inputs = self._split(self._a())
-        inputs = inputs if real is None else inputs * real.unsqueeze(-1)
-        mean = inputs.sum((1, 2), dtype=torch.float64) / int(counts.sum())
-        found = Extract(self.spec, examples, mean_positions(counts), padded, factors, self.gradient, columns, draws)
-        return dataclasses.replace(found, example_squares=self.squares, mean_input=mean, real=real)
+        rows = RowCounts.of(counts, whole, positions)
+        found = Extract(self.spec, examples, rows.positions, rows.padded, factors, self.gradient, columns, draws)
+        return dataclasses.replace(
+            found,
+            example_squares=self.squares,
+            mean_input=mean if self.factors else None,
+            real=real,
+            counts=rows,
+            unmasked=unmasked,
+        )
+
+    def _group_factors(self, a: Tensor, real: Tensor | None, counts: Tensor) -> dict[str, Tensor]:
+        """A of both flavours [groups, ., .] and the mean [groups, d_in] over real rows of a [groups, N, R, d_in]."""
+        a = a if real is None else a * real.unsqueeze(-1)
+        mean = a.sum((1, 2), dtype=torch.float64) / max(1, int(counts.sum()))
+        if self.spec.bias is not None:
+            ones = a.new_ones(*a.shape[:3], 1)
+            a = torch.cat([a, ones if real is None else ones * real.unsqueeze(-1)], dim=-1)
+        rows = a.flatten(1, 2)
+        means = a.sum(2) / counts.clamp(min=1).view(1, -1, 1)
+        return {
+            "expand": torch.bmm(rows.transpose(1, 2), rows) / max(1, int(counts.sum())),
+            "reduce": torch.bmm(means.transpose(1, 2), means) / max(1, int((counts > 0).sum())),
+            "mean": mean,
+        }

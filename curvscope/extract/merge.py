@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from curvscope.extract.collector import Columns, Extract
+from curvscope.extract.counts import side_by_side
 
 
 class MergedColumns:
@@ -31,12 +33,10 @@ class MergedColumns:
             known = self.parts.get("block")
             if known is None:
                 self.parts["block"] = columns.block
-                if columns.examples == self.examples:
-                    self.parts |= _rows(columns)
             elif known.data_ptr() != columns.block.data_ptr():  # else the sweep went on adding to it
                 known += columns.block
-        elif columns.examples == self.examples and columns.count == self.count:
-            self.parts = _tensors(columns) | _rows(columns)
+        if columns.examples == self.examples and columns.count == self.count:
+            self.parts |= _tensors(columns)
         else:
             for name, tensor in _tensors(columns).items():
                 self._write(name, tensor)
@@ -44,7 +44,7 @@ class MergedColumns:
 
     def _write(self, name: str, tensor: Tensor) -> None:
         """Values and gradients [K, N, ...], inputs [N, R, d_in]; gradients and inputs have R behind N."""
-        lead = [] if name == "inputs" else [self.count]
+        lead = [] if name.endswith("inputs") else [self.count]
         rest = list(tensor.shape[len(lead) + 1 :])
         known = self.parts.get(name)
         if known is None:
@@ -55,9 +55,9 @@ class MergedColumns:
             grown[..., : known.shape[wider], :] = known
             known = self.parts[name] = grown
         stop = self.start + tensor.shape[len(lead)]
-        if name == "inputs":
+        if not lead:
             known[self.start : stop, : rest[0]] = tensor
-        elif name == "gradients":
+        elif name != "values":
             known[: tensor.shape[0], self.start : stop, : rest[0]] = tensor
         else:
             known[: tensor.shape[0], self.start : stop] = tensor
@@ -75,17 +75,19 @@ class MergedColumns:
 
 
 class Merged:
-    """One layer's extracts, added up over the pieces: A weighted by rows or examples, B, gradient and draws as sums."""
+    """One layer's extracts, added up over the pieces: A weighted by rows or examples, B, gradient and draws as sums.
+
+    Where rows look like padding and later pieces may refute it, A and the mean of all rows are added up, too.
+    """
 
     def __init__(self, examples: int, count: int) -> None:
         self.examples = examples
         self.count = count
         self.total: Extract | None = None
-        self.weights: dict[str, float] = {}
-        self.rows = 0.0
         self.columns: list[MergedColumns] = []
         self.grouped = False
         self.unmasked: dict[str, Tensor] | None = None
+        self.real: list[tuple[int, int, Tensor | None]] = []
         self.roles: dict[str, Merged] = {}
 
     def add(self, extract: Extract) -> None:
@@ -106,45 +108,37 @@ class Merged:
         if extract.examples == self.examples:
             self.total = extract
             return
-        real = extract.positions * extract.examples
-        rows = real / (1 - extract.padded) if extract.padded < 1 else 0.0
-        # what belongs to single rows is not put together over pieces; sums over examples are
-        extract = dataclasses.replace(extract, mean_input=None, real=None)
+        self.real.append((extract.examples, extract.counts.longest, extract.real))
+        extract = dataclasses.replace(extract, real=None)
         if self.total is None:
-            self.total, self.rows = extract, rows
-            self.weights = {"expand": real, "reduce": float(extract.examples), "all": rows}
+            self.total = extract
             self.unmasked = extract.unmasked or None
             return
-        before, self.rows = self.total, self.rows + rows
-        old = dict(self.weights)
-        for name, more in (("expand", real), ("reduce", float(extract.examples)), ("all", rows)):
-            self.weights[name] = old[name] + more
-        new = {"expand": real, "reduce": float(extract.examples), "all": rows}
-
-        def mean(kind: str, a: Tensor, b: Tensor) -> Tensor:
-            whole = self.weights[kind]
-            return a * (old[kind] / whole) + b * (new[kind] / whole)
-
-        factors = {}
-        for name, (A, B) in extract.factors.items():
-            known = before.factors[name]
-            factors[name] = mean("reduce" if name.startswith("reduce") else "expand", known[0], A), known[1] + B
+        before, old, new = self.total, self.total.counts, extract.counts
         if extract.unmasked and self.unmasked is None:
             self.unmasked = _all_rows(before)  # nothing looked like padding so far
         if self.unmasked is not None:
             mine = _all_rows(extract)
+            weights = {"reduce": (old.present, new.present)}
             self.unmasked = {
-                name: mean("reduce" if name.startswith("reduce") else "all", A, mine[name])
+                name: _mean(A, mine[name], *weights.get(name, (old.there, new.there)))
                 for name, A in self.unmasked.items()
             }
-        examples = before.examples + extract.examples
-        real_so_far = self.weights["expand"]
+        weights = {"expand": (old.real, new.real), "reduce": (old.reached, new.reached)}
+        counts = old + new
         self.total = dataclasses.replace(
             before,
-            examples=examples,
-            positions=real_so_far / examples,
-            padded=1 - real_so_far / self.rows if real_so_far < self.rows else 0.0,
-            factors=factors,
+            examples=before.examples + extract.examples,
+            positions=counts.positions,
+            padded=counts.padded,
+            counts=counts,
+            factors={
+                name: (_mean(before.factors[name][0], A, *weights[name]), before.factors[name][1] + B)
+                for name, (A, B) in extract.factors.items()
+            },
+            mean_input=None
+            if before.mean_input is None or extract.mean_input is None
+            else _mean(before.mean_input, extract.mean_input, old.real, new.real),
             gradient=_sum(before.gradient, extract.gradient),
             example_squares=_joined(before.example_squares, extract.example_squares),
             probe_B={name: _drawn(before.probe_B[name], B) for name, B in extract.probe_B.items()},
@@ -179,27 +173,57 @@ class Merged:
             unmasked={},
             roles={name: role.result(padded) for name, role in self.roles.items()},
         )
+        if self.real:
+            extract = dataclasses.replace(extract, real=_real(self.real, padded))
         if extract.roles:
+            counts = side_by_side(role.counts for role in extract.roles.values())
             positions = sum(role.positions for role in extract.roles.values())
-            return dataclasses.replace(extract, positions=positions, padded=extract.padded if padded else 0.0)
+            return dataclasses.replace(extract, positions=positions, padded=counts.padded, counts=counts)
         if padded or self.unmasked is None or extract.padded == 0.0:
             return extract
-        factors = {name: (self.unmasked[name], B) for name, (_, B) in extract.factors.items()}
-        return dataclasses.replace(extract, factors=factors, positions=self.rows / extract.examples, padded=0.0)
+        counts = extract.counts.unmasked
+        return dataclasses.replace(
+            extract,
+            factors={name: (self.unmasked[name], B) for name, (_, B) in extract.factors.items()},
+            mean_input=self.unmasked.get("mean"),
+            positions=counts.positions,
+            padded=0.0,
+            counts=counts,
+        )
 
 
 def _all_rows(extract: Extract) -> dict[str, Tensor]:
-    """A of all rows, whether they look like padding or not."""
-    return extract.unmasked or {name: A for name, (A, _) in extract.factors.items()}
+    """A and the mean of all rows, whether they look like padding or not."""
+    mean = {} if extract.mean_input is None else {"mean": extract.mean_input}
+    return extract.unmasked or {name: A for name, (A, _) in extract.factors.items()} | mean
 
 
-def _rows(columns: Columns) -> dict[str, Tensor]:
-    found = {"row_inputs": columns.row_inputs, "row_gradients": columns.row_gradients}
-    return {name: tensor for name, tensor in found.items() if tensor is not None}
+def _mean(a: Tensor, b: Tensor, old: float, new: float) -> Tensor:
+    """Two means as one, of so many numbers each."""
+    return a if new == 0.0 else a * (old / (old + new)) + b * (new / (old + new))
+
+
+def _real(pieces: Sequence[tuple[int, int, Tensor | None]], padded: bool) -> Tensor | None:
+    """Which rows [N, R] are real, R those of the longest example; None where all are.
+
+    From (examples, rows, which are real) of every piece. Where nothing is `padded` all rows that are there are real.
+    """
+    longest = max(rows for _, rows, _ in pieces)
+    if all((real is None or not padded) and rows == longest for _, rows, real in pieces):
+        return None
+    device = next((real.device for _, _, real in pieces if real is not None), None)
+    found = torch.zeros(sum(count for count, _, _ in pieces), longest, dtype=torch.bool, device=device)
+    start = 0
+    for count, rows, real in pieces:
+        found[start : start + count, :rows] = True if real is None or not padded else real
+        start += count
+    return found
 
 
 def _tensors(columns: Columns) -> dict[str, Tensor]:
-    found = {"inputs": columns.inputs, "gradients": columns.gradients, "values": columns.values}
+    """What is kept for each example."""
+    names = ("inputs", "gradients", "values", "row_inputs", "row_gradients")
+    found = {name: getattr(columns, name) for name in names}
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 

@@ -1,12 +1,13 @@
-"""What every root of a loss Hessian in the outputs can do, and the random signs that probes take."""
+"""What every root of a loss Hessian in the outputs can do."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
+
+from curvscope.extract.noise import Noise
 
 
 @dataclass(frozen=True)
@@ -27,14 +28,8 @@ class OutputRoot:
 
     columns: int
     column: Callable[[int], Tensor]
-    probe: Callable[[torch.Generator], Tensor]
-    draw: Callable[[torch.Generator], Tensor] | None
+    probe: Callable[[Noise], Tensor]
+    draw: Callable[[Noise], Tensor] | None
     true_gradient: Callable[[Tensor], Tensor] | None
     shared: Callable[[int, int], Tensor] | None = None
     moments: Callable[[], tuple[float, float]] | None = None
-
-
-def signs(like: Tensor, generator: torch.Generator) -> Tensor:
-    """+1 and -1 with equal odds, as `like` in shape, dtype and device."""
-    drawn = torch.randint(0, 2, like.shape, generator=generator, device=like.device, dtype=torch.int8)
-    return (2 * drawn - 1).to(like.dtype)

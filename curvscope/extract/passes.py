@@ -21,13 +21,10 @@ from curvscope.extract.pieces import Piece, Pieces
 from curvscope.extract.plan import ROWS_BYTES
 from curvscope.extract.projected import Bases, ProjectedCollector
 from curvscope.extract.roots import Root, make_root, outputs_an_example
-from curvscope.extract.sweep import Progress, no_progress, sweep
+from curvscope.extract.sweep import Progress, layers_with_rows, no_progress, sweep
 from curvscope.extract.symmetric import GramSum
 from curvscope.graph.functional import Graph
 from curvscope.graph.verify import Independent
-
-# Odd and close to 2^64 over the golden ratio: seeds of neighbouring pieces have nothing in common.
-SPREAD = 0x9E3779B97F4A7C15
 
 # Sweeps that are timed, the first one not counted.
 TIMED_SWEEPS = 3
@@ -42,7 +39,7 @@ class Passes:
         columns: K.
         unit: `Root.unit` of everything that the sweeps return.
         loss: L over all data, once the first sweep has run.
-        rows_bytes: see `curvscope.extract.sweep.sweep`.
+        rows_bytes: what rows kept beside columns of another form may take together.
         rest: dL/dp of the trained parameters that belong to no layer, likewise.
     """
 
@@ -133,7 +130,7 @@ class Passes:
         return [late.since(early) for early, late in itertools.pairwise(marks)]
 
     def root(self, piece: Piece, outputs: Tensor) -> Root:
-        """The root of a piece's share of L in its outputs; draws depend on the seed and the piece's first example."""
+        """The root of a piece's share of L in its outputs."""
         if not piece.counts:
             zeros = torch.zeros_like(outputs)
             count = outputs_an_example(outputs, piece.layouts.output)
@@ -145,7 +142,8 @@ class Passes:
             piece.layouts.output,
             fisher=self.fisher,
             samples=self.samples,
-            seed=(self.seed + piece.start * SPREAD) % 2**63,
+            seed=self.seed,
+            start=piece.start,
             independent=self.independent,
         )
         return found if piece.share == 1.0 else _scaled(found, piece.share)
@@ -225,6 +223,15 @@ class Passes:
             name: Merged(survey.examples, self.columns)
             for name in [*forms, *(name for name in gradient_only if name not in forms)]
         }
+        rows = layers_with_rows(
+            self.graph.layers,
+            forms,
+            survey.positions,
+            examples=survey.examples,
+            columns=self.columns,
+            itemsize=self.pieces.itemsize,
+            limit=self.rows_bytes,
+        )
         judge = Judge() if self.pieces.in_pieces() else None
         blocks: dict[str, GramSum] = {}
         for piece in self.pieces:
@@ -243,7 +250,7 @@ class Passes:
                     progress=self._told(progress, piece),
                     judge=judge,
                     blocks=blocks,
-                    rows_bytes=self.rows_bytes,
+                    rows=rows,
                 )
                 for name in list(extracts):
                     merged[name].add(extracts.pop(name))  # freed as soon as it is taken in
@@ -290,4 +297,10 @@ class Passes:
 def _scaled(root: Root, share: float) -> Root:
     """The root of `share` times the loss."""
     column: Any = root.column
-    return replace(root, column=lambda k: column(k) * share**0.5, gradient=root.gradient * share)
+    variance, third = root.draw_moments
+    return replace(
+        root,
+        column=lambda k: column(k) * share**0.5,
+        gradient=root.gradient * share,
+        draw_moments=(variance * share**2, third * share**3),
+    )

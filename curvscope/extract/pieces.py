@@ -84,6 +84,11 @@ class Pieces:
         return self._loader.device
 
     @property
+    def itemsize(self) -> int:
+        """Bytes of a number in the run's dtype."""
+        return self._loader.dtype.itemsize
+
+    @property
     def survey(self) -> Survey:
         """What `look` found."""
         assert self._survey is not None

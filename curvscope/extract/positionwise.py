@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from curvscope.extract.collector import Collector, Extract, Form
+from curvscope.extract.counts import RowCounts
 from curvscope.extract.roots import exact_columns, outputs_an_example
 from curvscope.extract.rows import SiteRows
 from curvscope.extract.symmetric import input_gram
@@ -186,11 +187,13 @@ class PositionwiseCollector(Collector):
                 "expand": (A_expand, found.factors["expand"][1]),
                 "reduce": (A_reduce, found.factors["reduce"][1]),
             }
+        rows = RowCounts.of(counts, torch.full_like(counts, positions), positions)
         return dataclasses.replace(
             found,
             examples=examples,
-            positions=float(counts.mean()),
-            padded=1.0 - float(counts.sum()) / (examples * positions),
+            positions=rows.positions,
+            padded=rows.padded,
+            counts=rows,
             factors=factors,
             mean_input=masked.sum((0, 1), dtype=torch.float64) / float(counts.sum()) if found.factors else None,
             real=real,

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from curvscope.errors import LossError, UsageError, out_of_memory
 from curvscope.extract.categorical import categorical_columns, categorical_root
-from curvscope.extract.output_root import OutputRoot, signs
+from curvscope.extract.noise import Noise
+from curvscope.extract.output_root import OutputRoot
 from curvscope.graph.layout import Layout
 from curvscope.graph.verify import Independent
 from curvscope.load.problem import Loss
@@ -62,6 +63,7 @@ def make_root(
     fisher: str,
     samples: int,
     seed: int,
+    start: int = 0,
     independent: Independent | None = None,
 ) -> Root:
     """The root of L's Hessian in the outputs, for `fisher` exact, probe, mc or empirical.
@@ -70,7 +72,8 @@ def make_root(
     columns of a position.
 
     `outputs` are the model's, detached; `layout` says where their examples are. Arithmetic is float64; columns come
-    back in the outputs' dtype. Draws come from a generator of their own, seeded with `seed`.
+    back in the outputs' dtype. Draws depend on `seed` and on the number of every example, the first being `start`
+    (see `curvscope.extract.noise`): pieces of the data are given what all of it would be.
 
     Raises:
         LossError: a callable loss that is no sum over examples, not convex, or too large for its Hessian.
@@ -110,11 +113,10 @@ def make_root(
 
         def column(k: int) -> Tensor:
             # drawn anew at every call: a sweep holds one draw, however many there are
-            generator = torch.Generator(device=outputs.device).manual_seed(seeds[k])
-            return draw(generator) / samples**0.5
+            return draw(Noise(seeds[k], layout, start)) / samples**0.5
 
         columns = samples
-    unit = _unit(root.probe(torch.Generator(device=outputs.device).manual_seed(seed)))
+    unit = _unit(root.probe(Noise(seed, layout, start)))
     scaled = lambda k: (column(k) * unit).to(dtype)  # noqa: E731
     moments = root.moments() if fisher == "mc" and root.moments is not None else (0.0, 0.0)
     return Root(fisher, columns, scaled, gradient, value, count, unit, shared is not None, moments)
@@ -198,9 +200,8 @@ def _mse(loss: Loss, outputs: Tensor, targets: Tensor, layout: Layout) -> Output
     c = 1.0 / outputs.numel() if loss.settings.get("reduction", "mean") == "mean" else 1.0
     scale = torch.full(outputs.shape, (2 * c) ** 0.5, dtype=torch.float64, device=outputs.device)
 
-    def draw(generator: torch.Generator) -> Tensor:
-        noise = torch.randn(outputs.shape, dtype=torch.float64, device=outputs.device, generator=generator)
-        return scale * noise
+    def draw(noise: Noise) -> Tensor:
+        return scale * noise.normal(scale)
 
     return _elementwise(scale, outputs.dtype, layout, draw, lambda gradient: gradient.double() / c**0.5)
 
@@ -218,8 +219,8 @@ def _bce(loss: Loss, outputs: Tensor, targets: Tensor, layout: Layout) -> Output
     p, q = torch.sigmoid(z), torch.sigmoid(-z)
     coefficient = (c * w).expand_as(z)
 
-    def draw(generator: torch.Generator) -> Tensor:
-        label = torch.bernoulli(p, generator=generator)
+    def draw(noise: Noise) -> Tensor:
+        label = (noise.uniform(p) < p).double()
         return coefficient.sqrt() * (p - label)
 
     def true_gradient(gradient: Tensor) -> Tensor:
@@ -238,7 +239,7 @@ def _elementwise(
     scale: Tensor,
     dtype: torch.dtype,
     layout: Layout,
-    draw: Callable[[torch.Generator], Tensor],
+    draw: Callable[[Noise], Tensor],
     true_gradient: Callable[[Tensor], Tensor],
 ) -> OutputRoot:
     """The root of a diagonal Hessian: one column an output of the example."""
@@ -249,8 +250,8 @@ def _elementwise(
         out[:, k] = flat[:, k].to(dtype)
         return layout.unflat(out, scale)
 
-    def probe(generator: torch.Generator) -> Tensor:
-        return scale * signs(scale, generator)
+    def probe(noise: Noise) -> Tensor:
+        return scale * noise.signs(scale)
 
     def shared(j: int, along: int) -> Tensor:
         out = torch.zeros_like(scale, dtype=dtype)
@@ -276,7 +277,6 @@ def _callable(loss: Loss, outputs: Tensor, targets: Any, layout: Layout, seed: i
         )
     product = _hessian_product(loss, outputs, targets)
     examples = layout.flat(outputs).shape[0]
-    generator = torch.Generator(device=outputs.device).manual_seed(seed)
     hessian = torch.zeros(examples, count, count, dtype=torch.float64, device=outputs.device)
     like = outputs.detach().double()
     for d in range(count):
@@ -291,8 +291,8 @@ def _callable(loss: Loss, outputs: Tensor, targets: Any, layout: Layout, seed: i
             remedy="Use a loss that is twice differentiable where the model is.",
         )
     tolerance = _loss_eps(loss, outputs, targets) * max(size, 1e-300) * 100
-    for _ in range(2):
-        vector = signs(torch.empty(examples, count, dtype=torch.float64, device=outputs.device), generator)
+    for number in range(2):
+        vector = layout.flat(Noise(seed + number, layout).signs(like))
         expected = torch.einsum("nde,ne->nd", hessian, vector)
         got = layout.flat(product(layout.unflat(vector, like)))
         gap = float((got - expected).abs().max())
@@ -317,13 +317,14 @@ def _callable(loss: Loss, outputs: Tensor, targets: Any, layout: Layout, seed: i
     # Beyond rounding nothing is cut: an eigenvalue below zero here is what rounding left of a zero.
     root = vectors * values.clamp(min=0.0).sqrt().unsqueeze(1)
     rank = int((values > tolerance).sum(1).max())
-    root = root[:, :, count - rank :]
+    root, vectors = root[:, :, count - rank :], vectors[:, :, count - rank :]
 
     def column(k: int) -> Tensor:
         return layout.unflat(root[:, :, k], like)
 
-    def probe(generator: torch.Generator) -> Tensor:
-        drawn = signs(root[:, 0], generator)
+    def probe(noise: Noise) -> Tensor:
+        # through the symmetric root: eigenvectors of equal eigenvalues are whatever the solver made them
+        drawn = torch.einsum("nek,ne->nk", vectors, layout.flat(noise.signs(like)))
         return layout.unflat(torch.einsum("ndk,nk->nd", root, drawn), like)
 
     return OutputRoot(rank, column, probe, None, None)

@@ -18,7 +18,7 @@ from curvscope.extract.embedding import EmbeddingCollector
 from curvscope.extract.extension import SiteExtension, active, extended
 from curvscope.extract.grouped import GroupedCollector
 from curvscope.extract.padding import Judge, Padding
-from curvscope.extract.plan import ROWS_BYTES
+from curvscope.extract.plan import site_positions
 from curvscope.extract.positionwise import PositionwiseCollector, PositionwiseTapCollector
 from curvscope.extract.projected import ProjectedCollector
 from curvscope.extract.roots import Root
@@ -50,7 +50,7 @@ def sweep(
     judge: Judge | None = None,
     blocks: dict[str, GramSum] | None = None,
     projected: Mapping[str, ProjectedCollector] | None = None,
-    rows_bytes: int = ROWS_BYTES,
+    rows: Collection[str] = (),
 ) -> dict[str, Extract]:
     """Factors, gradient and columns of the layers named in `forms`, in one sweep.
 
@@ -66,7 +66,7 @@ def sweep(
         progress: called after every backward pass.
         judge: given where the batch is a piece of the data; it learns what looks like padding here.
         projected: collectors of layers that are to be squared in given bases, instead of those of `forms`.
-        rows_bytes: what rows that are kept beside columns of another form may take together.
+        rows: layers that keep their rows beside columns of another form, see `layers_with_rows`.
         blocks: sums that formed columns are added to, and where those that are begun here are put.
     """
     wanted: dict[str, Form | None] = {**forms, **dict.fromkeys(gradient_only)}
@@ -102,7 +102,10 @@ def sweep(
         collectors |= projected or {}
         for collector in collectors.values():
             collector.begin(modules, taken.columns)
-        _keep_rows(collectors, rows_bytes)
+        for name in rows:
+            own = collectors[name]
+            assert isinstance(own, Collector)
+            own.keeps_rows = True
         with active(extension):
             passes = ([taken.gradient] if factors else []) + [None] * taken.columns
             for index, given in enumerate(passes):
@@ -135,16 +138,37 @@ def sweep(
         }
 
 
-def _keep_rows(collectors: Mapping[str, Any], limit: int) -> None:
-    """Lets the layers with the smallest rows keep them, as long as all together stay under the limit.
+def layers_with_rows(
+    layers: Mapping[str, LayerSpec],
+    forms: Mapping[str, Form | None],
+    positions: Mapping[str, int],
+    *,
+    examples: int,
+    columns: int,
+    itemsize: int,
+    limit: int,
+) -> list[str]:
+    """The layers that keep their rows beside dense or formed columns: those with the smallest, together under `limit`.
 
-    Only layers whose rows are those of one matrix: not groups, nor parameters without a Kronecker form.
+    Only layers whose rows are those of one matrix: not groups, nor parameters without a Kronecker form. The rows are
+    those of all `examples`, with K `columns` each, so the choice does not depend on how the data is cut.
     """
-    plain = [one for one in collectors.values() if type(one) in (Collector, PositionwiseCollector)]
-    kept = 0
-    for size, collector in sorted(((one.rows_bytes(), one) for one in plain), key=lambda pair: pair[0]):
-        kept += size
-        collector.keeps_rows = size > 0 and kept <= limit
+    sizes = {}
+    for name, form in forms.items():
+        spec = layers[name]
+        if form in ("dense", "formed") and _one_matrix(spec):
+            rows = examples * site_positions(positions, [site.target for site in spec.sites])
+            sizes[name] = itemsize * rows * (spec.d_in + columns * spec.d_out)
+    kept, chosen = 0, []
+    for name in sorted(sizes, key=lambda name: sizes[name]):
+        kept += sizes[name]
+        if kept <= limit:
+            chosen.append(name)
+    return chosen
+
+
+def _one_matrix(spec: LayerSpec) -> bool:
+    return not (spec.exact_only or spec.roles or spec.kind == "embedding" or spec.groups > 1)
 
 
 def _collector(spec: LayerSpec, root: Root) -> type[Collector] | type[TapCollector] | type[TiedCollector]:

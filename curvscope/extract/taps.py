@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from curvscope.extract.collector import Columns, Extract, Form
+from curvscope.extract.counts import RowCounts
 from curvscope.extract.replayed import Replayed
 from curvscope.extract.symmetric import GramSum
 from curvscope.graph.layout import Layout
@@ -101,7 +102,11 @@ class TapCollector:
             columns = Columns("formed", self.examples, self.count, block=self.block.result())
         elif self.kept:
             columns = Columns("dense", self.examples, self.count, values=torch.stack(self.kept).unsqueeze(2))
-        return Extract(self.spec, self.examples, 1.0, 0.0, {}, self.gradient, columns, example_squares=self.squares)
+        one = torch.ones(self.whole_examples)
+        rows = RowCounts.of(one, one, 1)
+        return Extract(
+            self.spec, self.examples, 1.0, 0.0, {}, self.gradient, columns, example_squares=self.squares, counts=rows
+        )
 
 
 def replayed_members(tap: Tap, extra: Sequence[Any], output: Tensor, layout: Layout) -> list[Replayed | None]:

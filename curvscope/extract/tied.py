@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from curvscope.extract.collector import Collector, Columns, Extract, Form
+from curvscope.extract.counts import side_by_side
 from curvscope.extract.embedding import EmbeddingCollector
 from curvscope.extract.symmetric import GramSum
 from curvscope.graph.sites import LayerSpec
@@ -92,6 +93,7 @@ class TiedCollector:
         elif self.values is not None:
             columns = Columns("dense", self.examples, self.count, values=self.values)
         positions = sum(role.positions for role in roles.values())
-        rows = sum(role.positions / (1 - role.padded) for role in roles.values() if role.padded < 1)
-        padded = 1 - positions / rows if rows > positions else 0.0
-        return Extract(self.spec, self.examples, positions, padded, {}, gradient, columns, roles=roles)
+        counts = side_by_side(role.counts for role in roles.values())
+        return Extract(
+            self.spec, self.examples, positions, counts.padded, {}, gradient, columns, roles=roles, counts=counts
+        )

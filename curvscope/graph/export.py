@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from curvscope.errors import BatchError, ModelError, out_of_memory
 from curvscope.graph.cells import cell_decompositions
 from curvscope.graph.graph_inputs import batch_vector, edge_lists
+from curvscope.graph.lookups import rescaling, settle
 from curvscope.graph.reading import Replayed, numbers_read
 from curvscope.graph.shadow import shadow
 from curvscope.load.problem import Inputs
@@ -212,6 +213,11 @@ def export_model(
     graphs = example_index is not None or (not example_axes and bool(edge_lists(flat.names, flat.tensors)))
     twin = shadow(model, device=device, dtype=dtype)
     tensors = tuple(t.detach().to(device=device, dtype=dtype if t.is_floating_point() else None) for t in flat.tensors)
+    if rescaling(twin):
+        args, kwargs = flat.rebuild(tensors)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            twin(*args, **kwargs)
+        settle(twin)
     traced = tensors
     if count == 1 and not graphs:
         traced = tuple(

@@ -13,6 +13,7 @@ from curvscope.graph.eager import build_eager
 from curvscope.graph.export import ExportFailure, FlatInputs, example_axes_of, export_model, flatten_inputs
 from curvscope.graph.functional import Graph, build
 from curvscope.graph.graph_inputs import edge_lists
+from curvscope.graph.lookups import lookup_notes, rescaling, settle
 from curvscope.graph.shadow import moved, shadow
 from curvscope.graph.trial import try_forward
 from curvscope.load.problem import Problem
@@ -63,7 +64,7 @@ def prepare(
     index = problem.example_index
     axes, examples = example_axes_of(flat.names, flat.tensors, problem.example_axes, index)
     options: dict[str, Any] = {"layers": settings.layers, "skip": settings.skip}
-    notes = _precision_notes(problem, dtype) + _whole_graph_notes(flat, axes, index)
+    notes = _precision_notes(problem, dtype) + lookup_notes(problem.model) + _whole_graph_notes(flat, axes, index)
     if not isinstance(problem.model, nn.Module):
         dynamic = bool(problem.model.range_constraints)
         graph = build(problem.model, device=device, dtype=dtype, dynamic=dynamic, **options)
@@ -71,9 +72,16 @@ def prepare(
     twin = shadow(problem.model, device=device, dtype=dtype)
     tensors = tuple(moved(tensor, device, dtype) for tensor in flat.tensors)
     try_forward(twin, flat, tensors)
+    model = problem.model
+    if rescaling(twin):
+        for batch in problem.batches or ():
+            other = flatten_inputs(batch.inputs)
+            try_forward(twin, other, tuple(moved(tensor, device, dtype) for tensor in other.tensors))
+        settle(twin)
+        model = twin
     try:
         exported = export_model(
-            problem.model,
+            model,
             problem.inputs,
             problem.example_axes,
             example_index=index,

@@ -9,15 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from curvscope.errors import ModelError
+from curvscope.graph.lookups import rescaling
 
 
 def shadow(model: nn.Module, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> nn.Module:
     """A structural copy of `model` in eval mode, on `device` and in `dtype`.
 
     Parameters are aliases (`p.detach()`, the same storage) wherever device and dtype already agree; buffers are
-    clones, since a forward pass may write to them. So are embeddings with `max_norm`, whose rows a forward pass
-    rescales in place: the copy has all of them rescaled, and no `max_norm` any more. Neither mode, `requires_grad`,
-    hooks nor values of `model` change, now or later.
+    clones, since a forward pass may write to them. So are the weights of embeddings with `max_norm`, whose rows a
+    forward pass rescales in place (see `curvscope.graph.lookups`). Neither mode, `requires_grad`, hooks nor values of
+    `model` change, now or later.
 
     Raises:
         ModelError: the module holds something that can't be copied (an open file, a lock, ...).
@@ -27,10 +28,9 @@ def shadow(model: nn.Module, *, device: torch.device | None = None, dtype: torch
         memo[id(parameter)] = nn.Parameter(
             _moved(parameter.detach(), device, dtype), requires_grad=parameter.requires_grad
         )
-    rescaled: list[Any] = [module for module in model.modules() if _rescales(module)]
-    for module in rescaled:
-        weight = _moved(module.weight.detach(), device, dtype)
-        memo[id(module.weight)] = nn.Parameter(_rescaled(weight, module), requires_grad=module.weight.requires_grad)
+    for module in rescaling(model):
+        weight = _moved(module.weight.detach(), device, dtype).clone()
+        memo[id(module.weight)] = nn.Parameter(weight, requires_grad=module.weight.requires_grad)
     for buffer in model.buffers():
         memo[id(buffer)] = _moved(buffer.detach().clone(), device, dtype)
     for module in model.modules():
@@ -46,20 +46,7 @@ def shadow(model: nn.Module, *, device: torch.device | None = None, dtype: torch
             where=f"{type(model).__name__} (copy.deepcopy; its weights are shared, not copied)",
             remedy="Remove what can't be copied (open files, locks, process groups) from the module's attributes.",
         ) from error
-    for copied in twin.modules():
-        if _rescales(copied):
-            setattr(copied, "max_norm", None)  # noqa: B010
     return twin.eval()
-
-
-def _rescales(module: Any) -> bool:
-    return isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None
-
-
-def _rescaled(weight: Tensor, module: Any) -> Tensor:
-    """A copy whose rows have at most the norm that the module allows, as `torch.embedding_renorm_` makes them."""
-    rows = torch.arange(len(weight), device=weight.device)
-    return torch.embedding_renorm_(weight.clone(), rows, module.max_norm, module.norm_type)
 
 
 def _moved(tensor: Tensor, device: torch.device | None, dtype: torch.dtype | None) -> Tensor:

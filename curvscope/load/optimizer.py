@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from curvscope.errors import UsageError
+from curvscope.load.optimizer_class import class_name_of, class_name_of_live
 from curvscope.load.problem import OptimizerState
 from curvscope.load.schedule import schedule
 
 OPTIMIZER_KEYS = ("optimizer", "optimizer_state_dict", "optim", "optim_state_dict", "optimizer_state", "opt")
+SEVERAL = "optimizer_states"
 STEP_KEYS = ("global_step", "step", "iteration", "iter")
-UNKNOWN = "unknown"
-"""Class name where the state_dict does not tell."""
 OUTSIDE = ""
 """Name of an optimizer's parameter that is not a parameter of the model."""
 NO_DECAY_WORDS = ("bias", "norm", "ln_")
@@ -66,7 +66,7 @@ def as_optimizer_state(
     ahead = None
     if scheduler is not None:
         ahead = schedule(scheduler.state_dict(), state["param_groups"], type(scheduler).__name__)
-    return OptimizerState(type(optimizer).__name__, tuple(order), state, clip=clip_norm, schedule=ahead)
+    return OptimizerState(class_name_of_live(optimizer), tuple(order), state, clip=clip_norm, schedule=ahead)
 
 
 def entries_by_name(state: OptimizerState) -> dict[str, tuple[int, Mapping[str, Any], Mapping[str, Any]]]:
@@ -88,7 +88,7 @@ def find_optimizer_state(content: Mapping[Any, Any]) -> Mapping[str, Any] | None
     for key in OPTIMIZER_KEYS:
         if is_optimizer_state(content.get(key)):
             return content[key]
-    several = content.get("optimizer_states")
+    several = content.get(SEVERAL)
     if isinstance(several, (list, tuple)) and several and is_optimizer_state(several[0]):
         return several[0]
     return None
@@ -135,65 +135,6 @@ def match_optimizer(
         "to the "
         f"model's {len(parameters)} by order and shape.",
     )
-
-
-OTHERS: tuple[tuple[str, frozenset[str]], ...] = (
-    ("Muon", frozenset({"ns_steps", "momentum"})),
-    ("Adafactor", frozenset({"beta2_decay", "d"})),
-    ("Adafactor", frozenset({"scale_parameter", "relative_step"})),
-    ("ScheduleFree", frozenset({"weight_lr_power", "r"})),
-    ("AdEMAMix", frozenset({"betas", "alpha", "eps", "beta3_warmup"})),
-    ("AdEMAMix", frozenset({"betas", "alpha", "eps", "t_alpha_beta3"})),
-    ("Prodigy", frozenset({"d0", "d_coef"})),
-    ("Shampoo", frozenset({"epsilon", "update_freq"})),
-    ("ASGD", frozenset({"lambd", "t0"})),
-    ("Rprop", frozenset({"etas", "step_sizes"})),
-    ("LBFGS", frozenset({"line_search_fn"})),
-    ("LARS", frozenset({"trust_coefficient"})),
-)
-"""Optimizers that the options tell apart, and that are recognised to be named, most of them without a threshold."""
-KNOWN_OPTIONS = frozenset(
-    (
-        *("params", "param_names", "name", "lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize"),
-        *("foreach", "differentiable", "fused", "capturable", "initial_lr", "max_lr", "min_lr", "base_momentum"),
-        *("max_momentum", "swa_lr", "lr_scale", "damping"),
-    )
-)
-"""Options of torch's SGD, and those that schedulers and training scripts add to groups."""
-
-
-def class_name_of(state: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
-    """The optimizer's class as far as its options tell, and a note where they do not.
-
-    A state_dict does not name its class. Adam and AdamW have the same options in older versions of
-    torch: without weight decay they are the same optimizer, with it they can't be told apart.
-    """
-    groups = state["param_groups"]
-    options = {key for group in groups for key in group}
-    if "lr" not in options:
-        return UNKNOWN, ("The optimizer's class could not be told from its state.",)
-    if {"betas", "eps", "amsgrad"} <= options:
-        if "decoupled_weight_decay" in options:
-            decoupled = any(group.get("decoupled_weight_decay") for group in groups)
-            return ("AdamW" if decoupled else "Adam"), ()
-        if not any(group.get("weight_decay") for group in groups):
-            return "Adam", ()
-        return UNKNOWN, ("The optimizer is Adam or AdamW; its state_dict does not say which.",)
-    strange = sorted(options - KNOWN_OPTIONS)
-    for name, needed in OTHERS:
-        if needed <= options:
-            return name, ()
-    if strange and {"momentum", "dampening", "nesterov"} <= options:
-        return UNKNOWN, (f"The optimizer looks like SGD but has options of its own ({', '.join(strange[:4])}).",)
-    for name, keys in (
-        ("NAdam", {"betas", "eps", "momentum_decay"}),
-        ("SGD", {"momentum", "dampening", "nesterov"}),
-        ("RMSprop", {"alpha", "centered"}),
-        ("Adagrad", {"lr_decay", "initial_accumulator_value"}),
-    ):
-        if keys <= options:
-            return name, ()
-    return UNKNOWN, ("The optimizer's class could not be told from its state.",)
 
 
 def _orders(

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvscope.load.optimizer import UNKNOWN, entries_by_name
+from curvscope.load.optimizer import entries_by_name
+from curvscope.load.optimizer_class import UNKNOWN
 from curvscope.load.problem import OptimizerState, Schedule
+from curvscope.load.shampoo_state import feeds_back, shampoo_factors
 
 KINDS = ("sgd", "adam", "adamw", "nadam", "rmsprop", "adagrad", "kfac", "shampoo")
 OTHER = "other"
@@ -267,6 +269,8 @@ def _moments(entry: Mapping[str, Any], shape: Sequence[int]) -> tuple[dict[str, 
             # in its own dtype, where torch rounds it, too
             moments[key] = torch.as_tensor(value)
         elif key in MOMENTS and isinstance(value, Tensor):
+            if not value.is_floating_point():
+                return moments, step, f"{key} is quantized ({str(value.dtype).removeprefix('torch.')})"
             if tuple(value.shape) != tuple(shape):
                 return moments, step, f"{key} is {list(value.shape)}, the parameter {list(shape)}"
             moments[key] = value.detach()
@@ -275,40 +279,6 @@ def _moments(entry: Mapping[str, Any], shape: Sequence[int]) -> tuple[dict[str, 
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "square_avg", "grad_avg", "sum", "momentum_buffer")
-
-
-NUMBERED = ("inv_precond_{}", "inv_pre_cond_{}")
-
-
-def shampoo_factors(entry: Mapping[str, Any], shape: Sequence[int]) -> dict[str, Tensor]:
-    """Shampoo's factor of each axis, as factor_0, factor_1, ... or, where the state holds them, inverse_0, ...
-
-    Understood are L and R, lists under preconditioners, factor_matrices and their inverse forms, and the numbered
-    inverses of torch_optimizer (inv_precond_0) and pytorch_optimizer (inv_pre_cond_0); their factors alone would not
-    do, as these packages take other roots of them than the paper. Empty where the state has none, or where one does
-    not have its axis's size.
-    """
-    for key, name in (("inv_factor_matrices", "inverse"), ("inv_preconditioners", "inverse"),
-                      ("factor_matrices", "factor"), ("preconditioners", "factor")):  # fmt: skip
-        listed = entry.get(key)
-        if isinstance(listed, (list, tuple)) and _square(listed, shape):
-            return {f"{name}_{axis}": tensor.detach() for axis, tensor in enumerate(listed)}
-    for pattern in NUMBERED:
-        numbered = [entry.get(pattern.format(axis)) for axis in range(len(shape))]
-        if _square(numbered, shape):
-            whole = [tensor for tensor in numbered if isinstance(tensor, Tensor)]
-            return {f"inverse_{axis}": tensor.detach() for axis, tensor in enumerate(whole)}
-    pair = [entry.get("L"), entry.get("R")]
-    if _square(pair, shape):
-        return {f"factor_{axis}": tensor.detach() for axis, tensor in enumerate(pair)}  # type: ignore[union-attr]
-    return {}
-
-
-def _square(tensors: Sequence[Any], shape: Sequence[int]) -> bool:
-    return len(tensors) == len(shape) > 0 and all(
-        isinstance(tensor, Tensor) and tuple(tensor.shape) == (size, size)
-        for tensor, size in zip(tensors, shape, strict=True)
-    )
 
 
 def _damping(state: OptimizerState | None, options: Mapping[str, Any]) -> float | None:
@@ -378,7 +348,8 @@ def _problems(settings: OptimizerSettings, state: OptimizerState | None) -> list
             found.append("it maximizes the loss; the thresholds are those of minimization")
         if found:
             break
-    if settings.kind == "shampoo" and _feeds_back(settings, state):
+    momentum = any(one.momentum for one in settings.parameters.values())
+    if settings.kind == "shampoo" and momentum and state is not None and feeds_back(state.state_dict["state"].values()):
         found.append(
             "its momentum goes through the preconditioner again, as in torch_optimizer and pytorch_optimizer, for "
             "which no threshold is known"
@@ -391,12 +362,3 @@ def _problems(settings: OptimizerSettings, state: OptimizerState | None) -> list
     if factored and settings.damping is None:
         found.append("Shampoo's damping is not known; give it with --damping")
     return found
-
-
-def _feeds_back(settings: OptimizerSettings, state: OptimizerState | None) -> bool:
-    """Whether it is a Shampoo that averages the preconditioned step into the next gradient before it preconditions."""
-    entries = [] if state is None else list(state.state_dict["state"].values())
-    numbered = any(
-        isinstance(entry, Mapping) and pattern.format(0) in entry for entry in entries for pattern in NUMBERED
-    )
-    return numbered and any(one.momentum for one in settings.parameters.values())

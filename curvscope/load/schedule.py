@@ -64,13 +64,15 @@ def schedule(state: State, groups: Sequence[Mapping[str, Any]], name: str = "") 
     last = state.get("_last_lr")
     if isinstance(last, (list, tuple)) and not _same(last, groups):
         shown = ", ".join(f"{float(rate):g}" for rate in last[:3] if isinstance(rate, (int, float, Tensor)))
-        return _now(name, groups, f"its last learning rate ({shown}) is not the optimizer's, which is the one judged")
+        return next_step_alone(
+            name, groups, f"its last learning rate ({shown}) is not the optimizer's, which is the one judged"
+        )
     try:
         steps = steps_ahead(name, state)
     except UnknownAheadError as reason:
         return _up_to_its_base(name, state, groups, str(reason))
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as cause:
-        return _now(name, groups, f"its state can't be read: {describe(cause)}")
+        return next_step_alone(name, groups, f"its state can't be read: {describe(cause)}")
     return run_ahead(lambda optimizer: _made(name, state, optimizer), state, groups, steps, name)
 
 
@@ -84,7 +86,7 @@ def run_ahead(make: Make, state: State, groups: Sequence[Mapping[str, Any]], ste
             scheduler = make(optimizer)
             scheduler.load_state_dict(copy.deepcopy(dict(state)))
             if name == "CyclicLR" and not _same(scheduler.get_lr(), groups):
-                return _now(name, groups, "its functions are not in the file")
+                return next_step_alone(name, groups, "its functions are not in the file")
             for group, own in zip(optimizer.param_groups, before, strict=True):
                 group.update(own)  # building a scheduler sets the rates of its first step
             rows = [_rates(optimizer.param_groups)]
@@ -92,10 +94,10 @@ def run_ahead(make: Make, state: State, groups: Sequence[Mapping[str, Any]], ste
                 scheduler.step()
                 rows.append(_rates(optimizer.param_groups))
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError, RuntimeError) as cause:
-        return _now(name, groups, f"its state can't be run: {describe(cause)}")
+        return next_step_alone(name, groups, f"its state can't be run: {describe(cause)}")
     table = torch.tensor(rows, dtype=torch.float64)
     if not bool(table[..., 0].isfinite().all()):
-        return _now(name, groups, "it sets rates that are not finite")
+        return next_step_alone(name, groups, "it sets rates that are not finite")
     return Schedule(name, table[..., 0], table[..., 1], cut=steps > MOST_STEPS)
 
 
@@ -203,6 +205,12 @@ def _rates(groups: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
     return rows
 
 
+def fits(state: State, groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a scheduler's last rates are those of these groups."""
+    last = state.get("_last_lr")
+    return isinstance(last, (list, tuple)) and _same(last, groups)
+
+
 def _same(last: Sequence[Any], groups: Sequence[Mapping[str, Any]]) -> bool:
     """Whether the scheduler's last rates are those of the groups."""
     return len(last) == len(groups) and all(
@@ -213,7 +221,7 @@ def _same(last: Sequence[Any], groups: Sequence[Mapping[str, Any]]) -> bool:
     )
 
 
-def _now(name: str, groups: Sequence[Mapping[str, Any]], problem: str) -> Schedule:
+def next_step_alone(name: str, groups: Sequence[Mapping[str, Any]], problem: str) -> Schedule:
     """The next step's rates alone."""
     table = torch.tensor(_rates([{"lr": math.nan, **_kept(group)} for group in groups]), dtype=torch.float64)
     return Schedule(name, table[None, :, 0], table[None, :, 1], problem)
@@ -221,7 +229,7 @@ def _now(name: str, groups: Sequence[Mapping[str, Any]], problem: str) -> Schedu
 
 def _up_to_its_base(name: str, state: State, groups: Sequence[Mapping[str, Any]], problem: str) -> Schedule:
     """Of a LambdaLR the base rates as well: they are the peak of a warm-up, whose function ends at 1."""
-    now, base = _now(name, groups, problem), state.get("base_lrs")
+    now, base = next_step_alone(name, groups, problem), state.get("base_lrs")
     if name != "LambdaLR" or not isinstance(base, (list, tuple)) or len(base) != len(groups):
         return now
     try:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from curvscope.load.problem import OptimizerState
-from curvscope.load.schedule import schedule
+from curvscope.load.optimizer import SEVERAL
+from curvscope.load.problem import OptimizerState, Schedule
+from curvscope.load.schedule import fits, next_step_alone, schedule
 
 SCHEDULER_KEYS = ("lr_scheduler", "scheduler", "lr_schedulers", "scheduler_state_dict", "lr_scheduler_state_dict")
 CLIP_KEYS = ("gradient_clip_val", "max_grad_norm", "grad_clip", "clip_grad_norm", "clip_grad", "grad_clip_norm")
@@ -21,20 +22,39 @@ def with_surroundings(state: OptimizerState | None, content: Mapping[Any, Any]) 
     if state is None:
         return None
     clip, notes = find_clip(content)
+    optimizers = content.get(SEVERAL)
+    if isinstance(optimizers, (list, tuple)) and len(optimizers) > 1:
+        notes += (f"The checkpoint holds {len(optimizers)} optimizers; the first is the one judged.",)
+    return dataclasses.replace(state, clip=clip, notes=notes, schedule=_schedule(content, state))
+
+
+def _schedule(content: Mapping[Any, Any], state: OptimizerState) -> Schedule | None:
+    """What the checkpoint's schedulers do to this optimizer.
+
+    Of several that of this optimizer is the only one whose last rates are its own; where more than one is, they act on
+    it together, in an order that the checkpoint does not tell.
+    """
     groups = state.state_dict["param_groups"]
-    found = find_scheduler(content)
-    ahead = None if found is None else schedule(found, groups)
-    return dataclasses.replace(state, clip=clip, notes=notes, schedule=ahead)
+    found = find_schedulers(content)
+    if len(found) > 1:
+        optimizers = content.get(SEVERAL)
+        own = [one for one in found if fits(one, groups)]
+        if not isinstance(optimizers, (list, tuple)) or len(optimizers) < 2 or len(own) != 1:
+            problem = f"the checkpoint holds {len(found)} schedulers, and what they do together is not modelled"
+            return next_step_alone("several schedulers", groups, problem)
+        found = own
+    return schedule(found[0], groups) if found else None
 
 
-def find_scheduler(content: Mapping[Any, Any]) -> Mapping[str, Any] | None:
-    """The scheduler's state_dict under a usual key (Lightning keeps a list: its first)."""
+def find_schedulers(content: Mapping[Any, Any]) -> Sequence[Mapping[str, Any]]:
+    """The schedulers' state_dicts under the first usual key that has any (Lightning keeps a list)."""
     for key in SCHEDULER_KEYS:
-        found = content.get(key)
-        found = found[0] if isinstance(found, (list, tuple)) and found else found
-        if isinstance(found, Mapping) and ("_last_lr" in found or "last_epoch" in found):
+        value = content.get(key)
+        listed = value if isinstance(value, (list, tuple)) else [value]
+        found = [one for one in listed if isinstance(one, Mapping) and ("_last_lr" in one or "last_epoch" in one)]
+        if found:
             return found
-    return None
+    return ()
 
 
 def find_clip(content: Mapping[Any, Any]) -> tuple[float | None, tuple[str, ...]]:

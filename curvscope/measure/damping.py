@@ -14,7 +14,6 @@ import operator
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +24,9 @@ from curvscope.curvature.kronecker import Approximation, Kronecker
 from curvscope.curvature.rotated import rotated
 from curvscope.measure.condition import flops, preconditioned_condition
 from curvscope.measure.damped import Damped, ExactSteps, ExactSums, StepSums, mean_ratio
-from curvscope.measure.ranges import Curve, Values, range_row, refined, with_form_gaps
+from curvscope.measure.damping_rows import RowMaker
+from curvscope.measure.peaks import agree, peaks
+from curvscope.measure.ranges import Curve, Values, joined, range_row, with_form_gaps
 from curvscope.measure.step_sums import FollowedSteps, step_sums
 from curvscope.records import NAN, DampingRow, RangeRow
 
@@ -34,6 +35,8 @@ RELATIVE_GRID = tuple(10.0**exponent for exponent in range(-8, 3))
 LARGEST = 4096
 # All conditions of a layer may take this many operations together.
 CONDITION_FREE = 2e10
+# Looks at a curve for its peaks, each with what the one before has computed.
+PEAK_ROUNDS = 3
 USE_EIGENBASIS = "pi is undefined, a factor being zero: use the eigenbasis form"
 
 
@@ -135,7 +138,9 @@ class DampingStage:
         ]
         # below this the eigenvalues of G are rounding of the columns' own dtype
         eps = torch.finfo(subject.dtype).eps
-        self.unresolved = subject.scale * eps * max(0.0, *(float(one.values[-1:].sum()) for one in self.exact))
+        top = max(0.0, *(float(one.values[-1:].sum()) for one in self.exact))
+        unresolved = 0.0 if subject.dtype == torch.float64 else subject.scale * eps * top
+        self.maker = RowMaker(subject.layer, subject.scale, self.mean, self.decay, subject.current, unresolved)
         grid = self._relative_grid() * self.mean
         self.damping = np.unique(np.append(grid, [] if subject.current is None else [subject.current]))
         self.followed: dict[tuple[str, int], FollowedSteps] = {}
@@ -165,7 +170,7 @@ class DampingStage:
             return not_assessed(layer, reason), []
         variants, refused = self._variants(approximations, blind)
         exact = self._exact(damping)
-        rows = self._exact_rows(damping, exact)
+        rows = self.maker.exact(damping, exact)
         known = self._followed()
         others = [variant for variant in variants if (variant.name, variant.form) not in known]
         for variant, sums in zip(others, self._steps(others, [damping] * len(others)), strict=True):
@@ -242,112 +247,35 @@ class DampingStage:
             total = each if not total else [a + b for a, b in zip(total, each, strict=True)]
         return total
 
-    def _exact_rows(self, damping: Values, exact: ExactSums) -> list[DampingRow]:
-        """The block itself as the reference."""
-        rx, xx, xGx = (_array(value) for value in (exact.rx, exact.xx, exact.xGx))
-        dimension = _array(exact.dimension)
-        shift = (damping + self.decay) / self.subject.scale
-        decay = self.decay / self.subject.scale
-        distance = np.maximum(shift**2 * xx - 2 * shift * rx + exact.rr, 0.0)
-        rows = []
-        for i, value in enumerate(damping):
-            decrease = rx[i] - (xGx[i] + decay * xx[i]) / 2
-            numbers: dict[str, Any] = {"effective_dimension": dimension[i]}
-            if exact.rr > 0:
-                numbers |= {
-                    "angle_degrees": 0.0,
-                    "length_ratio": 1.0,
-                    "predicted_decrease": decrease / self.subject.scale,
-                    "decrease_share": 1.0,
-                    "rho": 1.0,
-                    "angle_to_gradient_degrees": _degrees(rx[i], xx[i], exact.rr),
-                    "gradient_distance": (distance[i] / exact.rr) ** 0.5,
-                    "alpha_star": rx[i] / (xGx[i] + shift[i] * xx[i]),
-                    "condition": 1.0,
-                }
-            rows.append(self._row("ggn", "eigenbasis", value, numbers, exact.rr))
-        return rows
-
-    def _row(
-        self, name: str, form: str, damping: float, numbers: Mapping[str, float], rr: float, reason: str = ""
-    ) -> DampingRow:
-        """One row with its marks, and in words what limits it."""
-        status, notes = "ok", [reason] if reason else []
-        if reason:
-            status = "not_assessed"
-        elif rr == 0:
-            status, notes = "not_assessed", ["the layer's gradient is zero, so there is no step"]
-        elif damping + self.decay < self.unresolved and self.subject.dtype != torch.float64:
-            notes.append("below the rounding of float32 columns: --dtype float64 tells more")
-        return DampingRow(
-            self.subject.layer,
-            name,
-            form,
-            damping=float(damping),
-            relative=float(damping / self.mean) if self.mean > 0 else NAN,
-            mark="current" if damping == self.subject.current else "",
-            **{key: float(value) for key, value in numbers.items()},
-            status=status,
-            reason="; ".join(notes),
-        )
-
-    def _fill(self, variant: _Variant, damping: Values, sums: StepSums, exact: ExactSums) -> None:
-        """The variant's rows and curve."""
-        scale, rr = self.subject.scale, exact.rr
-        rp, pp, pGp, pMp, px, distance, dimension = (_array(value) for value in vars(sums).values())
-        rx, xx, xGx = (_array(value) for value in (exact.rx, exact.xx, exact.xGx))
-        shift, decay = (damping + self.decay) / scale, self.decay / scale
+    def _fill(self, variant: _Variant, damping: Values, sums: StepSums, exact: ExactSums) -> Curve:
+        """The variant's rows and curve, with these added."""
         least = min(float(one.matrix.scale.min()) for one in variant.matrices)
-        valid = (shift > -2 * least) & np.isfinite(pp) & np.isfinite(pGp) & (rr > 0)
-        with np.errstate(all="ignore"):
-            bend = pGp + decay * pp
-            decrease, best = rp - bend / 2, rx - (xGx + decay * xx) / 2
-            promised = rp - (pMp + decay * pp) / 2
-            columns = {
-                "angle_degrees": np.array([_degrees(*three) for three in zip(px, pp, xx, strict=True)]),
-                "length_ratio": np.sqrt(pp / xx),
-                "predicted_decrease": decrease / scale,
-                "decrease_share": decrease / best,
-                "rho": decrease / promised,
-                "angle_to_gradient_degrees": np.array([_degrees(a, b, rr) for a, b in zip(rp, pp, strict=True)]),
-                "gradient_distance": np.sqrt(distance / rr) if rr > 0 else distance,
-                "alpha_star": rp / (pGp + shift * pp),
-            }
-        for i, value in enumerate(damping):
-            numbers = {key: column[i] for key, column in columns.items()} if valid[i] else {}
-            indefinite = shift[i] <= -2 * least
-            numbers |= {} if indefinite else {"effective_dimension": dimension[i]}
-            reason = f"M has eigenvalues down to {least * scale:.1e}: with this damping it is not safely positive"
-            variant.rows.append(self._row(variant.name, variant.form, value, numbers, rr, reason if indefinite else ""))
-
-        def known(column: Values) -> Values:
-            return np.where(valid, column, NAN)
-
-        new = Curve(
-            damping,
-            known(rp / scale),
-            known(bend / scale),
-            known(columns["rho"]),
-            known(columns["gradient_distance"]),
-            known(dimension),
-            known(columns["alpha_star"]),
-        )
-        variant.curve = new if variant.curve is None else _merged(variant.curve, new)
+        rows, curve = self.maker.steps(variant.name, variant.form, damping, sums, exact, least)
+        variant.rows += rows
+        variant.curve = curve if variant.curve is None else joined(variant.curve, curve)
+        return variant.curve
 
     def _recommend(self, variants: Sequence[_Variant]) -> None:
-        """Compute each variant's steps at the best damping between the grid's, and mark the best of all."""
-        places = [None if variant.curve is None else refined(variant.curve) for variant in variants]
-        chosen = [(variant, np.array([place])) for variant, place in zip(variants, places, strict=True) if place]
-        if chosen:
-            found = self._steps([variant for variant, _ in chosen], [place for _, place in chosen])
-            for (variant, place), sums in zip(chosen, found, strict=True):
-                self._fill(variant, place, sums, self._exact(place))
-        tried = {id(variant): float(place[0]) for variant, place in chosen}
+        """Compute each variant's steps at the peaks between the grid's values, and mark the best of all."""
+        tried: dict[int, set[float]] = {}
+        waiting = [(variant, variant.curve) for variant in variants if variant.curve is not None]
+        for _ in range(PEAK_ROUNDS):
+            chosen = [(variant, found) for variant, curve in waiting if (found := peaks(curve))]
+            if not chosen:
+                break
+            places = [np.sort(np.array(list(found))) for _, found in chosen]
+            sums = self._steps([variant for variant, _ in chosen], places)
+            waiting = []
+            for (variant, found), each, place in zip(chosen, sums, places, strict=True):
+                curve = self._fill(variant, place, each, self._exact(place))
+                tried.setdefault(id(variant), set()).update(found)
+                # where the curve turned out another, its peak may be elsewhere
+                waiting += [] if agree(curve, found) else [(variant, curve)]
         for variant in variants:
             rows = sorted(variant.rows, key=lambda row: row.damping)
             best = max(rows, key=lambda row: _or_nothing(row.predicted_decrease))
-            # an interpolated value that turned out no better than the grid's is of no use
-            rows = [row for row in rows if row is best or row.mark or row.damping != tried.get(id(variant))]
+            # of the values between the grid's only the best one is of use, if it is one of them
+            rows = [row for row in rows if row is best or row.mark or row.damping not in tried.get(id(variant), ())]
             if _or_nothing(best.predicted_decrease) > 0:
                 mark = ", ".join(filter(None, (best.mark, "recommended")))
                 rows = [dataclasses.replace(row, mark=mark) if row is best else row for row in rows]
@@ -384,26 +312,6 @@ class DampingStage:
         return with_form_gaps(rows, curves)
 
 
-def _merged(first: Curve, second: Curve) -> Curve:
-    """Both curves' values, by ascending damping."""
-    order = np.argsort(np.concatenate([first.damping, second.damping]), kind="stable")
-    return Curve(
-        *(np.concatenate(pair)[order] for pair in zip(vars(first).values(), vars(second).values(), strict=True))
-    )
-
-
 def _or_nothing(value: float) -> float:
     """The value, or minus infinity where there is none."""
     return -math.inf if math.isnan(value) else value
-
-
-def _array(values: Tensor) -> Values:
-    return values.cpu().numpy()
-
-
-def _degrees(inner: float, left: float, right: float) -> float:
-    """The angle between two vectors from their inner product and squares; NaN where one is zero."""
-    if not (left > 0 and right > 0):
-        return NAN
-    # rounding may take a cosine beyond 1
-    return math.degrees(math.acos(min(1.0, max(-1.0, inner / (left * right) ** 0.5))))

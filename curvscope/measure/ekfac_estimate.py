@@ -5,9 +5,11 @@ With Lambda from the draws that made U, its largest entries would be the draws' 
 basis of each half's B serves the diagonal of the other half, in which pairs of different draws give <Lambda, Lambda>
 without bias; the two results are averaged. Where B is exact (no draw is in it) so is the basis, and all pairs count.
 
-The basis of k draws is not that of the exact B, and ||Lambda|| is smaller in it: by 1/k where k is large, more slowly
-where it is not. The bases of half as many draws tell how much: <Lambda, Lambda> is carried on along 1/k, and where it
-ends is in doubt by `DOUBT` times the change that one halving made.
+The basis of k draws is not that of the exact B. It errs twice. Other draws would have given another basis: what
+<Lambda, Lambda> changes by without each of the draws in turn is theirs in the jackknife, beside what they change as
+draws of the diagonal (first-order changes: the basis is no maximum of ||Lambda||). And ||Lambda|| is smaller in it, by
+1/k where k is large, more slowly where it is not. The bases of half as many draws tell how much: <Lambda, Lambda> is
+carried on along 1/k, and where it ends is in doubt by `DOUBT` times the change that one halving made.
 """
 
 from __future__ import annotations
@@ -34,13 +36,15 @@ class LambdaPairs:
     """<Lambda_i, Lambda_j> [K, K] for draws i and j of one fold, zero elsewhere.
 
     `given` lie in the bases that the draws outside the fold give, `settled` are carried on to that of all draws there
-    could be, and `doubt` is how far that may be off (a standard error); the last two are `given` and zero where B is
-    exact.
+    could be, and `doubt` is how far that may be off (a standard error). `moved` is what the folds' mean over pairs of
+    different draws changes by where one draw is left out of the basis that it helped to make, less the mean of these
+    changes over the basis's draws. Where B is exact the last three are `given` and zeros.
     """
 
     given: Float64[Tensor, "K K"]
     settled: Float64[Tensor, "K K"]
     doubt: Float64[Tensor, "K K"]
+    moved: Float64[Tensor, " K"]
 
 
 def halves(draws: int) -> list[list[int]]:
@@ -61,7 +65,7 @@ def ekfac_pairs(
     """
     draws = block.columns.count
     given = torch.zeros(draws, draws, dtype=torch.float64, device=block.device)
-    change = torch.zeros_like(given)
+    change, moved = torch.zeros_like(given), torch.zeros_like(given[0])
     U_A = eigh(A)[1]
     weight = 0.0
     for fold in folds:
@@ -78,4 +82,13 @@ def ekfac_pairs(
             parts = [products(some) for some in (others[:fewer], others[-fewer:])]
             change[index[:, None], index] = mine - (parts[0] + parts[1]) / 2
             weight = fewer / (len(others) - fewer)
-    return LambdaPairs(given, given + weight * change, DOUBT * change)
+            without = [_different(products([j for j in others if j != i])) for i in others]
+            each = torch.stack(without)
+            moved[others] = (each - each.mean()) / len(folds)
+    return LambdaPairs(given, given + weight * change, DOUBT * change, moved)
+
+
+def _different(pairs: Float64[Tensor, "m m"]) -> Tensor:
+    """The mean over pairs of different draws."""
+    m = pairs.shape[0]
+    return (pairs.sum() - pairs.diagonal().sum()) / (m * (m - 1))

@@ -43,7 +43,8 @@ EIGENVALUES = "only the trace: the eigenvalues of a sum of few draws are biased"
 class _Products:
     """<G_i, G_j>, <G_i, M_j>, <M_i, M_j> [K, K] and tr G_i, tr M_i [K], of draws each scaled to estimate G alone.
 
-    `doubt` [K, K] is a standard error that <G, M> and <M, M> have beside that of the draws.
+    `doubt` [K, K] is a standard error that <G, M> and <M, M> have beside that of the draws, and `moved` [K] what they
+    change by through the eigenbasis where a draw is left out.
     """
 
     GG: Tensor
@@ -52,6 +53,7 @@ class _Products:
     trace_G: Tensor
     trace_M: Tensor
     doubt: Tensor | float = 0.0
+    moved: Tensor | float = 0.0
 
     def __add__(self, other: _Products) -> _Products:
         """Of block-diagonal matrices: inner products and traces add."""
@@ -63,6 +65,7 @@ class _Products:
             self.trace_G + other.trace_G,
             self.trace_M + other.trace_M,
             self.doubt + other.doubt,
+            self.moved + other.moved,
         )
 
 
@@ -206,7 +209,7 @@ def _ekfac(block: Block, term: Term, folds: Sequence[Sequence[int]] | None) -> _
     count = block.columns.count
     pairs = ekfac_pairs(block, term.A.double(), term.scaled_draws(count), folds or [range(count)])
     GG, trace = block_pairs(block)
-    return _Products(GG, pairs.settled, pairs.settled, trace, trace, pairs.doubt)
+    return _Products(GG, pairs.settled, pairs.settled, trace, trace, pairs.doubt, pairs.moved)
 
 
 def _square(u: Tensor) -> Tensor:
@@ -239,6 +242,10 @@ def _row(
     traces = [total.trace_G, total.trace_M]
     found = sums([total.GG, total.GM, total.MM], traces, folds, rounding)
     draws = total.GG.shape[0]
+    if isinstance(total.moved, Tensor):
+        changes = torch.zeros_like(found.without)
+        changes[:, 1] = changes[:, 2] = total.moved
+        found = found.moved(changes)
     square, cosine = found.of(_square), found.of(_cosine)
     if isinstance(total.doubt, Tensor):
         beyond = sums([total.GG, total.GM + total.doubt, total.MM + total.doubt], traces, folds).whole

@@ -7,7 +7,7 @@ i != j (a U-statistic). Draws may come in folds, of which only pairs of the same
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float64
@@ -47,6 +47,13 @@ class Sums:
     folds: Sequence[Sequence[int]]
     rounding: float = 0.0
 
+    def moved(self, changes: Float64[Tensor, "K q"]) -> Sums:
+        """With what leaving out each draw changes beside its pairs, [K, q]; of two draws the changes add."""
+        two = self.without_two + changes[:, None] + changes
+        diagonal = torch.arange(len(changes), device=changes.device)
+        two[diagonal, diagonal] -= changes
+        return replace(self, without=self.without + changes, without_two=two)
+
     def of(self, number: Callable[[Tensor], Tensor]) -> Estimate:
         """A number made of the sums, [..., q] -> [...], by the jackknife; a 95 % interval takes `t_95(K - 1)`.
 
@@ -58,7 +65,7 @@ class Sums:
 
         Draws are skewed: where x comes out too large, so may its standard error come out too small. The slope b of
         the standard error in x is estimated from the deletions, too; the longer arm of the interval that solves
-        `|x - theta| = t se(theta)` is `t se / (1 - t |b|)`. Of b the share 1 - 3/m is taken, since it is uncertain
+        `|x - theta| = t se(theta)` is `t se / (1 - t |b|)`. Of b the share 1 - 3/K is taken, since it is uncertain
         itself. A number that is not finite for all draws or without one of them is not determined; one that is not
         without two gets the widest interval.
         """
@@ -77,7 +84,7 @@ class Sums:
             excess += _counted_twice(value, part, two[list(fold)][:, list(fold)])
         stderr = 2 * variance**0.5
         if torch.isfinite(two).all():
-            widened = min(MOST_WIDENED, (1 - 3 / min(map(len, self.folds))) * self._tilt(each, two, variance))
+            widened = min(MOST_WIDENED, (1 - 3 / self.without.shape[0]) * self._tilt(each, two, variance))
             stderr = max(variance - excess, least) ** 0.5 / (1 - widened)
         return Estimate(corrected, max(stderr, self.rounding * abs(value)))
 

@@ -12,13 +12,15 @@ from curvscope.curvature.extremes import extremes
 from curvscope.extract.collector import Extract
 from curvscope.measure.rows_kept import Rows, rows_of
 from curvscope.measure.signs import missing, sign_row
+from curvscope.measure.sources import LEAST_ERROR
 from curvscope.records import ErrorRow, ExampleRow, StabilityRow
 
 # Examples listed of a layer.
 LISTED = 5
-# Positions are compared where there are at least this many.
 UNEQUAL = "positions do not stand for the same thing in every example"
+# Positions are compared where there are at least this many.
 LEAST_POSITIONS = 4
+OF_TOKENS = "an embedding's inputs are tokens, which have no size"
 
 
 def layer_signs(
@@ -32,7 +34,7 @@ def layer_signs(
         rows += noise_rows(extract.example_squares, squared, layer=name)
     if extract.spec.exact_only:
         return rows, []
-    rows += _limit(name, errors)
+    rows.append(_limit(extract, errors))
     kept = rows_of(extract)
     rows.append(_positions(extract, kept))
     shares = top_shares(extract, blocks, kept, seed)
@@ -47,8 +49,8 @@ def noise_rows(squares: Tensor, squared: float, *, layer: str = "", reason: str 
     """Tr Sigma and |G|^2, without bias, from the squared norms of N examples' parts h_n of the gradient and its own.
 
     With g_n = N h_n: `tr Sigma = (sum |g_n|^2 - N |g|^2) / (N - 1)`, `|G|^2 = |g|^2 - tr Sigma / N`; the second may be
-    negative. The first is compared with N |G|^2, where noise and signal of a batch of N are equal. Appendix A.1 of
-    arXiv:1812.06162.
+    negative. The first is compared with N |G|^2, where noise and signal of a batch of N are equal; with nothing where
+    the estimate of |G|^2 is not positive. Appendix A.1 of arXiv:1812.06162.
     """
     N = squares.numel()
     if N < 2:
@@ -59,7 +61,9 @@ def noise_rows(squares: Tensor, squared: float, *, layer: str = "", reason: str 
     if signal <= 0:
         reason = "; ".join(filter(None, ("the estimate of |G|^2 is not positive: noise hides the signal", reason)))
     return [
-        sign_row("gradient_noise", noise, layer=layer, threshold=N * max(signal, 0.0), reason=reason),
+        sign_row(
+            "gradient_noise", noise, layer=layer, threshold=N * signal if signal > 0 else float("nan"), reason=reason
+        ),
         sign_row("gradient_signal", signal, layer=layer, reason=reason),
     ]
 
@@ -70,59 +74,67 @@ def _factor_rows(extract: Extract) -> list[StabilityRow]:
         return []
     name, bias = extract.spec.name, extract.spec.bias is not None
     A, B = (factor.double() for factor in extract.factors["expand"])
-    if A.ndim == 1:  # counts of tokens: nothing that has a mean or a scale
-        return [_condition(name, "B", B)]
-    inputs, outputs = A.diagonal(dim1=-2, dim2=-1), B.diagonal(dim1=-2, dim2=-1)
+    dead = float((B.diagonal(dim1=-2, dim2=-1) == 0).double().mean())
+    rows = [sign_row("dead_outputs", dead, layer=name), *_condition(name, "B", B)]
+    if A.ndim == 1:
+        return rows + [missing(quantity, OF_TOKENS, layer=name) for quantity in ("mean_share", "unresolved_A")]
+    inputs = A.diagonal(dim1=-2, dim2=-1)
     if bias:
         inputs = inputs[..., :-1]
-    rows = [
-        sign_row("dead_inputs", float((inputs == 0).double().mean()), layer=name),
-        sign_row("dead_outputs", float((outputs == 0).double().mean()), layer=name),
-    ]
+    rows.append(sign_row("dead_inputs", float((inputs == 0).double().mean()), layer=name))
     total = float(inputs.sum())
     if extract.mean_input is not None and total > 0:
         share = float(extract.mean_input.square().sum()) / total
         rows.append(sign_row("mean_share", share, layer=name))
     else:
-        why = "all inputs are zero on this batch" if total == 0 else "the data came in several pieces"
-        rows.append(missing("mean_share", why, layer=name))
-    for which, factor in (("A", A), ("B", B)):
-        rows.append(_condition(name, which, factor))
-    return rows
+        rows.append(missing("mean_share", "all inputs are zero on this batch", layer=name))
+    return rows + _condition(name, "A", A)
 
 
-def _condition(name: str, which: str, factor: Tensor) -> StabilityRow:
-    """lambda_max / lambda_min over what the dtype resolves of one factor (of the worst group)."""
+def _condition(name: str, which: str, factor: Tensor) -> list[StabilityRow]:
+    """lambda_max / lambda_min of one factor (of the worst group), and how much of it float32 does not resolve.
+
+    Eigenvalues up to lambda_max n eps are rounding: where there are any, their share is told and the ratio is not.
+    """
+    condition, unresolved = f"condition_{which}", f"unresolved_{which}"
+    size = factor.shape[-1]
     if not bool((factor != 0).any()):
-        return missing(f"condition_{which}", f"{which} is zero on this batch", layer=name)
-    values = torch.linalg.eigvalsh(factor).reshape(-1, factor.shape[-1])
+        return [missing(quantity, f"{which} is zero on this batch", layer=name) for quantity in (condition, unresolved)]
+    values = torch.linalg.eigvalsh(factor).reshape(-1, size)
     least, most = values[:, 0], values[:, -1]
-    floor = most * factor.shape[-1] * torch.finfo(torch.float32).eps
-    if bool((least <= floor).any()):
-        rank = int((values > floor[:, None]).sum(1).min())
-        reason = f"singular to float32: {rank} of {factor.shape[-1]} eigenvalues are resolved"
-        return sign_row(f"condition_{which}", float("inf"), layer=name, reason=reason)
-    return sign_row(f"condition_{which}", float((most / least).max()), layer=name)
+    floor = most * size * torch.finfo(torch.float32).eps
+    rank = int((values > floor[:, None]).sum(1).min())
+    words = f"{rank} of {size} eigenvalues are resolved"
+    share = sign_row(unresolved, 1 - rank / size, layer=name, reason=words)
+    if rank < size:
+        return [missing(condition, f"singular to float32: {words}", layer=name), share]
+    return [sign_row(condition, float((most / least).max()), layer=name), share]
 
 
-def _limit(name: str, errors: Mapping[str, ErrorRow]) -> list[StabilityRow]:
+def _limit(extract: Extract, errors: Mapping[str, ErrorRow]) -> StabilityRow:
     """How much of the better K-FAC's error the nearest single Kronecker product has, too."""
+    name = extract.spec.name
     values = [errors[key].rel_frobenius for key in ("kfac_expand", "kfac_reduce") if key in errors]
     nearest = errors.get("kron_best")
     known = [value for value in values if value == value]
-    if nearest is None or nearest.rel_frobenius != nearest.rel_frobenius or not known or min(known) <= 0:
+    if nearest is None or nearest.rel_frobenius != nearest.rel_frobenius or not known:
         why = nearest.reason if nearest is not None and nearest.reason else "the errors were not assessed"
-        return [missing("kronecker_limit", why, layer=name)]
-    return [sign_row("kronecker_limit", nearest.rel_frobenius / min(known), layer=name)]
+        return missing("kronecker_limit", why, layer=name)
+    dtype = next((A.dtype for A, _ in extract.factors.values()), torch.float32)
+    least = LEAST_ERROR.get(dtype, 1e-2)
+    if min(known) < least:
+        why = f"K-FAC is within {least:g} of the block: a ratio of such errors is one of roundings"
+        return missing("kronecker_limit", why, layer=name)
+    return sign_row("kronecker_limit", nearest.rel_frobenius / min(known), layer=name)
 
 
 def _positions(extract: Extract, rows: Rows | str) -> StabilityRow:
-    """The largest share that one position has in the trace of expand's B."""
-    name = extract.spec.name
+    """The largest share that one position (a convolution's output pixel) has in the trace of expand's B."""
+    name, kind = extract.spec.name, extract.spec.kind
+    if kind != "linear" and not kind.startswith("conv"):
+        return missing("position_share", f"told of linear layers and convolutions, not of {kind}", layer=name)
     if isinstance(rows, str):
         return missing("position_share", rows, layer=name)
-    if extract.spec.kind != "linear":
-        return missing("position_share", f"told of linear layers only, not of {extract.spec.kind}", layer=name)
     if extract.padded > 0:
         return missing("position_share", f"{UNEQUAL} (padding)", layer=name)
     if len(extract.spec.sites) > 1:
@@ -132,11 +144,16 @@ def _positions(extract: Extract, rows: Rows | str) -> StabilityRow:
     energy = energy.view(extract.examples, -1).sum(0)
     if energy.numel() != extract.positions:
         return missing("position_share", f"{UNEQUAL} (examples of unequal size)", layer=name)
-    if energy.numel() < LEAST_POSITIONS or not float(energy.sum()) > 0:
-        return missing("position_share", f"fewer than {LEAST_POSITIONS} positions, or no curvature", layer=name)
+    if energy.numel() < LEAST_POSITIONS:
+        return missing("position_share", f"fewer than {LEAST_POSITIONS} positions", layer=name)
+    if not float(energy.sum()) > 0:
+        return missing("position_share", "no curvature reaches the layer", layer=name)
     shares = energy / energy.sum()
     place = int(shares.argmax())
-    return sign_row("position_share", float(shares[place]), layer=name, reason=f"position {place} of {shares.numel()}")
+    words = f"position {place} of {shares.numel()}"
+    if kind.startswith("conv") and not kind.endswith("1d"):
+        words += ", counted along the last axis first"
+    return sign_row("position_share", float(shares[place]), layer=name, reason=words)
 
 
 def top_shares(extract: Extract, blocks: Sequence[Block], rows: Rows | str, seed: int) -> Tensor | str:

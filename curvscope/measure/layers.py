@@ -190,13 +190,14 @@ def _on_cpu(extract: Extract) -> Extract:
     """The same extract with all its tensors on the CPU."""
 
     def moved(columns: Columns) -> Columns:
-        inputs, gradients, values, block = columns.inputs, columns.gradients, columns.values, columns.block
         return dataclasses.replace(
             columns,
-            inputs=None if inputs is None else inputs.cpu(),
-            gradients=None if gradients is None else gradients.cpu(),
-            values=None if values is None else values.cpu(),
-            block=None if block is None else block.cpu(),
+            inputs=_cpu(columns.inputs),
+            gradients=_cpu(columns.gradients),
+            values=_cpu(columns.values),
+            block=_cpu(columns.block),
+            row_inputs=_cpu(columns.row_inputs),
+            row_gradients=_cpu(columns.row_gradients),
         )
 
     columns = extract.columns
@@ -204,12 +205,19 @@ def _on_cpu(extract: Extract) -> Extract:
     return dataclasses.replace(
         extract,
         factors={name: (A.cpu(), B.cpu()) for name, (A, B) in extract.factors.items()},
-        gradient=None if extract.gradient is None else extract.gradient.cpu(),
-        tokens=None if extract.tokens is None else extract.tokens.cpu(),
+        gradient=_cpu(extract.gradient),
+        tokens=_cpu(extract.tokens),
+        example_squares=_cpu(extract.example_squares),
+        mean_input=_cpu(extract.mean_input),
+        real=_cpu(extract.real),
         roles={name: _on_cpu(role) for name, role in extract.roles.items()},
         columns=kept,
         probe_B={name: B.cpu() for name, B in extract.probe_B.items()},
     )
+
+
+def _cpu(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.cpu()
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,8 +23,6 @@ TRUSTED = 0.25
 PLAIN = 0.1
 NOISY_DIMENSION = 0.9
 NOISY_ALPHA = 0.25
-GOLDEN = (5**0.5 - 1) / 2
-NEIGHBOURS = 5
 UNUSABLE = "no damping of the grid lowers the exact quadratic model"
 Series = tuple[str, str]
 
@@ -48,6 +46,14 @@ class Curve:
     def decrease(self) -> Values:
         """What the exact quadratic model, without damping, loses by each step."""
         return self.slope - self.bend / 2
+
+
+def joined(first: Curve, second: Curve) -> Curve:
+    """Both curves' values, by ascending damping."""
+    order = np.argsort(np.concatenate([first.damping, second.damping]), kind="stable")
+    return Curve(
+        *(np.concatenate(pair)[order] for pair in zip(vars(first).values(), vars(second).values(), strict=True))
+    )
 
 
 def safe_range(curve: Curve) -> tuple[float, float, str]:
@@ -91,61 +97,6 @@ def noise_below(curve: Curve, rank: int) -> float:
     """The largest damping with an effective dimension near `rank` = min(P, N K) and alpha* < 1/4; NaN if none."""
     noisy = (curve.dimension >= NOISY_DIMENSION * rank) & (curve.alpha < NOISY_ALPHA)
     return float(curve.damping[noisy].max()) if noisy.any() else NAN
-
-
-def refined(curve: Curve) -> float | None:
-    """The damping of the largest decrease, between the grid's values; None where the best one is at an end.
-
-    Golden section on polynomials through the nearest five values of log slope and log bend over log damping, both of
-    which are smooth there. The decrease at the result is for the caller to compute.
-    """
-    known = np.isfinite(curve.decrease) & (curve.slope > 0) & (curve.bend > 0)
-    damping, decrease = curve.damping[known], curve.decrease[known]
-    if len(damping) < 3:
-        return None
-    best = int(np.argmax(decrease))
-    if best in (0, len(damping) - 1):
-        return None
-    places = np.log(damping)
-    near = np.sort(np.argsort(abs(places - places[best]), kind="stable")[:NEIGHBOURS])
-    slope = _polynomial(places[near], np.log(curve.slope[known][near]))
-    bend = _polynomial(places[near], np.log(curve.bend[known][near]))
-    found = golden_section(
-        lambda place: math.exp(slope(place)) - math.exp(bend(place)) / 2, places[best - 1], places[best + 1]
-    )
-    return math.exp(found)
-
-
-def golden_section(function: Callable[[float], float], low: float, high: float, tolerance: float = 5e-3) -> float:
-    """The place of the largest value of a unimodal function between two ends, to within the tolerance."""
-    left, right = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
-    at_left, at_right = function(left), function(right)
-    while high - low > tolerance:
-        if at_left < at_right:
-            low, left, at_left = left, right, at_right
-            right = low + GOLDEN * (high - low)
-            at_right = function(right)
-        else:
-            high, right, at_right = right, left, at_left
-            left = high - GOLDEN * (high - low)
-            at_left = function(left)
-    return (low + high) / 2
-
-
-def _polynomial(places: Values, values: Values) -> Callable[[float], float]:
-    """The polynomial through the points, in Newton's form."""
-    xs, coefficients = places.tolist(), values.tolist()
-    for step in range(1, len(xs)):
-        for i in range(len(xs) - 1, step - 1, -1):
-            coefficients[i] = (coefficients[i] - coefficients[i - 1]) / (xs[i] - xs[i - step])
-
-    def at(place: float) -> float:
-        value = 0.0
-        for x, coefficient in zip(reversed(xs), reversed(coefficients), strict=True):
-            value = value * (place - x) + coefficient
-        return float(value)
-
-    return at
 
 
 def range_row(curve: Curve, rows: Sequence[DampingRow], current: float, rank: int, remark: str = "") -> RangeRow:

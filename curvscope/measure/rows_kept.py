@@ -49,8 +49,8 @@ def rows_of(extract: Extract) -> Rows | str:
         return "the layer has groups, each with rows of its own"
     if columns is None:
         return "the layer's columns were not kept"
-    if extract.mean_input is None:
-        return "the data came in several pieces, whose rows are not put together"
+    if extract.tokens is not None:
+        return "an embedding's rows are not kept beside its block"
     if columns.inputs is not None and columns.gradients is not None:
         return Rows(columns.inputs, columns.gradients, extract.examples, extract.real)
     if columns.row_inputs is not None and columns.row_gradients is not None:

@@ -60,7 +60,8 @@ def weight_signs(
     shape: Shape | None,
     factors: Mapping[str, Mapping[str, KroneckerFactors]],
 ) -> list[StabilityRow]:
-    """`weight_scale`: the RMS norm of a weight's rows, sqrt(||W||^2 / d_out), which multiplies the RMS of white inputs.
+    """`weight_scale`: the RMS norm of a weight's rows, sqrt(||W||^2 / d_out), which multiplies the RMS of white inputs;
+    of a table that is only looked up in, the RMS of its entries, which is that of what it puts out.
     `recurrent_radius`: the largest |eigenvalue| of a square weight that is called more than once. `signal_drift`: how
     far the RMS of the layers' inputs has grown or shrunk from the first layer that reads inputs to the last.
     """
@@ -69,7 +70,9 @@ def weight_signs(
         if spec.exact_only or spec.weight not in parameters:
             continue
         matrix = to_matrix(spec, parameters).double()[:, : spec.d_in]
-        scale = float(matrix.square().sum() / spec.d_out) ** 0.5
+        squares = float(matrix.square().sum())
+        roles = [spec.role(role) for role in spec.roles] or [spec]
+        scale = max((squares / (matrix.numel() if one.kind == "embedding" else one.d_out)) ** 0.5 for one in roles)
         rows.append(sign_row("weight_scale", scale, layer=name))
         if shape is not None and name in shape.repeated and spec.d_in == spec.d_out and spec.groups == 1:
             radius = float(torch.linalg.eigvals(matrix).abs().max())

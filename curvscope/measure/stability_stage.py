@@ -37,6 +37,7 @@ DECAY_SHARE = 0.5
 LEAST_VECTORS = 2 * (LEAST_BASIS + 2)
 NO_OPTIMIZER = "no optimizer is known: the checkpoint holds none that fits the model, and none was given (--optimizer)"
 NO_MEMORY = "memory ran out for products with the Hessian, even with one example at a time"
+MOMENTUMS_OWN = "the momentum's own rate, whatever the sharpness: it tells of no margin"
 QUADRATIC = "full-batch threshold of the quadratic model; training on mini-batches can diverge below it"
 
 
@@ -246,7 +247,8 @@ def _consequences(stage: Spreads, P: Preconditioner, spread: Spread, said: str, 
         reason="" if known else why,
     )
     if known:
-        grown = dataclasses.replace(grown, value=growth[0], low=growth[1], high=growth[2], verdict=said)
+        own = MOMENTUMS_OWN if P.step.pinned(spread.value) else ""
+        grown = dataclasses.replace(grown, value=growth[0], low=growth[1], high=growth[2], verdict=said, reason=own)
     rate = StabilityRow(
         "network",
         "",

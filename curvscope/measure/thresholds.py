@@ -54,6 +54,16 @@ class Dynamics:
         root = cmath.sqrt(trace**2 / 4 - determinant)
         return max(abs(trace / 2 + root), abs(trace / 2 - root))
 
+    def pinned(self, eigenvalue: float) -> bool:
+        """Whether the growth is sqrt(retained (1 - d)) here and for all eigenvalues near by: it tells of no margin.
+
+        Where the two eigenvalues of the step are a complex pair, their modulus is the root of the determinant, in which
+        h stands only as lr direct h.
+        """
+        pull = self.averaged * self.entering + self.direct
+        trace = self.retained + 1 - self.decay - self.lr * pull * eigenvalue
+        return self.direct == 0 and trace**2 / 4 < self.retained * (1 - self.decay)
+
     def stable_lr(self, eigenvalue: float) -> float:
         """The learning rate at which this eigenvalue is just at the threshold; inf where none is too large."""
         if eigenvalue <= 0:

@@ -226,13 +226,36 @@ def test_the_unexpected(pipeline: Pipeline, error: Exception) -> None:
         pytest.param(["--no-such-option"], "No such option", id="unknown option"),
         pytest.param(["--seed", "9" * 24], "--seed", id="seed too large"),
         pytest.param(["--seed", "-1"], "--seed", id="negative seed"),
+        pytest.param(["--batches", "0"], "--batches", id="no batches"),
+        pytest.param(["--lr", "fast"], "--lr", id="no number"),
+        pytest.param(["--dataset-size", "many"], "--dataset-size", id="no count"),
     ],
 )
 def test_usage_errors(pipeline: Pipeline, arguments: list[str], words: str) -> None:
     result = call("analyze", "w.pt", *arguments)
     assert result.exit_code == 2
-    assert words in " ".join(result.stderr.replace("│", " ").split())
+    assert words in " ".join(result.stderr.split())
+    assert [line.partition(":")[0] for line in result.stderr.strip().split("\n")] == ["error", "where", "next"]
+    assert result.stderr.count("curvscope analyze") == 2
     assert pipeline.called_with == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        pytest.param(["analyse", "w.pt"], "No such command 'analyse'", id="misspelt"),
+        pytest.param(["--nonsense"], "No such option: --nonsense", id="before the command"),
+        pytest.param(["show"], "", id="help"),
+        pytest.param(["show", "a.h5", "b", "c"], "unexpected extra argument", id="too many"),
+        pytest.param(["export", "a.h5"], "Missing option '--to'", id="missing"),
+    ],
+)
+def test_usage_errors_of_any_command(arguments: list[str], words: str) -> None:
+    result = call(*arguments)
+    assert result.exit_code == 2
+    lines = [line.partition(":")[0] for line in result.stderr.strip().split("\n")]
+    assert lines == ["error", "where", "next"] if words else "Usage" in result.output
+    assert words in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -275,7 +298,7 @@ def test_force_replaces(pipeline: Pipeline) -> None:
         pytest.param(["export", "run.h5"], 2, "--to", id="no format"),
         pytest.param(["export", "none.h5", "--to", "npz"], 3, "no such file", id="export of nothing"),
         pytest.param(["--version"], 0, f"curvscope {curvscope.__version__}", id="version"),
-        pytest.param(["explode"], 2, "No such command", id="no such command"),
+        pytest.param(["explode"], 2, "No such command", id="misspelt"),
     ],
 )
 def test_other_commands(

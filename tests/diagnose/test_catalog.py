@@ -40,6 +40,7 @@ def test_unknown_codes_name_near_ones(words: str, near: str) -> None:
     with pytest.raises(UsageError) as raised:
         entry(words)
     assert near in raised.value.remedy
+    assert ("Did you mean" in raised.value.remedy) == bool(near)
     assert "curvscope explain alone lists all" in raised.value.remedy
 
 

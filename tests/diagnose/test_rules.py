@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from curvscope.diagnose.rules import find
-from curvscope.records import ErrorRow, FindingRow, KroneckerFactors, Layer, LayerRow, ModelInfo
+from curvscope.records import CoverageRow, ErrorRow, FindingRow, KroneckerFactors, Layer, LayerRow, ModelInfo, SourceRow
 
 MODEL = ModelInfo("Net", "net.pt", "mse", 1.0, 1.0, 100, 1.0, 4, "[4, 2]")
 
@@ -107,3 +107,90 @@ def test_an_error_bar_that_reaches_the_threshold_leaves_it_undecided(
         name: dataclasses.replace(row, rel_frobenius_stderr=4 * stderr) for name, row in found.errors.items()
     }
     assert findings(found, optimizer)["CS102"].remedy.startswith("Use K-FAC-expand") != undecided
+
+
+BESIDE = 1e-6
+
+
+def far_off(**errors: float) -> Layer:
+    """A layer of which K-FAC-expand is the closer flavour, 0.8 off, with other approximations' errors."""
+    found = layer(0.8, 0.9)
+    found.errors |= {name: ErrorRow("a", name, "exact", rel_frobenius=error) for name, error in errors.items()}
+    return found
+
+
+@pytest.mark.parametrize(("error", "code"), [(0.5 + BESIDE, "CS102"), (0.5, "")])
+def test_large_errors(error: float, code: str) -> None:
+    assert set(findings(layer(error, error))) == ({code} if code else set())
+
+
+@pytest.mark.parametrize(("larger", "told"), [(0.45 * (1 + BESIDE), True), (0.45, False)])
+def test_flavours_that_differ(larger: float, told: bool) -> None:
+    assert ("CS103" in findings(layer(0.3, larger))) == told
+
+
+@pytest.mark.parametrize(("larger", "told"), [(0.1 + BESIDE, True), (0.1, False)])
+def test_flavours_that_are_both_close_need_no_choice(larger: float, told: bool) -> None:
+    assert ("CS103" in findings(layer(0.05, larger))) == told
+
+
+@pytest.mark.parametrize("side", [1.0, -1.0])
+@pytest.mark.parametrize("beside", [BESIDE, -BESIDE])
+def test_a_trace_that_is_off(side: float, beside: float) -> None:
+    ratio = (2.0 * (1 + beside)) ** side
+    assert ("CS104" in findings(layer(0.3, 0.3, (ratio, ratio)))) == (beside > 0)
+
+
+@pytest.mark.parametrize(("ratio", "told"), [(1e-6 * (1 - BESIDE), True), (1e-6 * (1 + BESIDE), False)])
+def test_reduce_is_blind(ratio: float, told: bool) -> None:
+    assert ("CS101" in findings(layer(0.3, 1.0, (1.0, ratio)))) == told
+
+
+@pytest.mark.parametrize(("share", "told"), [(6, True), (5, False)])
+def test_uncovered_parameters(share: int, told: bool) -> None:
+    rows = [CoverageRow("w", "a", 100 - share, "kronecker"), CoverageRow("v", "", share, "uncovered", "computed")]
+    assert ("CS301" in {row.code for row in find(MODEL, {}, rows)}) == told
+
+
+@pytest.mark.parametrize(("nearest", "limited"), [(0.64 * (1 + BESIDE), True), (0.64, False), (float("nan"), False)])
+def test_what_no_choice_of_factors_takes_away(nearest: float, limited: bool) -> None:
+    row = findings(far_off(kron_best=nearest))["CS102"]
+    assert ("even the nearest single Kronecker product is off by 0.64" in row.evidence) == limited
+    assert ("nearest single Kronecker product is off by 0.64" in row.evidence) == (nearest == nearest)
+    assert ("No other choice of two factors helps" in row.remedy) == limited
+    assert "on larger batches" not in row.remedy
+
+
+@pytest.mark.parametrize(("error", "helped"), [(0.4 * (1 - BESIDE), True), (0.4, False), (0.79, False)])
+def test_ekfac_is_the_remedy_where_it_halves_the_error(error: float, helped: bool) -> None:
+    remedy = findings(far_off(ekfac_expand=error))["CS102"].remedy
+    assert ("correct the eigenvalues before anything else" in remedy) == helped
+    assert f"EKFAC in the same basis is off by {error:.2f}" in remedy
+    assert ("hardly better" in remedy) == (error > 0.64)
+
+
+@pytest.mark.parametrize(
+    ("source", "evidence", "remedy"),
+    [
+        ("spread", "deviation from their mean", ""),
+        ("mean", "the inputs' mean", "Centre its inputs"),
+        ("cross", "positions of an example adding up", "reduce is no closer"),
+    ],
+)
+@pytest.mark.parametrize("share", [0.5, 0.5 - BESIDE])
+def test_the_remedy_follows_the_source_of_the_error(source: str, evidence: str, remedy: str, share: float) -> None:
+    found = far_off()
+    shares = {"spread": (1 - share) / 2, "mean": (1 - share) / 2, "cross": (1 - share) / 2, source: share}
+    found.sources = {"kfac_expand": SourceRow("a", "kfac_expand", 0.8, **shares)}
+    row = findings(found)["CS102"]
+    assert (
+        f"50% of expand's error comes from {'curvature that depends on ' if not remedy else ''}" in row.evidence
+    ) == (share >= 0.5)
+    assert (evidence in row.evidence) == (share >= 0.5)
+    assert not remedy or (remedy in row.remedy) == (share >= 0.5)
+
+
+def test_one_position_has_one_flavour() -> None:
+    row = findings(layer(0.8, 0.8, positions=1.0))["CS102"]
+    assert row.evidence == "K-FAC is not close to the exact block: relative error 0.80."
+    assert "flavour" not in row.remedy

@@ -22,7 +22,6 @@ SIMPLE = [
     ("saturated_units", "CS203", "a", "warning"),
     ("dead_inputs", "CS204", "a", "info"),
     ("mean_share", "CS205", "a", "info"),
-    ("condition_A", "CS206", "a", "info"),
     ("position_share", "CS208", "a", "info"),
     ("recurrent_radius", "CS212", "a", "info"),
     ("input_scale", "CS213", "a", "info"),
@@ -44,6 +43,12 @@ def test_both_sides_of_a_threshold(quantity: str, code: str, layer: str, severit
     assert found[code].row.remedy
     assert code not in codes(sign_row(quantity, limit * (1 - BESIDE), layer=layer, reason="example 3"))
     assert not codes(missing(quantity, "unknown", layer=layer))
+
+
+@pytest.mark.parametrize(("which", "share", "told"), [("A", 0.01, True), ("B", 0.01, True), ("A", 0.0, False)])
+def test_factors_with_an_eigenvalue_that_is_not_resolved(which: str, share: float, told: bool) -> None:
+    assert ("CS206" in codes(sign_row(f"unresolved_{which}", share, layer="a"))) == told
+    assert not codes(missing("unresolved_A", "A is zero on this batch", layer="a"))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ from torch import nn
 
 from curvscope.errors import UsageError
 from curvscope.load.checkpoint import load_checkpoint
-from curvscope.load.optimizer import as_optimizer_state, class_name_of, match_optimizer
+from curvscope.load.optimizer import as_optimizer_state, match_optimizer
+from curvscope.load.optimizer_class import class_name_of
 
 NAMES = ("0.weight", "0.bias", "2.weight", "2.bias")
 

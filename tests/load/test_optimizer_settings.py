@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from curvscope.errors import UsageError
 from curvscope.load.checkpoint import load_checkpoint
-from curvscope.load.optimizer import as_optimizer_state, class_name_of, match_optimizer
+from curvscope.load.optimizer import as_optimizer_state, match_optimizer
+from curvscope.load.optimizer_class import class_name_of
 from curvscope.load.optimizer_options import optimizer_options
 from curvscope.load.optimizer_settings import OptimizerSettings, optimizer_settings
 from curvscope.load.problem import OptimizerState
-from curvscope.load.surroundings import find_clip
+from curvscope.load.surroundings import find_clip, with_surroundings
 from curvscope.measure.preconditioner import Preconditioner, preconditioner
 from curvscope.measure.update import next_update
 
@@ -392,7 +393,10 @@ OPTIONS = {
     "AdEMAMix": {"lr": 1, "betas": (0.9, 0.99, 0.9999), "eps": 1e-8, "alpha": 5.0, "beta3_warmup": 9},
     "Prodigy": {"lr": 1, "betas": (0.9, 0.99), "d0": 1e-6, "d_coef": 1.0},
     "LARS": {"lr": 1, "momentum": 0.9, "dampening": 0, "nesterov": False, "trust_coefficient": 1e-3},
-    "unknown": {"lr": 1, "betas": (0.9, 0.99), "weight_decay": 0.1},
+    "Lion": {"lr": 1, "betas": (0.9, 0.99), "weight_decay": 0.1},
+    "Sophia": {"lr": 1, "betas": (0.9, 0.99), "rho": 0.04, "weight_decay": 0.1},
+    "FusedAdam": {"lr": 1, "betas": (0.9, 0.99), "eps": 1e-8, "bias_correction": True, "weight_decay": 0.1},
+    "unknown": {"lr": 1, "betas": (0.9, 0.99), "eps": 1e-8, "delta": 0.1, "wd_ratio": 0.1},
 }
 
 
@@ -407,3 +411,77 @@ def test_an_sgd_with_options_of_its_own_is_not_taken_for_torchs() -> None:
     name, notes = class_name_of({"state": {}, "param_groups": [{**group, "caution": True}]})
     assert name == "unknown"
     assert "caution" in notes[0]
+
+
+LIKE_ADAM = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0, "amsgrad": False, "params": [0]}
+MOMENTS_OF_ADAM = {"step": torch.tensor(3.0), "exp_avg": torch.ones(2), "exp_avg_sq": torch.ones(2)}
+LOOK_ALIKES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "Adam": ({}, {}, "Adam"),
+    "Adam with tags": ({"group_name": "decay", "lr_scale": 0.5, "initial_lr": 0.1}, {}, "Adam"),
+    "AdaBelief": ({"buffer": [[None] * 3] * 10}, {"exp_avg_var": torch.ones(2)}, "AdaBelief"),
+    "a switch of its own": ({"caution": True}, {}, "unknown"),
+    "a tensor of its own": ({}, {"exp_avg_slow": torch.ones(2)}, "unknown"),
+    "8-bit": (
+        {},
+        {"state1": torch.ones(2, dtype=torch.uint8), "state2": torch.ones(2, dtype=torch.uint8)},
+        "bitsandbytes",
+    ),
+    "Adamax": ({}, {"exp_inf": torch.ones(2)}, "Adamax"),
+}
+
+
+@pytest.mark.parametrize("name", LOOK_ALIKES)
+def test_what_looks_like_adam_is_not_taken_for_it(name: str) -> None:
+    options, tensors, expected = LOOK_ALIKES[name]
+    found = {"state": {0: {**MOMENTS_OF_ADAM, **tensors}}, "param_groups": [{**LIKE_ADAM, **options}]}
+    state, notes = match_optimizer(found, [("w", torch.zeros(2))])
+    settings = optimizer_settings(state, {"w": (2,)})
+    assert state.class_name == expected
+    assert (settings.problem == "") == (expected == "Adam")
+    assert (expected == "unknown") == any("looks like Adam but" in note for note in notes)
+
+
+def test_quantized_moments_are_told() -> None:
+    found = {
+        "state": {0: {**MOMENTS_OF_ADAM, "exp_avg_sq": torch.ones(2).to(torch.uint8)}},
+        "param_groups": [LIKE_ADAM],
+    }
+    state, _ = match_optimizer(found, [("w", torch.zeros(2))])
+    assert "exp_avg_sq is quantized (uint8)" in optimizer_settings(state, {"w": (2,)}).problem
+
+
+def test_another_packages_adam_is_not_torchs() -> None:
+    net = double_net()
+    others = type("AdamW", (optim.AdamW,), {"__module__": "quantized.optim"})
+    settings = settled(net, others(net.parameters()))
+    assert (settings.kind, settings.problem) == ("other", "no stability threshold is known for AdamW of quantized")
+    own = type("Mine", (optim.AdamW,), {})
+    assert settled(net, own(net.parameters())).kind == "other"
+
+
+SCHEDULED: dict[str, tuple[tuple[int, ...], int, float, bool]] = {
+    "one": ((0,), 1, 0.2, True),
+    "two on one optimizer": ((0, 0), 1, 0.2, False),
+    "one for each of two": ((1, 0), 2, 0.2, True),
+    "two of the same rate": ((1, 0), 2, 0.05, False),
+}
+
+
+@pytest.mark.parametrize("case", SCHEDULED)
+def test_several_schedulers(case: str) -> None:
+    """Lightning's lists: the scheduler of the optimizer's own rates, and none where several may act on it."""
+    of, count, other, known = SCHEDULED[case]
+    nets = [double_net() for _ in range(2)]
+    optimizers = [optim.SGD(net.parameters(), lr=lr) for net, lr in zip(nets, (0.1, other), strict=True)]
+    warm_up = optim.lr_scheduler.LinearLR(optimizers[0], 0.5, total_iters=10)
+    before = [optim.lr_scheduler.StepLR(optimizers[one], 5) for one in of[:-1]]
+    content = {
+        "lr_schedulers": [one.state_dict() for one in (*before, warm_up)],
+        "optimizer_states": [one.state_dict() for one in optimizers[:count]],
+    }
+    state, _ = match_optimizer(content["optimizer_states"][0], list(nets[0].named_parameters()))
+    state = with_surroundings(state, content)
+    assert (state.schedule.problem == "") == known
+    assert state.schedule.name == ("LinearLR" if known else "several schedulers")
+    assert known or "2 schedulers" in state.schedule.problem
+    assert any("2 optimizers" in note for note in state.notes) == (count == 2)

@@ -396,3 +396,23 @@ def test_recommended_beats_the_grid() -> None:
         assert found.decrease == max(row.predicted_decrease for row in own)
         assert found.recommended in [row.damping for row in own if "recommended" in row.mark]
         assert sum("recommended" in row.mark for row in own) == 1
+
+
+# Eigenvalues of G and of M, and the gradient, where the decrease peaks beside another value of the grid than the best.
+SEVERAL_PEAKS = (
+    ((1.5, 0.0052, 93.0), (0.36, 0.00044, 14.0), (-0.16, -0.014, 0.21)),
+    ((3.9, 0.28, 280.0), (0.61, 0.06, 31.0), (0.13, -0.6, -1.7)),
+    ((0.0028, 870.0, 13.0), (0.0043, 380.0, 2.5), (0.12, -19.0, 3.7)),
+    ((0.0022, 29.0, 0.097), (8.8e-05, 6.7, 0.79), (-0.068, -2.6, -0.66)),
+)
+
+
+@pytest.mark.parametrize("case", SEVERAL_PEAKS, ids=str)
+def test_the_highest_of_several_peaks_is_recommended(case: tuple[tuple[float, ...], ...]) -> None:
+    G, M, r = (torch.tensor(values, dtype=torch.float64) for values in case)
+    block = Block(Columns("dense", 3, 1, values=G.sqrt().diag().view(1, 3, 1, 3)), 1, 3)
+    one = Kronecker(M.diag(), torch.eye(1, dtype=torch.float64))
+    _, [found, *_] = damping_tables(subject(block, r[None], approximations={"kfac_expand": [one]}), followed=False)
+    damping = G.mean() * torch.logspace(-8, 2, 2000, dtype=torch.float64)[:, None]
+    p = r / (M + damping)
+    assert found.decrease > 0.99 * float((p @ r - p.square() @ G / 2).max())

@@ -108,7 +108,7 @@ def test_bars_of_ekfac_allow_for_its_basis() -> None:
     """A wide layer and few draws: the basis of 4 is far from that of all, and the error bar says so."""
     torch.manual_seed(0)
     source = Repeated(models.mlp(4, 24, 12), (torch.randn(12, 4), torch.randint(12, (12,))), "cross_entropy")
-    (drawn, exact) = (source.drawn("probe", 1, 8)["2"], source.exact["2"])
+    (drawn, exact) = (source.drawn("probe", 0, 8)["2"], source.exact["2"])
     block = block_of(exact)
     want = (1 - (EigenCorrected(Kronecker(*exact.factors["expand"]), block).norm / block.norm) ** 2) ** 0.5
     row = estimated_rows("2", "probe", drawn, [block_of(drawn)])["ekfac_expand"]
@@ -278,7 +278,7 @@ def test_auto_estimates_only_the_layers_that_are_too_large(monkeypatch: pytest.M
     model, batch = models.mlp(3, 8, 13), (torch.randn(12, 3), torch.randint(13, (12,)))
     exact = curvscope.analyze(model, batch, loss="cross_entropy", dtype="float64", fisher="exact")
     limited(monkeypatch, 100)
-    run = curvscope.analyze(model, batch, loss="cross_entropy", dtype="float64", seed=1)
+    run = curvscope.analyze(model, batch, loss="cross_entropy", dtype="float64", seed=2)
     assert (run.info.fisher, run.info.samples) == ("exact", 8)
     assert list(run.layers) == list(exact.layers)
     note = "1 layer is estimated from 8 probes, the others exact: 2 (min(P, N K) = 117 exceeds 100)."

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import curvscope
+from curvscope.measure.layer_signs import noise_rows
 from curvscope.records import StabilityRow
 from tests import models
 from tests.reference import parameter_block
@@ -106,13 +107,26 @@ def test_noise_and_signal_are_unbiased_sums_over_examples(analyzed: Any) -> None
         sigma = float((g - g.mean(0)).square().sum()) / (count - 1)
         assert noise[layer].value == pytest.approx(sigma, rel=1e-9)
         assert signal[layer].value == pytest.approx(float(g.mean(0).square().sum()) - sigma / count, rel=1e-8)
-        assert noise[layer].threshold == pytest.approx(count * max(signal[layer].value, 0.0))
+        if signal[layer].value > 0:
+            assert noise[layer].threshold == pytest.approx(count * signal[layer].value)
+        else:
+            assert math.isnan(noise[layer].threshold)
+            assert noise[layer].verdict == "not_assessed"
+
+
+@pytest.mark.parametrize(
+    ("mean", "verdict"), [(1.42, "below"), (1.41, "above"), (1.01, "above"), (0.99, "not_assessed")]
+)
+def test_noise_against_the_signal_of_the_batch(mean: float, verdict: str) -> None:
+    """Two examples at mean +- 1: tr Sigma = 2 and |G|^2 = mean^2 - 1, equal for such a batch at mean = sqrt(2)."""
+    g = torch.tensor([mean - 1.0, mean + 1.0], dtype=torch.float64)
+    noise, signal = noise_rows((g / 2).square(), mean**2)
+    assert (noise.value, signal.value) == (pytest.approx(2.0), pytest.approx(mean**2 - 1))
+    assert noise.verdict == verdict
 
 
 def test_the_expected_signal_is_the_squared_mean() -> None:
     """E[|G|^2 estimate] = |mu|^2 over draws of the examples, where the plain |g|^2 is too large by tr Sigma / N."""
-    from curvscope.measure.layer_signs import noise_rows
-
     generator = torch.Generator().manual_seed(1)
     found = []
     for _ in range(4000):
@@ -213,3 +227,70 @@ def test_dead_inputs_and_outputs_are_counted() -> None:
     assert rows(run, "dead_inputs")["2"].value >= 4 / 6
     assert rows(run, "dead_units")["0"].value >= 4 / 6
     assert {"CS202 0", "CS204 2"} <= {f"{row.code} {row.layer}" for row in run.findings}
+
+
+class Pixels(nn.Module):
+    """A convolution of 2 channels and 3 x 4 output pixels, of which the head reads the first and, by `rest`, others."""
+
+    def __init__(self, rest: float) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(1, 2, 2), nn.Linear(24, 3)
+        with torch.no_grad():
+            self.head.weight.view(3, 2, 12)[:, :, 1:] *= rest
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.conv(x)).flatten(1))
+
+
+@pytest.mark.parametrize(("rest", "told"), [(1.0, False), (0.1, True)])
+def test_the_share_of_one_pixel(rest: float, told: bool) -> None:
+    """Pixel r has sum_n tr J_r^T H_n J_r of tr B, J_r the outputs' Jacobian by what the convolution puts out there."""
+    torch.manual_seed(0)
+    model, x = Pixels(rest).double(), torch.randn(5, 1, 4, 5, dtype=torch.float64)
+    run = curvscope.analyze(model, (x, torch.randint(3, (5,))), loss="cross_entropy", dtype="float64")
+    energy = torch.zeros(12, dtype=torch.float64)
+    for y in model.conv(x).detach():
+        f = lambda y: model.head(torch.tanh(y).flatten())  # noqa: E731
+        J = torch.autograd.functional.jacobian(f, y).flatten(2)
+        p = torch.softmax(f(y), 0).detach()
+        energy += torch.einsum("icr,ij,jcr->r", J, torch.diag(p) - torch.outer(p, p), J)
+    row = rows(run, "position_share")["conv"]
+    assert row.value == pytest.approx(float((energy / energy.sum()).max()), rel=1e-9)
+    assert row.reason.startswith(f"position {int(energy.argmax())} of 12")
+    assert [one.layer for one in run.findings if one.code == "CS208"] == (["conv"] if told else [])
+    assert "fewer than 4" in rows(run, "position_share")["head"].reason
+
+
+def test_where_kfac_is_exact_nothing_limits_it() -> None:
+    """One example: every error is rounding, and their ratio says nothing."""
+    run = curvscope.analyze(models.mlp(4, 3, 3), (torch.randn(1, 4), torch.tensor([1])), loss="cross_entropy")
+    for row in rows(run, "kronecker_limit").values():
+        assert (row.status, row.verdict) == ("not_assessed", "not_assessed")
+        assert "roundings" in row.reason
+
+
+def test_factors_that_float32_does_not_resolve() -> None:
+    """An input that is the sum of two others makes A singular; B of a softmax layer always is, by the sum of p."""
+    torch.manual_seed(0)
+    x = torch.randn(40, 4, dtype=torch.float64)
+    for singular in (False, True):
+        if singular:
+            x[:, 3] = x[:, 0] + x[:, 1]
+        run = curvscope.analyze(nn.Linear(4, 3).double(), (x, torch.randint(3, (40,))), loss="cross_entropy")
+        share, condition = rows(run, "unresolved_A")["model"], rows(run, "condition_A")["model"]
+        assert (share.value, share.verdict) == ((pytest.approx(0.2), "above") if singular else (0.0, "below"))
+        assert math.isnan(condition.value) == singular
+        if not singular:
+            a = torch.cat([x, torch.ones(40, 1)], 1)
+            assert condition.value == pytest.approx(float(torch.linalg.cond(a.T @ a)), rel=1e-3)
+        assert rows(run, "unresolved_B")["model"].verdict == "above"
+
+
+def test_what_a_table_of_tokens_has_not() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Flatten(), nn.Linear(12, 3))
+    run = curvscope.analyze(model, (torch.randint(7, (6, 3)), torch.randint(3, (6,))), loss="cross_entropy")
+    for quantity in ("mean_share", "unresolved_A", "position_share", "example_share"):
+        row = rows(run, quantity)["0"]
+        assert row.status == "not_assessed" or quantity == "example_share", row
+        assert "pieces" not in row.reason

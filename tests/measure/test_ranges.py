@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from curvscope.measure.peaks import agree, golden_section, peaks
 from curvscope.measure.ranges import (
     Curve,
-    golden_section,
     noise_below,
     range_row,
-    refined,
     safe_range,
     standing,
     with_form_gaps,
@@ -73,22 +72,29 @@ def test_no_safe_range_says_so() -> None:
 def test_nothing_known() -> None:
     empty = Curve(*(np.full(3, NAN) for _ in range(7)))
     assert all(math.isnan(value) for value in safe_range(empty)[:2])
-    assert refined(empty) is None
+    assert peaks(empty) == {}
     assert math.isnan(noise_below(empty, 1))
 
 
 @pytest.mark.parametrize("g", [3.0, 40.0, 800.0])
 def test_refinement_finds_the_best_damping(g: float) -> None:
     """The best scalar step is 1 / g, at damping g - m; the decrease is flat there, and the grid a decade wide."""
-    found = refined(scalar(g, 1.0))
-    assert found is not None
+    [(found, expected)] = peaks(scalar(g, 1.0)).items()
     best = 1 / (2 * g)
     p = 1 / (1.0 + found)
     assert p - g * p**2 / 2 > 0.995 * best
+    assert expected == pytest.approx(best, rel=0.02)
 
 
 def test_refinement_leaves_ends_alone() -> None:
-    assert refined(scalar(1.0, 1.0)) is None
+    assert peaks(scalar(1.0, 1.0)) == {}
+
+
+@pytest.mark.parametrize(("off", "same"), [(0.009, True), (0.011, False)])
+def test_what_was_expected_is_checked(off: float, same: bool) -> None:
+    curve = scalar(3.0, 1.0)
+    best = float(curve.decrease.max())
+    assert agree(curve, {1.0: float(curve.decrease[4]) + off * best}) == same
 
 
 def test_golden_section() -> None:

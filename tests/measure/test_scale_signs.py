@@ -99,6 +99,31 @@ def test_a_layer_of_another_scale(factor: float, told: bool) -> None:
     assert [row.layer for row in run.findings if row.code == "CS211"] == (["2"] if told else [])
 
 
+class Tokens(nn.Module):
+    """A table of tokens and a head, which may be the table itself."""
+
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(50, 4), nn.Linear(4, 50, bias=False)
+        if tied:
+            self.head.weight = self.table.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.table(x)).mean(1))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_table_is_as_large_as_what_it_puts_out(tied: bool) -> None:
+    """torch draws its entries from N(0, 1): fine as inputs of the next layer, far too large as rows of a head."""
+    torch.manual_seed(0)
+    model = Tokens(tied)
+    run = analyze(model, torch.randint(50, (8, 3)), torch.randint(50, (8,)))
+    weight = model.table.weight.detach()
+    expected = weight.square().sum(1).mean().sqrt() if tied else weight.square().mean().sqrt()
+    assert rows(run, "weight_scale")["table"].value == pytest.approx(float(expected), rel=1e-5)
+    assert expected == pytest.approx(2.0 if tied else 1.0, rel=0.1)
+
+
 @pytest.mark.parametrize(("radius", "severity"), [(1.9, ""), (2.1, "info"), (3.1, "warning")])
 def test_a_recurrent_weight(radius: float, severity: str) -> None:
     torch.manual_seed(0)

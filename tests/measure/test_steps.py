@@ -188,6 +188,8 @@ def test_per_layer_dampings_minimise_each_layers_own_model() -> None:
         row = next(r for r in found.run.layers[layer].ranges if r.approximation == "kfac_reduce")
         assert damping == row.recommended
         assert model(damping) == pytest.approx(-row.decrease, rel=1e-7)
+        mean = float(block.trace()) / len(where)
+        assert row.decrease > 0.99 * max(-model(mean * 10.0**place) for place in np.linspace(-8, 4, 200))
         summary = next(r for r in found.run.tables["global_damping"] if r.approximation == "kfac_reduce")
         assert row.joint == damping * summary.per_layer_factor
         assert summary.per_layer_change < 0

@@ -32,12 +32,15 @@ ENTRIES = (
         SEVERITY,
         "Both K-FACs are more than 0.5 off in relative Frobenius error.",
         "Steps along directions that the product gets wrong are too long or too short by as much. Where the "
-        "nearest single Kronecker product is hardly better, no choice of factors helps.",
+        "nearest single Kronecker product is hardly better, no choice of two factors helps. K-FAC may still be a good "
+        "preconditioner: what its steps are worth stands under damping and steps.",
         "Relative error above 0.5 (a choice). The nearest product is named as the limit where its error is over "
-        "0.8 of the better K-FAC's. Shares of the error are those of tables/sources.",
+        "0.8 of the better K-FAC's, EKFAC as the remedy where its error is under 0.5 of it, a source where it has half "
+        "of the error (choices). Shares of the error are those of tables/sources.",
         "arXiv:1503.05671, section 3.1; nearest product: Van Loan and Pitsianis, 1993; EKFAC arXiv:1806.03884.",
-        "EKFAC where it halves the error; more damping for this layer otherwise. Where the inputs' mean is the "
-        "cause, centre them; where positions add up, use the other flavour.",
+        "EKFAC where it halves the error. Otherwise by the source of the error: where it is the inputs' mean, centre "
+        "them; where positions add up, take the flavour that is closer; where curvature goes with the inputs, EKFAC "
+        "corrects a part. What is left is for damping.",
         "stem: relative errors 0.96 (expand) and 0.98 (reduce); of expand's error 99 % comes from positions adding up.",
     ),
     Entry(

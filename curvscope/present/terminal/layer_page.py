@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from rich.panel import Panel
 from rich.table import Table
 
 from curvscope.present.names import shorten
-from curvscope.present.numbers import count, number, percent
+from curvscope.present.numbers import count, number, percent, whole_percent
 from curvscope.present.sparkline import picture
 from curvscope.present.terminal.damping import layer_section
 from curvscope.present.terminal.page import STATUS_WORDS, Column, Page
@@ -29,14 +31,13 @@ SPECTRUM_COLUMNS = (
 )
 PICTURE_HEIGHT = 8
 FLAVOURS = ("expand", "reduce")
+Row = TypeVar("Row", ErrorRow, SpectrumRow)
 # Dumped arrays by the file's names for them.
 KEPT = ("columns", "block", "eigenvectors")
 
 
 def layer_page(page: Page, run: Run, layer: Layer) -> None:
     """Print everything the run has about one layer."""
-    # the overview refers to this page for standard errors: columns give way to them, not they to columns
-    page.show_stderr = True
     page.console.print(_header(page, layer))
     rows = [row for row in run.tables["findings"] if row.layer == layer.name]
     if rows:
@@ -95,6 +96,18 @@ def _vocabulary(layer: Layer) -> int:
     return lengths[0] if lengths else layer.row.d_in
 
 
+def _without_twins(layer: Layer, rows: list[Row]) -> list[Row]:
+    """The rows without those of reduce where it is the same matrix as expand (one position)."""
+    same = layer.row.better_flavour == "same"
+    return [row for row in rows if not (same and row.approximation.endswith("_reduce"))]
+
+
+def _title(layer: Layer, approximation: str) -> str:
+    """An approximation's name; where both flavours are the same matrix it stands for both."""
+    both = layer.row.better_flavour == "same" and approximation.endswith("_expand")
+    return f"{approximation} = reduce" if both else approximation
+
+
 def _errors(page: Page, layer: Layer) -> None:
     """All approximations against the block."""
     rows = list(layer.errors.values())
@@ -102,7 +115,8 @@ def _errors(page: Page, layer: Layer) -> None:
         return
     page.heading("approximations against the exact block")
     better = f"kfac_{layer.row.better_flavour}"
-    names = [(row.approximation + ("*" if row.approximation == better else ""), "") for row in rows]
+    rows = _without_twins(layer, rows)
+    names = [(_title(layer, row.approximation) + ("*" if row.approximation == better else ""), "") for row in rows]
     columns = [Column("\napproximation", names, worth=100, left=True)]
     columns += _measured(page, rows, ERROR_COLUMNS)
     if page.width >= 60:
@@ -118,12 +132,17 @@ def _sources(page: Page, layer: Layer) -> None:
     lines: dict[str, list[str]] = {}
     for name, row in layer.sources.items():
         if row.status == "ok":
-            shares = f"deviation from the inputs' mean {row.spread:.0%}, the mean {row.mean:.0%}"
-            words = f"{shares}, positions adding up {row.cross:.0%}" if layer.row.positions != 1 else shares
+            spread, mean, cross = (whole_percent(share) for share in (row.spread, row.mean, row.cross))
+            words = f"deviation from the inputs' mean {spread}, the mean {mean}"
+            words += f", positions adding up {cross}" if layer.row.positions != 1 else ""
         else:
             words = f"{STATUS_WORDS.get(row.status, row.status)}, {row.reason}"
         lines.setdefault(words, []).append(name)
-    found = [page.text(f"{', '.join(names)}'s error comes from: {words}", "dim") for words, names in lines.items()]
+    same = layer.row.better_flavour == "same"
+    found = [
+        page.text(f"{_title(layer, names[0]) if same else ', '.join(names)}'s error comes from: {words}", "dim")
+        for words, names in lines.items()
+    ]
     page.lines(found)
 
 
@@ -135,7 +154,8 @@ def _spectra(page: Page, layer: Layer) -> None:
     page.heading("spectra")
     order = ["ggn", *layer.errors]
     rows.sort(key=lambda row: order.index(row.approximation) if row.approximation in order else len(order))
-    names = [(row.approximation, "bold" if row.approximation == "ggn" else "") for row in rows]
+    rows = _without_twins(layer, rows)
+    names = [(_title(layer, row.approximation), "bold" if row.approximation == "ggn" else "") for row in rows]
     page.table(
         [Column("\nmatrix", names, worth=100, left=True), *_measured(page, rows, SPECTRUM_COLUMNS)],
     )

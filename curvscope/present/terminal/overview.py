@@ -28,8 +28,8 @@ def overview(page: Page, run: Run) -> None:
     page.console.print(head(page, run))
     layers = kronecker_layers(run)
     page.heading(f"{count(len(layers), 'layer')}, in forward order")
-    _layer_table(page, list(layers.values()))
-    _legend(page, run, layers)
+    left_out = _layer_table(page, list(layers.values()))
+    _legend(page, run, layers, left_out)
     _not_assessed(page, run, layers)
     overview_section(page, list(layers.values()))
     stability_section(page, run)
@@ -40,10 +40,10 @@ def overview(page: Page, run: Run) -> None:
     _next(page, run)
 
 
-def _layer_table(page: Page, layers: list[Layer]) -> None:
-    """One row a layer; names and columns give way as the width shrinks."""
+def _layer_table(page: Page, layers: list[Layer]) -> list[str]:
+    """One row a layer; names and columns give way as the width shrinks. The headers of those that did."""
     if not layers:
-        return
+        return []
     names = [page.safe(layer.name) for layer in layers]
     longest = max(len(name) for name in names)
     columns = _layer_columns(page, layers)
@@ -60,6 +60,9 @@ def _layer_table(page: Page, layers: list[Layer]) -> None:
         wider = [[name, *chosen[:-1], spectrum] for spectrum in spectra]
         chosen = next((c for c in wider if page.needed(c) <= page.width - 2), [name, *chosen])[1:]
     page.table([name, *chosen])
+    return page.left_out(columns, chosen) + (
+        [] if any(spectrum in chosen for spectrum in spectra) else ["GGN spectrum"]
+    )
 
 
 def _layer_columns(page: Page, layers: list[Layer]) -> list[Column]:
@@ -125,8 +128,8 @@ def _spectrum_column(page: Page, layers: list[Layer], width: int) -> Column:
     return Column("GGN\nspectrum", cells, worth=7, left=True)
 
 
-def _legend(page: Page, run: Run, layers: dict[str, Layer]) -> None:
-    """What the columns mean, in as few words as do."""
+def _legend(page: Page, run: Run, layers: dict[str, Layer], left_out: list[str]) -> None:
+    """What the columns mean, in as few words as do, and which found no room."""
     words = [
         "error: relative Frobenius error of K-FAC against the block; 0 is exact, 1 is as far off as zero;"
         " * the better flavour.",
@@ -137,9 +140,10 @@ def _legend(page: Page, run: Run, layers: dict[str, Layer]) -> None:
         row = grouped.row
         size = f"{row.d_out // row.groups}{page.times}{row.d_in}"
         words.append(f"{_shape(page, grouped)}: {row.groups} groups of {size} each.")
-    shown_estimate = any(row.status == "estimated" and row.layer in layers for row in run.tables["errors"])
-    if shown_estimate and not page.show_stderr:
-        words.append("~ estimated: its standard error stands in the layer's own page.")
+    if any(row.status == "estimated" and row.layer in layers for row in run.tables["errors"]):
+        words.append("± estimated, with its standard error; * only where the other flavour's bar leaves no doubt.")
+    if left_out:
+        words.append(f"No room here for {', '.join(left_out)}: on the layers' pages, or in a wider terminal.")
     page.lines([page.text(line, "dim") for line in words])
 
 

@@ -14,7 +14,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from curvscope.present.numbers import number
+from curvscope.present.numbers import number, with_stderr
 from curvscope.records import FindingRow
 
 GAP = 2
@@ -78,7 +78,6 @@ class Page:
         self.times = "x" if self.ascii_only else "×"
         self.group_mark = "*" if self.ascii_only else "·"
         self.arrow = "->" if self.ascii_only else "→"
-        self.show_stderr = self.width >= 110
 
     def text(self, words: str, style: str = "") -> Text:
         """Words of any origin, safe to print here: no control characters, none that the encoding lacks."""
@@ -97,8 +96,7 @@ class Page:
             return self.dash
         if math.isnan(stderr):
             return f"~{number(value)}" if estimated else number(value)
-        plus_minus = "+-" if self.ascii_only else "±"
-        return f"{number(value)}{plus_minus}{number(stderr, 1)}" if self.show_stderr else f"~{number(value)}"
+        return with_stderr(value, stderr, "+-" if self.ascii_only else "±")
 
     def heading(self, words: str) -> None:
         """A heading with a line to the right edge."""
@@ -112,7 +110,7 @@ class Page:
             self.console.print(Padding(line, (0, 1, 0, indent)), highlight=False)
 
     def table(self, columns: Sequence[Column], row_styles: Sequence[str] | None = None) -> None:
-        """A table in which no row wraps: where the width is too small, the least dear columns go."""
+        """A table in which no row wraps: where the width is too small, the least dear columns go, which is told."""
         kept = self.fitting(columns, self.width - 2)
         head = ASCII_HEAD if self.ascii_only else box.SIMPLE_HEAD
         table = Table(box=head, show_edge=False, pad_edge=False, padding=(0, GAP - 1, 0, 0), header_style="bold")
@@ -128,6 +126,8 @@ class Page:
             cells = [self.text(*column.cells[index]) for column in kept]
             table.add_row(*cells, style=row_styles[index] if row_styles else "")
         self.console.print(Padding(table, (0, 0, 0, 1)))
+        if missing := self.left_out(columns, kept):
+            self.lines([self.text(f"No room here for {', '.join(missing)}: a wider terminal shows them.", "dim")])
 
     @classmethod
     def fitting(cls, columns: Sequence[Column], room: int) -> list[Column]:
@@ -137,6 +137,15 @@ class Page:
             least = min(column.worth for column in kept)
             kept = [column for column in kept if column.worth > least]
         return kept
+
+    @staticmethod
+    def left_out(columns: Sequence[Column], shown: Sequence[Column]) -> list[str]:
+        """The headers of the columns that are not shown, in one line each; those of like first lines together."""
+        headers = [column.header.replace("-\n", "").split("\n") for column in columns if column not in shown]
+        found: dict[str, list[str]] = {}
+        for first, *rest in headers:
+            found.setdefault(first.strip(), []).append(" ".join(rest).strip())
+        return [f"{first} {' and '.join(filter(None, rest))}".strip() for first, rest in found.items()]
 
     @staticmethod
     def needed(columns: Sequence[Column]) -> int:

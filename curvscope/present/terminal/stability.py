@@ -17,6 +17,10 @@ LAYERS_SHOWN = 5
 LEAST_SHARE = 0.05
 VERDICT_STYLES = {"above": "bold red", "below": "green", "undecided": "bold yellow", "not_assessed": "dim"}
 SHARPNESS = ("preconditioned_sharpness", "hessian_top")
+SHARES = (
+    *("direction_share", "dead_inputs", "dead_outputs", "dead_units", "saturated_units", "mean_share", "eps_share"),
+    *("example_share", "position_share", "wrong_and_certain", "unresolved_A", "unresolved_B"),
+)
 VERDICT_WORDS = {"not_assessed": "not assessed"}
 QUANTITY_WORDS = {
     "hessian_top": "sharpness (largest eigenvalue of the Hessian)",
@@ -44,6 +48,8 @@ QUANTITY_WORDS = {
     "mean_share": "the mean's share of the inputs' energy",
     "condition_A": "condition of A",
     "condition_B": "condition of B",
+    "unresolved_A": "share of A's eigenvalues lost to rounding",
+    "unresolved_B": "share of B's eigenvalues lost to rounding",
     "kronecker_limit": "nearest Kronecker product's error over K-FAC's",
     "example_share": "largest share of one example in the top curvature",
     "position_share": "largest share of one position",
@@ -84,6 +90,8 @@ def stability_section(page: Page, run: Run) -> None:
     growth, rate = network.get("growth_factor"), network.get("largest_stable_lr")
     if growth is not None and not math.isnan(growth.value):
         words = f"{number(growth.value)} times a step along the top direction"
+        if growth.reason:
+            words += f", {growth.reason}"
         if rate is not None and math.isfinite(rate.value):
             words += f"; stable up to a learning rate of {_value(rate)}"
         grid.add_row("growth", page.text(words))
@@ -108,17 +116,28 @@ def stability_of_layer(page: Page, run: Run, layer: str) -> None:
     grid = Table.grid(padding=(0, 2, 0, 0))
     grid.add_column(style="dim", overflow="fold")
     grid.add_column(overflow="fold")
+    unknown: dict[tuple[str, str], list[str]] = {}
     for row in rows:
-        words = percent(row.value) if row.quantity == "direction_share" else _value(row)
-        line = page.text(words if not math.isnan(row.value) else page.dash)
+        title = QUANTITY_WORDS.get(row.quantity, row.quantity)
+        if math.isnan(row.value):
+            unknown.setdefault((row.status, row.reason), []).append(title)
+            continue
+        line = page.text(percent(row.value) if row.quantity in SHARES else _value(row))
         if not math.isnan(row.threshold):
-            line.append(page.safe(f", threshold {number(row.threshold)}: "))
+            limit = percent(row.threshold) if row.quantity in SHARES else number(row.threshold)
+            line.append(page.safe(f", threshold {limit}: "))
             line.append(VERDICT_WORDS.get(row.verdict, row.verdict), style=VERDICT_STYLES.get(row.verdict, ""))
         if row.reason:
             said = STATUS_WORDS.get(row.status, row.status)
             line.append(page.safe(f" ({said + ': ' if row.status != 'ok' else ''}{row.reason})"), style="dim")
-        grid.add_row(page.text(QUANTITY_WORDS.get(row.quantity, row.quantity)), line)
+        grid.add_row(page.text(title), line)
     page.console.print(Padding(grid, (0, 0, 0, 1)))
+    lines = []
+    for (status, reason), titles in unknown.items():
+        line = page.text(f"{page.dash} {STATUS_WORDS.get(status, status)}: ", "yellow")
+        line.append(page.safe("; ".join(titles) + (f" ({reason})" if reason else "")), style="dim")
+        lines.append(line)
+    page.lines(lines)
 
 
 def _noise(page: Page, run: Run, network: dict[str, StabilityRow]) -> Text | None:
@@ -170,6 +189,8 @@ def _verdict(page: Page, run: Run, row: StabilityRow) -> Text:
         return page.text(f"not assessed: {row.reason}", "yellow")
     line = page.text(row.verdict, VERDICT_STYLES.get(row.verdict, ""))
     words = f": {_value(row)} against {number(row.threshold)} ({row.source.partition(',')[0]}), "
+    if row.status == "ok" and math.isfinite(row.threshold) and row.threshold > 0 and row.value > 0:
+        words += f"{number(row.value / row.threshold)} of it, "
     words += f"on {run.model.examples} examples"
     line.append(page.safe(words + (" and halves of them" if not math.isnan(row.low) else "")), style="not bold default")
     return line
