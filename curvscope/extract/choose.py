@@ -186,12 +186,18 @@ def make_plan(
     plans = layer_plans(graph, layouts, columns, settings, keep_draws=draws, apart=apart)
     plans |= {name: LayerPlan(None, 0, 0, reason) for name, reason in without.items()}
     per_draw = {name: columns for name, layer in plans.items() if draws and keeps_draws(layer.form)}
-    stays = standing(graph, layouts, settings, per_draw) + rows_bytes(usable(settings)) + beside
+    # rows may be kept beside columns of another form
+    stays = standing(graph, layouts, settings, per_draw) + rows_bytes(usable(settings))
     # while pieces are put together, each has factors beside those of all before
     passing = activations + (stays if piece_share > 0 else 0)
     remedy = FEWER if draws else f"{FEWER}, or --fisher probe"
     return plan_sweeps(
-        plans, usable(settings), standing=stays, activations=passing, piece_share=piece_share, remedy=remedy
+        plans,
+        usable(settings),
+        standing=stays + beside,
+        activations=passing,
+        piece_share=piece_share,
+        remedy=remedy,
     )
 
 
