@@ -171,3 +171,20 @@ def test_layer_page_says_why_there_is_nothing() -> None:
 @pytest.mark.parametrize("table", ["damping", "ranges"])
 def test_every_column_has_a_meaning(table: str) -> None:
     assert all(meaning(table, column) for column in TABLES[table].__dataclass_fields__)
+
+
+@pytest.mark.parametrize(("joint", "told"), [(0.5, False), (0.51, True)])
+def test_layers_that_the_joint_value_leaves_with_plain_steps_are_named(joint: float, told: bool) -> None:
+    run = make_run()
+    name = LAYERS[0][0]
+    layer = run.layers[name]
+    row = found_range(low=0.1, high=0.5, recommended=0.2, joint=joint)
+    better = f"kfac_{'reduce' if layer.row.better_flavour == 'reduce' else 'expand'}"
+    for other in run.layers.values():
+        other.ranges = []
+    layer.ranges = [dataclasses.replace(row, layer=name, approximation=better)]
+    text = io.StringIO()
+    render(run, Console(file=text, width=120))
+    words = " ".join(text.getvalue().split())
+    assert "above which the step is plain gradient descent" in words
+    assert (f"which leaves {name} with plain gradient steps" in words) == told

@@ -65,11 +65,14 @@ def overview_section(page: Page, layers: Sequence[Layer], optimizer: str = "") -
     page.table([Column("\nlayer", short, worth=100, left=True), *columns])
     cross = "x" if page.ascii_only else "×"
     words = f"strip: how much the exact quadratic model loses by K-FAC's step, a factor of 10 a step; {cross}: it grows"
-    words += "; [ ] the safe range"
+    words += "; [ ] the safe range, above which the step is plain gradient descent"
     if standing:
         words += "; now: one step of this layer alone, which says nothing of many steps (CS5xx) or of all layers"
     if any(not math.isnan(row.joint) for _, row in known):
         words += "; set: best times a common factor, tried in a step of all layers together"
+        plain = [layer.name for layer, row in known if row.joint > row.high]
+        if plain:
+            words += f", which leaves {some(plain, 'layer')} with plain gradient steps"
     now = {row.current for _, row in known if not math.isnan(row.current)}
     if len(now) == 1:
         words += f"; | the optimizer's damping, {number(now.pop())}"
