@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from curvscope.errors import LayoutError, ModelError
 from curvscope.graph.functional import Graph
+from curvscope.graph.isolation import MIXED_EXAMPLES, check_isolated
 from curvscope.graph.layout import Layout, candidates, holds
 from curvscope.graph.sites import SiteModule, spatial_dims
 from curvscope.graph.tap import Tap
@@ -62,10 +63,10 @@ def verify(graph: Graph, tensors: Sequence[Tensor], axes: Sequence[int | None], 
 
     Candidates are the axes whose size N divides. One holds if permuting the examples permutes the rows
     accordingly, up to rounding, and if no example's output depends on another example's rows; of several that hold the
-    closest match is taken, the plainest where they are equal.
+    closest match is taken, the plainest where they are equal. At last some examples are replaced (`check_isolated`).
 
     Raises:
-        LayoutError: no candidate holds for some layer, or for the output.
+        LayoutError: no candidate holds for some layer, or for the output; or the model mixes examples.
         ModelError: NaN or Inf appears along the way; the first layer is named.
     """
     output, inputs, rows, tokens = observe(graph, tensors)
@@ -105,7 +106,10 @@ def verify(graph: Graph, tensors: Sequence[Tensor], axes: Sequence[int | None], 
                 what = "what it is combined with belongs" if is_tap else "the rows looked up in it belong"
                 graph.drop(site.layer, f"{what} to no example; its exact block is not computed")
     layout = _holding(output, output_permuted, order, examples, output.ndim, tolerance, "the model's output")[0]
+    del output_permuted, inputs_permuted
     found = _settled(graph, tensors, layout, passing, tolerance / 100)
+    sites = {target: (kept, inputs[target]) for target, kept in found.items()}
+    check_isolated(graph, tensors, axes, (layout, output), sites)
     return Layouts(examples, layout, found, output, _positions(rows, examples), tokens=tokens)
 
 
@@ -142,8 +146,7 @@ def _settled(
                 "The model mixes examples: the outputs of some depend on the rows of others, so its loss has no "
                 "curvature for each example alone.",
                 where=f"behind layer {site.layer}",
-                remedy="Look for batch statistics (BatchNorm without running statistics), attention or means over the "
-                "batch axis; if an input's examples are on another axis, name it with --example-axis NAME=AXIS.",
+                remedy=MIXED_EXAMPLES,
             )
         found[site.target] = choices[0]
     return found
