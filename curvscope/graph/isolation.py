@@ -88,6 +88,15 @@ MIXED_GRAPHS = (
 )
 
 
+def looped(layer: str) -> LayoutError:
+    """The error for a layer that is called as often as there are examples, or several times as often."""
+    return LayoutError(
+        "It is called once for each example, as in a loop over the batch, so that no axis of its rows holds them.",
+        where=f"layer {layer}",
+        remedy="Apply it to all examples at once, with the batch as an axis of its input.",
+    )
+
+
 def _compare(
     graph: Graph,
     replaced: Sequence[Tensor],

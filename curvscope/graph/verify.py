@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from curvscope.errors import LayoutError, ModelError
 from curvscope.graph.functional import Graph
-from curvscope.graph.isolation import MIXED_EXAMPLES, check_isolated
+from curvscope.graph.isolation import MIXED_EXAMPLES, check_isolated, looped
 from curvscope.graph.layout import Layout, candidates, holds
 from curvscope.graph.sites import SiteModule, spatial_dims
 from curvscope.graph.tap import Tap
@@ -90,21 +90,33 @@ def verify(graph: Graph, tensors: Sequence[Tensor], axes: Sequence[int | None], 
     output_permuted, inputs_permuted, *_ = observe(graph, permuted)
     tolerance = float(torch.finfo(output.dtype).eps) ** 0.5
     passing: dict[str, list[Layout]] = {}
+    refusals: dict[str, LayoutError] = {}
+    lost: dict[str, str] = {}
     for site in graph.sites():
         is_tap = isinstance(site.module, Tap)
-        can_go = is_tap or isinstance(site.module, nn.Embedding)
         allowed = inputs[site.target].ndim - (not is_tap)
         if not is_tap and spatial_dims(site.kind):
             allowed = 1
         pair = inputs[site.target], inputs_permuted[site.target]
         try:
             passing[site.target] = _holding(*pair, order, examples, allowed, tolerance, f"layer {site.layer}")
-        except LayoutError:
-            if not can_go:
-                raise
-            if site.layer in graph.layers:
-                what = "what it is combined with belongs" if is_tap else "the rows looked up in it belong"
-                graph.drop(site.layer, f"{what} to no example; its exact block is not computed")
+        except LayoutError as refusal:
+            calls = len(graph.layers[site.layer].sites)
+            refusals[site.layer] = (
+                looped(site.layer) if calls % examples == 0 and rows[site.target] < examples else refusal
+            )
+            what = "its rows"
+            if can_go:
+                what = "what it is combined with" if is_tap else "the rows looked up in it"
+            lost[site.layer] = (
+                f"{what} belong{'s' * (can_go and is_tap)} to no example; its exact block is not computed"
+            )
+    if not passing and refusals:
+        raise next(iter(refusals.values()))
+    for layer, why in lost.items():
+        graph.drop(layer, why)
+    if refusals and not graph.chosen():
+        raise next(iter(refusals.values()))
     layout = _holding(output, output_permuted, order, examples, output.ndim, tolerance, "the model's output")[0]
     del output_permuted, inputs_permuted
     found = _settled(graph, tensors, layout, passing, tolerance / 100)
