@@ -102,15 +102,11 @@ def verify(graph: Graph, tensors: Sequence[Tensor], axes: Sequence[int | None], 
             passing[site.target] = _holding(*pair, order, examples, allowed, tolerance, f"layer {site.layer}")
         except LayoutError as refusal:
             calls = len(graph.layers[site.layer].sites)
-            refusals[site.layer] = (
-                looped(site.layer) if calls % examples == 0 and rows[site.target] < examples else refusal
-            )
-            what = "its rows"
-            if can_go:
-                what = "what it is combined with" if is_tap else "the rows looked up in it"
-            lost[site.layer] = (
-                f"{what} belong{'s' * (can_go and is_tap)} to no example; its exact block is not computed"
-            )
+            once_each = calls % examples == 0 and rows[site.target] < examples
+            refusals[site.layer] = looped(site.layer) if once_each else refusal
+            what = "what it is combined with belongs" if is_tap else "its rows belong"
+            what = "the rows looked up in it belong" if isinstance(site.module, nn.Embedding) else what
+            lost[site.layer] = f"{what} to no example; its exact block is not computed"
     if not passing and refusals:
         raise next(iter(refusals.values()))
     for layer, why in lost.items():
