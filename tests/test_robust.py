@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import curvscope
-from curvscope.errors import BatchError, LayoutError, ModelError
+from curvscope.errors import BatchError, CheckpointError, LayoutError, LossError, ModelError
 
 
 def network() -> nn.Sequential:
@@ -121,3 +123,40 @@ def test_only_what_was_given_is_named() -> None:
     with pytest.raises(ModelError) as caught:
         curvscope.analyze(network(), pair(), loss="cross_entropy", skip=["*"])
     assert caught.value.where == "--skip *"
+
+
+def test_a_dtype_of_torch_is_taken() -> None:
+    assert curvscope.analyze(network(), pair(), loss="cross_entropy", dtype=torch.float64).info.dtype == "float64"
+
+
+def test_lists_of_numbers_are_told() -> None:
+    with pytest.raises(BatchError) as caught:
+        curvscope.analyze(network(), ([[1.0, 2.0, 3.0, 4.0]] * 2, torch.tensor([0, 1])), loss="cross_entropy")
+    assert "torch.tensor(list)" in caught.value.remedy
+
+
+@pytest.mark.parametrize("loss", [nn.NLLLoss(), nn.NLLLoss, F.nll_loss])
+def test_the_loss_of_log_probabilities_is_refused(loss: Any) -> None:
+    with pytest.raises(LossError, match="log-probabilities") as caught:
+        curvscope.analyze(network(), pair(), loss=loss)
+    assert "cross_entropy" in caught.value.remedy
+
+
+def test_one_byte_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "net.pt"
+    path.write_text("P")
+    with pytest.raises(CheckpointError, match="no known format"):
+        curvscope.analyze(path, pair(), loss="cross_entropy", factory=network)
+
+
+def test_adafactor_is_told_by_its_name(tmp_path: Path) -> None:
+    model, path = network(), tmp_path / "net.pt"
+    optimizer = torch.optim.Adafactor(model.parameters())
+    F.cross_entropy(model(pair()[0]), pair()[1]).backward()
+    optimizer.step()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path)
+    run = curvscope.analyze(path, pair(), loss="cross_entropy", factory=network)
+    row = next(row for row in run.tables["stability"] if row.quantity == "preconditioned_sharpness")
+    assert row.status == "not_assessed"
+    assert "Adafactor" in row.reason
+    assert not any("could not be matched" in note for note in run.notes)
