@@ -1,9 +1,11 @@
 """`python -m benchmarks.damping`: what the damping stage adds to an analysis, against the extraction.
 
-The extraction is the sweep of the same analysis: forward and backward passes, factors of both flavours, gradient and
-columns of every layer. The stage is everything in `measure.damping` but the conditions, with its share of EKFAC's pass
-over the columns, and what the decomposition of G takes beyond G's eigenvalues, which the spectrum needs anyway. All are
-seconds of this process' own CPU time, at one thread, so that other processes weigh on both sides alike.
+The extraction is what benchmarks/README.md says: the sweep of the same analysis (forward and backward passes, factors
+of both flavours, gradient and columns of every layer), alone and with the exact blocks' Gram matrices and their
+eigenvalues, which the report needs without damping. The stage is everything in `measure.damping` but the conditions,
+with its share of EKFAC's pass over the columns, and what the decomposition of G takes beyond its eigenvalues. All are
+seconds of this process' own CPU time, at one thread, so that other processes weigh on both sides alike; the workloads
+take turns.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from curvscope.curvature.eigen import eigvalsh
 from curvscope.curvature.kronecker import Kronecker
 from curvscope.curvature.tiles import Tile
 from curvscope.extract.sweep import sweep
-from curvscope.measure import damping, layer
+from curvscope.measure import damping, exact_layer
 from curvscope.measure.condition import preconditioned_condition
 from curvscope.measure.step_sums import FollowedSteps
 
@@ -70,7 +72,7 @@ def timed_stage(clock: Clock) -> type[damping.DampingStage]:
     class TimedStage(damping.DampingStage):
         def __init__(self, subject: damping.Subject) -> None:
             for block in subject.blocks:
-                clock.timed("shared", lambda block=block: (block.gram, block.diagonal))()
+                clock.timed("gram", lambda block=block: (block.gram, block.diagonal))()
                 clock.timed("eigenvalues", eigvalsh)(block.gram)
                 clock.timed("decomposition", lambda block=block: block.solver)()
             clock.timed("stage", super().__init__)(subject)
@@ -94,7 +96,7 @@ def measure(name: str) -> dict[str, float]:
     steps = type("TimedSteps", (TimedSteps,), {"clock": clock})
     with (
         mock.patch.object(passes, "sweep", clock.timed("extraction", sweep)),
-        mock.patch.object(layer, "DampingStage", timed_stage(clock)),
+        mock.patch.object(exact_layer, "DampingStage", timed_stage(clock)),
         mock.patch.object(damping, "FollowedSteps", steps),
         mock.patch.object(damping, "preconditioned_condition", clock.timed("conditions", preconditioned_condition)),
     ):
@@ -102,20 +104,22 @@ def measure(name: str) -> dict[str, float]:
     found = clock.seconds
     found["stage"] += found["tables"] - found.get("conditions", 0.0)
     found["analysis"] -= found["eigenvalues"]  # taken twice here
-    found["added"] = found["decomposition"] - found["eigenvalues"]
-    found["stage / extraction"] = found["stage"] / found["extraction"]
-    found["all / extraction"] = (found["stage"] + found["added"]) / found["extraction"]
-    found["all / analysis"] = (found["stage"] + found["added"]) / found["analysis"]
+    found["added"] = max(0.0, found["decomposition"] - found["eigenvalues"])
+    found["both"] = found["stage"] + found["added"]
+    found["exact"] = found["extraction"] + found["gram"] + found["eigenvalues"]
+    for name in ("extraction", "exact", "analysis"):
+        found[f"both / {name}"] = found["both"] / found[name]
     return found
 
 
 COLUMNS = {
-    "extraction": "extraction",
+    "extraction": "sweep",
+    "exact": "sweep and exact blocks",
     "stage": "stage",
     "added": "decomposition beyond eigenvalues",
-    "stage / extraction": "stage / extraction",
-    "all / extraction": "both / extraction",
-    "all / analysis": "both / analysis",
+    "both / extraction": "stage and decomposition / sweep",
+    "both / exact": "/ sweep and exact blocks",
+    "both / analysis": "/ analysis",
     "conditions": "conditions",
     "analysis": "analysis",
 }
@@ -133,9 +137,13 @@ def main() -> None:
     print(f"CPU seconds at one thread, medians of {options.repeats}; load of the machine {os.getloadavg()[0]:.1f}\n")
     print(f"| workload | {' | '.join(COLUMNS.values())} |")
     print("| --- " * (len(COLUMNS) + 1) + "|")
-    for name in options.workloads:
-        runs = [measure(name) for _ in range(options.repeats + 1)][1:]
-        cells = [f"{Spread.of([run.get(column, 0.0) for run in runs]).median:.3g}" for column in COLUMNS]
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in options.workloads}
+    for _ in range(options.repeats + 1):
+        for name, found in runs.items():
+            found.append(measure(name))
+    for name, found in runs.items():
+        # the first of each warmed up
+        cells = [f"{Spread.of([run.get(column, 0.0) for run in found[1:]]).median:.3g}" for column in COLUMNS]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 

@@ -127,9 +127,10 @@ def main() -> None:
     parser.add_argument("networks", nargs="*", default=list(NETWORKS))
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--draws", type=int, nargs="*", default=[8, 32], choices=[8, 32])
     options = parser.parse_args()
     torch.set_num_threads(1)
-    results = [compared(name, (8, 32), options.seeds) for name in options.networks]
+    results = [compared(name, options.draws, options.seeds) for name in options.networks]
     document = {"about": report.about("cpu"), "results": results}
     text = markdown(document)
     print(text)

@@ -13,7 +13,9 @@ import torch
 
 from curvscope._version import __version__
 from curvscope.diagnose import rules
+from curvscope.extract.choose import DTYPES
 from curvscope.extract.ready import Ready
+from curvscope.graph.prepare import source_dtype
 from curvscope.load.problem import Problem
 from curvscope.measure.stability_stage import Assessment
 from curvscope.records import CoverageRow, Layer, ModelInfo, RunInfo
@@ -59,6 +61,7 @@ def assembled(ready: Ready, found: Found, seconds: dict[str, float]) -> Run:
             seed=settings.seed,
             fisher=ready.fisher,
             samples=ready.samples if ready.fisher in ("probe", "mc") or ready.estimated else 0,
+            source_dtype=source_dtype(problem, DTYPES[settings.dtype]),
         ),
         model=info,
         config=settings.as_dict(),

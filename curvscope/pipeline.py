@@ -14,6 +14,7 @@ from torch import nn
 from curvscope.assemble import Found, assembled
 from curvscope.errors import AnalysisError, BatchError, DeviceError
 from curvscope.extract.choose import DTYPES, budget
+from curvscope.extract.cost import measured_rates
 from curvscope.extract.footprint import release, returned_when_freed
 from curvscope.extract.plan import size_in_words
 from curvscope.extract.ready import describe_plan, get_ready
@@ -21,9 +22,9 @@ from curvscope.extract.sweep import Progress, no_progress
 from curvscope.load import load_problem
 from curvscope.load.decay import is_shampoo
 from curvscope.load.problem import Problem
+from curvscope.measure.effort import STABILITY_SHARE, stability_seconds
 from curvscope.measure.layers import attempt, measure_layers, timed
 from curvscope.measure.optimizer import SHAMPOO, damping_wishes
-from curvscope.measure.series import SHARE_OF_TIME, estimated_seconds
 from curvscope.measure.spreads import Wanted
 from curvscope.measure.stability_stage import Assessment, stability_stage
 from curvscope.measure.stage import NetworkStage, no_tables, open_network
@@ -35,10 +36,6 @@ from curvscope.units import parse_bytes
 
 T = TypeVar("T")
 WHOLE_MEMORY = "memory ran out in passes over the whole network, even over the smallest pieces of the data"
-# What the stability measures may take of --time.
-STABILITY_SHARE = 0.25
-# Forward passes that sharpness on the batch and its halves, and by layer, costs as a rule.
-STABILITY_PASSES = 200
 
 
 def analyze(
@@ -275,16 +272,20 @@ def _check_dataset(settings: Settings, examples: int) -> None:
 def _planned(given: _Given, device: torch.device) -> PlannedRun:
     ready = get_ready(given.problem, given.settings, device, given.report, dict(given.seconds))
     _check_dataset(given.settings, ready.passes.pieces.survey.examples)
+    opened = attempt(partial(open_network, ready))
+    if opened is None:
+        return describe_plan(ready)
+    # the whole network's stages
+    ready, whole = opened
     planned = describe_plan(ready)
-    # the whole network's stages: known numbers of passes, and bounds in shares of --time
-    forward, time = ready.passes.pass_seconds().column, given.settings.time_seconds
-    steps = estimated_seconds(ready.passes.graph, forward, alone=not ready.passes.pieces.in_pieces())
-    if steps > SHARE_OF_TIME * time and "steps" not in given.settings.measure:
-        steps = 0.0
     known = ready.problem.optimizer is not None or bool(ready.problem.optimizer_options)
-    stability = (STABILITY_PASSES if known else STABILITY_PASSES / 4) * forward
-    more = {"steps": steps, "stability": min(stability, STABILITY_SHARE * time)}
-    return dataclasses.replace(planned, seconds={**planned.seconds, **more})
+    rates = measured_rates(ready.device)
+    more = {
+        "steps": 0.0 if whole.why_no_steps else whole.steps_seconds,
+        "stability": stability_seconds(whole.network, whole.effort, ready.settings, rates, known=known),
+    }
+    notes = [*planned.notes, *([f"No steps of the whole network: {whole.why_no_steps}."] if whole.why_no_steps else [])]
+    return dataclasses.replace(planned, seconds={**planned.seconds, **more}, notes=notes)
 
 
 def _analyzed(given: _Given, run_on: torch.device) -> Run:
@@ -296,10 +297,11 @@ def _analyzed(given: _Given, run_on: torch.device) -> Run:
     _check_dataset(settings, passes.pieces.survey.examples)
     stage = None
     with timed(seconds, "steps"):
-        opened = attempt(partial(open_network, passes.pieces, ready.layouts, settings))
+        opened = attempt(partial(open_network, ready))
         release()
         if opened is not None:
-            stage = attempt(partial(NetworkStage, opened[0], problem, settings, chosen))
+            ready, whole = opened
+            stage = attempt(partial(NetworkStage, whole, problem, settings, chosen))
     if is_shampoo(problem):
         notes.append(f"{SHAMPOO}.")
     wishes = Wishes(
@@ -325,7 +327,7 @@ def _analyzed(given: _Given, run_on: torch.device) -> Run:
     release()
     assessed = None
     if opened is not None:
-        network, room = opened
+        network, room = opened[1].network, opened[1].room
         report("stability", "", 0, 1)
         wanted = Wanted(
             seed=settings.seed,

@@ -41,7 +41,7 @@ class PlannedRun:
         budget_bytes: --memory, or half of what is free.
         peak_bytes: the estimated peak, beside model, data and libraries.
         kept_bytes: the columns of the largest sweep.
-        seconds: "passes" and "measure".
+        seconds: "passes", "measure", and of the whole network "steps" and "stability".
         layers: in forward order.
         notes: sentences about the input.
     """
@@ -67,7 +67,7 @@ class PlannedRun:
 
     @property
     def total_seconds(self) -> float:
-        """Passes and measures; loading and export are over when a plan is made."""
+        """Of all stages; loading and export are over when a plan is made."""
         return sum(self.seconds.values())
 
     def as_dict(self) -> dict[str, Any]:

@@ -23,28 +23,33 @@ from sample_models.train import RECIPES, Recipe
 
 FLAVOURS = ("kfac_expand", "kfac_reduce", "ekfac_expand", "ggn")
 SEEDS = range(4)
-FINE = 40
+FINE = 96
+# The fine grid goes so many decades beyond the analysis' own, at both ends.
+BEYOND = 2
 WITHIN = 0.05
 NOTHING = (math.nan, math.nan)
 PAGE = Path(__file__).with_suffix(".md")
 HEAD = """# What the recommended damping is worth, on its batch and on others
 
 For every sample, four batches of its training data (by their seed) and every flavour, `curvscope.analyze` recommends a
-damping for the whole network (column `damping` of table `global_damping`) and a damping for each layer (column `joint`
-of table `ranges`), and tells the best of those that are safe by the Levenberg-Marquardt rule (`safe_damping`). Each is
-judged by the actual change of the loss (with the optimizer's L2 decay, which only graph_gnn has) after one step of all
-layers, a forward pass in float32: on the batch that it was found on (**same**) and, the mean over the other three
+damping for the whole network, which is the one that the report calls recommended (column `damping` of table
+`global_damping`: the lowest loss of all that it tried) and a damping for each layer (column `joint` of table `ranges`),
+and tells the best of those that are safe by the Levenberg-Marquardt rule (`safe_damping`), which the findings advise.
+Each is judged by the actual change of the loss (with the optimizer's L2 decay, which only graph_gnn has) after one step
+of all layers, a forward pass in float32: on the batch that it was found on (**same**) and, the mean over the other three
 batches of the sample, on data that had no part in it (**other**; batches are drawn with replacement of the whole, so
 that graph_gnn's 12 of 24 examples overlap by half, the others by under 5 %). Beside them stands the best of {fine}
-dampings, evenly spaced in log over the grid that the analysis tries, on the same batch and, chosen by them, on the
-other ones. Where every layer has one position an example, expand and reduce are the same and are listed once. torch
-{torch}. This page is written by `python -m docs.damping`.
+dampings, evenly spaced in log from {beyond} decades below the analysis' grid to {beyond} above it, on the same batch and,
+chosen by them, on the other ones; none of them is a value that the analysis tries, but by chance. Where every layer has
+one position an example, expand and reduce are the same and are listed once. torch {torch}. This page is written by
+`python -m docs.damping`.
 
 | value | within {within:.0%} of the best of {fine}, same batch | median lost, same | worst lost, same | lowers the loss on the other batches | median share of the best decrease there | worst change there, in units of the loss |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: |
 {summary}
-The recommendation is the lowest loss of all tried: within {within:.0%} of the best by construction: both are searched among actual losses of one
-batch. {reading}
+The aim was to have the recommended value within 5 % of the best in 9 of 10 runs: it is in {met}. That both are
+searched among actual losses of one batch makes it easy; what it shows is that about 75 passes find what {fine} values
+find, peaks beside the grid included. {reading}
 
 """
 READING = (
@@ -74,7 +79,7 @@ def analyzed(name: str, recipe: Recipe, batch: Any) -> tuple[curvscope.Run, Whol
     def recording(*arguments: Any, **settings: Any) -> NetworkStage:
         stage = NetworkStage(*arguments, **settings)
         assert stage.found is not None
-        low, high = math.log10(stage.found.grid[0]), math.log10(stage.found.grid[-1])
+        low, high = math.log10(stage.found.grid[0]) - BEYOND, math.log10(stage.found.grid[-1]) + BEYOND
         grids.append([10.0 ** (low + (high - low) * i / (FINE - 1)) for i in range(FINE)])
         # the exact block's steps on the fine grid, too, can only be taken while its columns are there
         keeper = stage.found.keeper
@@ -169,6 +174,8 @@ def summarized(all_values: Sequence[dict[str, tuple[float, float]]]) -> tuple[st
         numbers[{"safe": "bad_safe", "recommended": "bad_lowest", "layers": "bad_layers"}[key]] = len(other) - lowered
         if key == "layers":
             numbers["with_layers"] = len(known)
+        if key == "recommended":
+            numbers["met"] = f"{sum(one <= WITHIN for one in lost)} of {len(known)}"
         if key == "safe":
             numbers["share"] = 1 - statistics.median(lost)
     return lines, numbers
@@ -186,6 +193,8 @@ def main() -> int:
     summary, numbers = summarized(all_values)
     head = HEAD.format(
         fine=FINE,
+        beyond=BEYOND,
+        met=numbers["met"],
         within=WITHIN,
         summary=summary,
         reading=READING.format(**numbers),

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from docs.architectures import table_row
-from tests.measure.coverages import MODELS, coverages
+from curvscope.measure import estimate
+from tests.measure.coverages import MODELS, coverages, skewness
 
 PAGE = Path(__file__).with_suffix(".md")
 DRAWS = (4, 8, 16)
@@ -61,6 +62,21 @@ def page(rows: list[dict[str, Any]], repetitions: int) -> str:
     return "".join(parts)
 
 
+def certainty_table(models: list[str], factors: list[float], repetitions: int) -> str:
+    """mc on models made more and more certain, with nothing withheld: skewness of the draws against coverage, K = 8."""
+    estimate.MOST_SKEWED = math.inf
+    titles = ("model", "outputs times", "skewness", "numbers", "lowest", "mean", "below 90 %")
+    lines = [table_row(titles), table_row(["---"] * len(titles))]
+    for model in models:
+        for factor in factors:
+            found = coverages(model, "mc", 8, repetitions, certainty=factor).values()
+            held = [share for share, _ in found if not math.isnan(share)]
+            cells = [model, f"{factor:g}", f"{skewness(model, 8, factor):.3f}", str(len(held)), f"{min(held):.1%}"]
+            lines.append(table_row([*cells, f"{sum(held) / len(held):.1%}", str(sum(one < 0.9 for one in held))]))
+            print(lines[-1], flush=True)
+    return "\n".join(lines) + "\n"
+
+
 def _listed(row: dict[str, Any]) -> str:
     name = f"{row['approximation']} {row['number']}"
     return f"- {row['held']:.1%}: {row['model']}, layer {row['layer']}, {row['fisher']}, K = {row['draws']}, {name}"
@@ -88,8 +104,12 @@ def main() -> None:
     parser.add_argument("given", nargs="*")
     parser.add_argument("--repetitions", type=int, default=500)
     parser.add_argument("--part", type=Path)
+    parser.add_argument("--certainty", type=float, nargs="*", help="factors on the outputs: print the table of mc alone")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.certainty:
+        certainty_table(options.given or list(MODELS), options.certainty, options.repetitions)
+        return
     if options.part is not None:
         rows = [row for model in options.given for row in shares(model, options.repetitions)]
         options.part.write_text(json.dumps(rows), encoding="utf-8")

@@ -236,6 +236,8 @@ def graphs(make: Callable[[Any], nn.Module], reads: str = "") -> Architecture:
     return Architecture("torch_geometric", seeded(build), example_index="batch")
 
 
+# Compared with brute force in CI, too: experts of transformers, and attention over graphs.
+TESTED = ("mixtral_lm", "graph_transformer")
 FAMILIES: dict[str, Architecture] = {
     "densenet": images(densenet, 16),
     "regnet": images(regnet, 16),

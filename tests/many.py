@@ -25,7 +25,7 @@ def gaps(one: Any, other: Any) -> dict[tuple[str, ...], float]:
             found[name, flavour, "B"] = _gap(factors.B, again.factors[flavour].B)
         for approximation, row in layer.errors.items():
             assert row.status == again.errors[approximation].status, (name, approximation)
-            if approximation.startswith("ekfac") and _repeats(layer.factors.get(approximation.removeprefix("ekfac_"))):
+            if approximation.startswith("ekfac") and repeats(layer.factors.get(approximation.removeprefix("ekfac_"))):
                 continue
             for key in NUMBERS:
                 # where K-FAC is exact its error is rounding
@@ -49,7 +49,7 @@ def _gap(one: Any, other: Any, least: float = 1e-300) -> float:
     return float((a - b).abs().max() / max(float(a.abs().max()), least))
 
 
-def _repeats(factors: Any) -> bool:
+def repeats(factors: Any) -> bool:
     """Whether a factor has equal eigenvalues: EKFAC's basis is then arbitrary."""
     for factor in (factors.A, factors.B) if factors is not None else ():
         if factor.ndim == 1:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 from unittest import mock
@@ -11,46 +10,22 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
+from torch import nn
 
 import curvscope
 from curvscope.graph import prepare
 from curvscope.graph.export import Exported, export_model
 from curvscope.graph.functional import Graph, build
-from curvscope.load.problem import Inputs
-from curvscope.records import Layer
 from curvscope.run import Run
-from tests.architectures import ARCHITECTURES, BilinearHead, Built, CellLoop, EinsumAttention, Experts
+from tests.architectures import ARCHITECTURES, BilinearHead, CellLoop, EinsumAttention, Experts
+from tests.brute_force import ANALYZED, as_inputs, deviations, eager, exact_run, in_float64
+from tests.families import FAMILIES, TESTED
 
 # It warns of a slower implementation, once a process.
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning")
 
 # Taken apart for the graph (recurrent steps, products with more axes), in another order of additions.
 REORDERED = (nn.RNNBase, CellLoop, BilinearHead, EinsumAttention, Experts)
-ANALYZED = {"kronecker", "exact_only"}
-
-
-def as_inputs(inputs: Any) -> Inputs:
-    if isinstance(inputs, dict):
-        return Inputs(kwargs=inputs)
-    return Inputs(args=inputs if isinstance(inputs, tuple) else (inputs,))
-
-
-def eager(model: nn.Module, inputs: Any) -> Tensor:
-    """The output tensor of the model itself in eval mode."""
-    given = as_inputs(inputs)
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # another order of additions
-    try:
-        result = model.eval()(*given.args, **given.kwargs)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
-    if isinstance(result, Tensor):
-        return result
-    return result.logits if hasattr(result, "logits") else result[0]
 
 
 @cache
@@ -190,75 +165,6 @@ def test_one_example_exports_by_itself(name: str) -> None:
 # Against brute force -------------------------------------------------------------------------------------------------
 
 
-class Widened(TorchFunctionMode):
-    """Casts to float32 inside a model (RMSNorm) become casts to float64, as in the graph of a float64 run."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = pytree.tree_map(
-            lambda item: torch.float64 if item is torch.float32 else item, (args, kwargs or {})
-        )
-        return func(*args, **kwargs)
-
-
-def in_float64(built: Built) -> Built:
-    model, inputs, targets = built
-    inputs, targets = pytree.tree_map(
-        lambda item: item.double() if isinstance(item, Tensor) and item.is_floating_point() else item,
-        (inputs, targets),
-    )
-    return model.double(), inputs, targets
-
-
-def output_jacobians(model: nn.Module, output: Tensor) -> dict[str, Tensor]:
-    """d output / d parameter as [all outputs, *shape], zero where a parameter is not reached."""
-    names, parameters = zip(*model.named_parameters(), strict=True)
-    rows = [
-        torch.autograd.grad(value, parameters, retain_graph=True, materialize_grads=True) for value in output.flatten()
-    ]
-    return {name: torch.stack(of_one) for name, of_one in zip(names, zip(*rows, strict=True), strict=True)}
-
-
-# Parameters with axes for heads or experts -> their Jacobian's axes as outputs of the model, rows and inputs.
-AXES: dict[str, tuple[int, ...]] = {
-    **dict.fromkeys(("query", "key", "value"), (0, 2, 3, 1)),
-    "out": (0, 3, 1, 2),
-    **dict.fromkeys(("up", "down"), (0, 1, 3, 2)),
-}
-
-
-def layer_jacobian(
-    model: nn.Module, layer: Layer, names: list[str], J: dict[str, Tensor], exact_only: bool
-) -> Tensor | None:
-    """[all outputs, groups, P of a group] in the order of the layer's columns; None where that order is not plain."""
-    row = layer.row
-    if row.kind.startswith("embedding"):
-        jacobian = J[names[0]].transpose(1, 2)
-        if row.kind == "embedding":
-            tokens = torch.as_tensor(layer.tokens)
-            others = [word for word in range(row.d_in) if word not in tokens]
-            assert not jacobian[..., others].any()
-            jacobian = jacobian[..., tokens]
-        return jacobian.flatten(1).unsqueeze(1)
-    if exact_only:
-        return torch.cat([J[name].flatten(1) for name in names], dim=1).unsqueeze(1)
-    if names[0] in AXES:
-        jacobian = J[names[0]].permute(AXES[names[0]]).reshape(len(J[names[0]]), -1, row.d_in)
-        jacobian = torch.cat([jacobian, *(J[name].flatten(1).unsqueeze(2) for name in names[1:])], dim=2)
-        return jacobian.unflatten(1, (row.groups, -1)).flatten(2)
-    if not row.kind.startswith(("linear", "conv")) or sum(J[name].ndim > 2 for name in names) != 1:
-        return None
-    weight, *bias = sorted(names, key=lambda name: -J[name].ndim)
-    jacobian = J[weight]
-    if type(model.get_submodule(weight.rpartition(".")[0])).__name__ == "Conv1D":
-        jacobian = jacobian.transpose(1, 2)
-    jacobian = torch.cat([jacobian.flatten(2), *(J[name].unsqueeze(2) for name in bias)], dim=2)
-    return jacobian.unflatten(1, (row.groups, -1)).flatten(2)
-
-
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "cross_entropy": functional.cross_entropy,
-    "mse": functional.mse_loss,
-}
 BRUTE_FORCE = (
     "mobilenet_v2",  # depthwise convolutions
     "swin_tiny",  # shifted windows
@@ -276,46 +182,12 @@ BRUTE_FORCE = (
 )
 
 
-@pytest.mark.parametrize("name", BRUTE_FORCE)
+@pytest.mark.parametrize("name", [*BRUTE_FORCE, *TESTED])
 def test_blocks_agree_with_brute_force(name: str) -> None:
     """Every layer: V V^T is sum_n J_n^T H_n J_n, with J by one backward pass an output."""
-    architecture = ARCHITECTURES[name]
-    model, inputs, targets = in_float64(architecture.build(2))
-    loss = LOSSES.get(str(architecture.loss), architecture.loss)
-    run = curvscope.analyze(
-        model,
-        (inputs, targets),
-        loss=architecture.loss,
-        example_axes=dict(architecture.example_axes),
-        fisher="exact",
-        dtype="float64",
-        dump=("columns",),
-    )
-    with Widened():
-        output = eager(model, inputs)
-    H = torch.autograd.functional.hessian(
-        lambda flat: loss(flat.reshape(output.shape), targets), output.detach().flatten()
-    )
-    J = output_jacobians(model, output)
-    owned: dict[str, list[str]] = {}
-    exact_only = set()
-    for row in run.tables["coverage"]:
-        if row.treatment in ANALYZED:
-            owned.setdefault(row.layer, []).append(row.parameter)
-        if row.treatment == "exact_only":
-            exact_only.add(row.layer)
-    assert set(owned) == set(run.layers)
-    for layer, names in owned.items():
-        record = run.layers[layer].row
-        V = torch.from_numpy(np.asarray(run.layers[layer].columns())).double()
-        M = layer_jacobian(model, run.layers[layer], names, J, layer in exact_only)
-        if M is None:  # another order of the same numbers has the same spectrum
-            M = torch.cat([J[key].flatten(1) for key in names], dim=1)
-            got, want = (torch.linalg.eigvalsh(G) for G in (V.flatten(1).T @ V.flatten(1), M.T @ H @ M))
-            assert float((got - want).abs().max()) <= 1e-9 * float(want.abs().max()), layer
-            continue
-        V = V.reshape(record.columns, record.groups, -1)
-        for group in range(record.groups):
-            want = M[:, group].T @ H @ M[:, group]
-            got = V[:, group].T @ V[:, group]
-            assert float((got - want).abs().max()) <= 1e-9 * float(want.abs().max()), (layer, group)
+    architecture = (ARCHITECTURES | FAMILIES)[name]
+    built = in_float64(architecture.build(2))
+    run = exact_run(architecture, built)
+    assert {row.treatment for row in run.tables["coverage"]} <= ANALYZED
+    for layer, deviation in deviations(architecture, run, built).items():
+        assert deviation <= 1e-9, layer

@@ -233,15 +233,7 @@ class Block:
         X = X if U_A is None else X @ U_A.T.to(kind)
         X = X if U_B is None else U_B.to(kind) @ X
         if self.columns.form == "factored" and self._few(X.shape[0], formed=fast and self._small is not None):
-            assert self.columns.inputs is not None and self.columns.gradients is not None
-            a, g = self.columns.inputs.to(kind), self.columns.gradients.to(kind)
-            step = max(1, self.piece_bytes // (a.element_size() * a.shape[0] * a.shape[1] * self.d_out))
-            found = []
-            for part in X.split(step):
-                half = (a @ part.flatten(0, 1).T).unflatten(2, part.shape[:2])  # [N, R, m, d_out]
-                each = torch.bmm(g.transpose(0, 1).flatten(2), half.transpose(1, 2).flatten(2).transpose(1, 2))
-                found.append(each.permute(2, 1, 0).flatten(1).double())
-            return torch.cat(found)
+            return self._project_rows(X)
         total = torch.zeros(X.shape[0], self.total_columns, dtype=torch.float64, device=self.device)
         for low, high in self._ranges():
             if self.columns.values is not None:
@@ -250,6 +242,26 @@ class Block:
                 piece = self._formed(low, high)
             total += X[:, low:high].flatten(1) @ piece.to(kind).T
         return total
+
+    def _project_rows(self, X: Tensor) -> Tensor:
+        """The same of few X, in their own dtype, through the rows: the columns are not formed."""
+        a, g = self.columns.inputs, self.columns.gradients
+        assert a is not None and g is not None
+        found = torch.empty(X.shape[0], self.columns.count, self.columns.examples, dtype=torch.float64, device=a.device)
+        if a.dtype != X.dtype:
+            # example by example: a copy of all rows in the other dtype takes longer than the products
+            turned = X.flatten(0, 1).T
+            for n in range(a.shape[0]):
+                half = (a[n].to(X.dtype) @ turned).unflatten(1, X.shape[:2]).transpose(0, 1)  # [m, R, d_out]
+                found[:, :, n] = half.flatten(1) @ g[:, n].flatten(1).to(X.dtype).T
+            return found.flatten(1)
+        step = max(1, self.piece_bytes // (a.element_size() * a.shape[0] * a.shape[1] * self.d_out))
+        for low in range(0, X.shape[0], step):
+            part = X[low : low + step]
+            half = (a @ part.flatten(0, 1).T).unflatten(2, part.shape[:2])  # [N, R, m, d_out]
+            each = torch.bmm(g.transpose(0, 1).flatten(2), half.transpose(1, 2).flatten(2).transpose(1, 2))
+            found[low : low + step] = each.permute(2, 1, 0)
+        return found.flatten(1)
 
     def _few(self, count: int, *, formed: bool) -> bool:
         """Whether going through the rows takes fewer operations for so many products than forming the columns."""

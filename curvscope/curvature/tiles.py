@@ -7,6 +7,7 @@ large as the block's own, are never all there at once.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,61 +23,63 @@ MATRICES = 64
 
 
 @dataclass(frozen=True)
-class DenseTile:
-    """`values` [N K, o, i]: all columns on the rectangle `outputs` x `inputs`, ordered k, n."""
+class Tile(ABC):
+    """All columns on the rectangle `outputs` x `inputs` of the weight, ordered k, n; products are taken in `dtype`."""
 
     outputs: slice
     inputs: slice
-    values: Tensor
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The one that products are taken in."""
-        return self.values.dtype
+    dtype: torch.dtype
 
     @cached_property
     def squares(self) -> Float64[Tensor, "o i"]:
         """The sum of squares over the columns: G's diagonal in this basis."""
+        return self._squares()
+
+    @abstractmethod
+    def _squares(self) -> Tensor: ...
+
+    @abstractmethod
+    def products(self, X: Float[Tensor, "m o i"]) -> Float64[Tensor, "m columns"]:
+        """The tile's share of V^T vec(X)."""
+
+
+@dataclass(frozen=True)
+class DenseTile(Tile):
+    """The columns as `values` [N K, o, i]."""
+
+    values: Tensor
+
+    def _squares(self) -> Tensor:
         return torch.linalg.vector_norm(self.values, dim=0, dtype=torch.float64).square()
 
     def products(self, X: Float[Tensor, "m o i"]) -> Float64[Tensor, "m columns"]:
-        """The tile's share of V^T vec(X), multiplied in the tile's own dtype."""
+        """One product with all columns."""
         return (X.flatten(1) @ self.values.flatten(1).T).double()
 
 
 @dataclass(frozen=True)
-class OuterTile:
-    """`rows` [N, i] and `gradients` [K, N, o], whose outer products are the columns on the rectangle.
+class OuterTile(Tile):
+    """The columns as outer products of `gradients` [K, N, o] and `rows` [N, i].
 
     The first `null` inputs of the basis belong to eigenvalues that are zero but for rounding, because A has no more
     than N others: the rows are zero there, and products leave them out.
     """
 
-    outputs: slice
-    inputs: slice
     rows: Tensor
     gradients: Tensor
     null: int
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The one that products are taken in."""
-        return self.rows.dtype
-
-    @cached_property
-    def squares(self) -> Float64[Tensor, "o i"]:
-        """The sum of squares over the columns: G's diagonal in this basis."""
+    def _squares(self) -> Tensor:
         return self.gradients.square().sum(0).double().T @ self.rows.square().double()
 
     def products(self, X: Float[Tensor, "m o i"]) -> Float64[Tensor, "m columns"]:
-        """The tile's share of V^T vec(X), multiplied in the tile's own dtype."""
+        """Rows first, then gradients."""
         live = X[:, :, self.null :].flatten(0, 1)
         half = (self.rows[:, self.null :] @ live.T).unflatten(1, X.shape[:2])  # [N, m, o]
         each = torch.bmm(half, self.gradients.permute(1, 2, 0))  # [N, m, K]
         return each.permute(1, 2, 0).flatten(1).double()
 
 
-Tile = DenseTile | OuterTile
 Watch = Callable[[Tile], None]
 
 
@@ -111,7 +114,7 @@ def _outer_tiles(
         null = 0
     height = max(1, piece_bytes // (8 * MATRICES * (d_in + examples)))
     for outputs in _slices(gradients.shape[2], height):
-        yield OuterTile(outputs, slice(0, d_in), rows, gradients[:, :, outputs], null)
+        yield OuterTile(outputs, slice(0, d_in), dtype, rows, gradients[:, :, outputs], null)
 
 
 def _dense_tiles(values: Tensor, U_B: Tensor, U_A: Tensor, dtype: torch.dtype, piece_bytes: int) -> Iterator[DenseTile]:
@@ -121,7 +124,7 @@ def _dense_tiles(values: Tensor, U_B: Tensor, U_A: Tensor, dtype: torch.dtype, p
     for inputs in _slices(d_in, width):
         basis = U_A[:, inputs]
         turned = [U_B.T @ (values[few].to(dtype) @ basis) for few in _slices(count, step)]
-        yield DenseTile(slice(0, d_out), inputs, turned[0] if len(turned) == 1 else torch.cat(turned))
+        yield DenseTile(slice(0, d_out), inputs, dtype, turned[0] if len(turned) == 1 else torch.cat(turned))
 
 
 def _factored_tiles(
@@ -141,7 +144,7 @@ def _factored_tiles(
             torch.matmul((g[:, few].to(dtype) @ basis).transpose(2, 3), rows[few]) for few in _slices(examples, step)
         ]
         values = turned[0] if len(turned) == 1 else torch.cat(turned, dim=1)
-        yield DenseTile(outputs, slice(0, d_in), values.flatten(0, 1))
+        yield DenseTile(outputs, slice(0, d_in), dtype, values.flatten(0, 1))
 
 
 def _slices(size: int, step: int) -> Iterator[slice]:

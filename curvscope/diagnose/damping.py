@@ -76,8 +76,8 @@ def _short(layer: Layer, name: str, learning_rate: float, trusted: float) -> boo
     return bool(best) and all(learning_rate <= 2 * (1 - trusted) * multiple for multiple in best)
 
 
-def of_network(layers: Mapping[str, Layer]) -> list[Ranked]:
-    """Whether one damping can serve all layers."""
+def of_network(layers: Mapping[str, Layer], joint: Sequence[GlobalDampingRow] = ()) -> list[Ranked]:
+    """Whether one damping can serve all layers; not where steps of all of them together show that it does."""
     best: dict[str, float] = {}
     lows, highs = [0.0], [math.inf]
     for layer in layers.values():
@@ -94,12 +94,18 @@ def of_network(layers: Mapping[str, Layer]) -> list[Ranked]:
     # one value that is safe for all layers serves them, however far their best ones are apart
     if not spread > SPREAD or (max(lows) <= min(highs) and len(lows) + len(highs) > 2):
         return []
+    series = (_better(layers), "eigenbasis")
+    whole = next((one for one in joint if (one.approximation, one.form) == series), None)
+    gain = math.nan if whole is None or not whole.change < 0 else whole.per_layer_change / whole.change - 1
+    if gain <= 0:
+        return []
+    tried = "" if math.isnan(gain) else f" Tried together, values of their own lower the loss {gain:.0%} more than one."
     row = finding(
         "CS403",
         "info",
         "",
         f"The layers want very different damping: from {best[low]:.2g} ({low}) to {best[high]:.2g} ({high}), a factor "
-        f"of {spread:.1g}; no one value is in the safe range of all.",
+        f"of {spread:.1g}; no one value is in the safe range of all.{tried}",
         "Set damping for each layer, or relative to the mean of its curvature, rather than one value for all.",
     )
     return [(2, min(1.0, math.log10(spread) / 10), row)]
@@ -154,8 +160,7 @@ def together(
     """CS405: every layer alone stands the current damping, and the step of all layers together does not."""
     if any(row.code in ("CS401", "CS402") and row.severity != "info" for _, _, row in others):
         return []
-    flavours = [layer.row.better_flavour for layer in layers.values() if layer.ranges]
-    name = f"kfac_{'reduce' if flavours and flavours.count('reduce') * 2 > len(flavours) else 'expand'}"
+    name = _better(layers)
     rows = [row for row in joint if row.approximation == name and not math.isnan(row.current_change)]
     # the optimizer's form is not known: every form has to say so
     if not rows or any(row.current_change < 0 for row in rows):
@@ -173,6 +178,12 @@ def together(
         remedy,
     )
     return [(1, 0.4, found)]
+
+
+def _better(layers: Mapping[str, Layer]) -> str:
+    """The K-FAC that is the better one of most layers."""
+    flavours = [layer.row.better_flavour for layer in layers.values() if layer.ranges]
+    return f"kfac_{'reduce' if flavours and flavours.count('reduce') * 2 > len(flavours) else 'expand'}"
 
 
 def _same(step: DampingRow, row: RangeRow) -> bool:

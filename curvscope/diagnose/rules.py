@@ -50,7 +50,7 @@ def find(
     for layer in layers.values():
         ranked += _of_layer(layer)
         ranked += damping.of_layer(layer, model.learning_rate, joint, limits)
-    ranked += damping.of_network(layers)
+    ranked += damping.of_network(layers, joint)
     ranked += damping.together(layers, joint, ranked, model.learning_rate, limits)
     ranked += _of_network(model, coverage)
     ranked += stability_findings(model, stability)
@@ -126,7 +126,12 @@ def _of_layer(layer: Layer) -> list[tuple[int, float, FindingRow]]:
             found.append((2, high - low, row))
     chosen = expand if expand.rel_frobenius <= reduce.rel_frobenius else reduce
     ratio = chosen.trace_ratio
-    if not blind and ratio > 0 and (ratio > TRACE_OFF or ratio < 1 / TRACE_OFF):
+    both = layer.row.better_flavour == "undecided"  # then it must be true of either
+    if (
+        not blind
+        and _trace_off(ratio)
+        and (not both or _trace_off(reduce.trace_ratio) == _trace_off(expand.trace_ratio))
+    ):
         direction = "over" if ratio > 1 else "under"
         times = _times(max(ratio, 1 / ratio))
         room = bar(chosen.trace_ratio_stderr)
@@ -136,7 +141,8 @@ def _of_layer(layer: Layer) -> list[tuple[int, float, FindingRow]]:
             "CS104",
             "info",
             name,
-            f"Its better K-FAC {direction}states the curvature {times} (tr M / tr G = {ratio:.2g}{doubt}).",
+            f"{'Either' if both else 'Its better'} K-FAC {direction}states the curvature {times} (tr M / tr G = "
+            f"{ratio:.2g}{doubt}).",
             f"Steps here are {times} too "
             + ("short" if ratio > 1 else "long")
             + " where damping does not decide: scale the factors"
@@ -144,6 +150,11 @@ def _of_layer(layer: Layer) -> list[tuple[int, float, FindingRow]]:
         )
         found.append((2, abs(math.log(ratio)) / 10, row))
     return found
+
+
+def _trace_off(ratio: float) -> int:
+    """1 where a trace ratio is too large, -1 where it is too small, else 0."""
+    return int(ratio > TRACE_OFF) - int(0 < ratio < 1 / TRACE_OFF)
 
 
 def _roles(layer: Layer) -> bool:
@@ -188,7 +199,9 @@ def _packed_keys(layer: Layer) -> FindingRow | None:
 
 def _trace(layer: Layer) -> str:
     ggn = layer.spectra.get("ggn")
-    return f"{ggn.trace:.2g}" if ggn is not None else "not assessed"
+    if ggn is None:
+        return "not assessed"
+    return f"{ggn.trace:.2g}" + ("" if math.isnan(ggn.trace_stderr) else f" +/- {ggn.trace_stderr:.1g}")
 
 
 def _of_network(model: ModelInfo, coverage: Sequence[CoverageRow]) -> list[tuple[int, float, FindingRow]]:

@@ -146,15 +146,21 @@ def _positions(rows: Rows) -> list[Found]:
             "CS208",
             "info",
             row.layer,
-            f"{row.reason} holds {row.value:.0%} of the curvature that reaches its outputs (threshold "
-            f"{row.threshold:.0%}).",
-            "One token decides the layer's step: look at what it attends to, or pool over more positions.",
+            f"{row.reason} holds {row.value:.0%}{_interval(row)} of the curvature that reaches its outputs "
+            f"(threshold {row.threshold:.0%}).",
+            "One position decides the layer's step: look at what reads it (attention to a token, a head of one "
+            "pixel), or pool over more.",
             size=row.value,
             confidence=confidence(row.value, row.threshold),
         )
         for row in _above(rows, "position_share")
         if row.value < 1.0  # a pooled token is all there is
     ]
+
+
+def _interval(row: StabilityRow) -> str:
+    """The 95 % interval of a share from draws."""
+    return "" if math.isnan(row.value_stderr) else f" ({row.low:.0%} to {row.high:.0%})"
 
 
 def _attention(rows: Rows) -> list[Found]:
@@ -327,11 +333,14 @@ def _step(rows: Rows, limits: Thresholds) -> list[Found]:
         f"The next step is {row.value:.2g} times as long as the weights themselves (threshold {row.threshold:g})."
     )
     worst = max(_above(rows, "update_ratio"), key=lambda one: one.value, default=None)
-    if worst is not None:
+    if worst is not None and worst.value > row.value:
         evidence = evidence[:-1] + f"; in {worst.layer} {worst.value:.2g} times."
+    bears = any(one.scope == "network" and one.verdict == "below" for one in rows.get("preconditioned_sharpness", []))
+    if bears:
+        evidence += " The sharpness bears this rate here: it is trouble if the loss is not quadratic that far."
     remedy = f"Divide the learning rate by {row.value / 0.01:.2g} for a step of 1 %, or warm it up."
     severity = "warning" if row.value > limits.large_step else "info"
-    sure = confidence(row.value, row.threshold)
+    sure = confidence(row.value, row.threshold) if not bears else 0.5
     return [found("CS508", severity, "", evidence, remedy, size=row.value, confidence=sure)]
 
 

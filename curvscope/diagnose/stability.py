@@ -46,10 +46,26 @@ def stability_findings(model: ModelInfo, rows: Sequence[StabilityRow]) -> list[t
     if sharpness.verdict == "above":
         return [_above(model, network, rows)]
     later = _scheduled(model, network)
+    if sharpness.verdict == "undecided" and math.isnan(sharpness.low) and _far(sharpness):
+        row = finding(
+            "CS503",
+            "info",
+            "",
+            f"Whether training is stable is undecided: the sharpness is {sharpness.value:.3g} on {model.examples} "
+            f"examples, against a threshold of {sharpness.threshold:.3g}, and there are no halves of the batch to show "
+            "how far it varies.",
+            "Analyze more examples.",
+        )
+        return [(2, 0.5, row), *later]
     close = max(value for value in (sharpness.high, sharpness.value) if not math.isnan(value))
     if sharpness.verdict == "undecided" or close > NEAR * sharpness.threshold:
         return [(2, 0.8, _near(model, sharpness, network)), *later]
     return later
+
+
+def _far(sharpness: StabilityRow) -> bool:
+    """Whether the value alone is not near the threshold, on either side."""
+    return not NEAR <= sharpness.value / sharpness.threshold <= 1 / NEAR
 
 
 def _what_is_missing(reason: str) -> str:
@@ -88,6 +104,15 @@ def _above(
             f" That holds for this step alone ({early.reason}): P grows {early.value:.2g} times as the bias correction "
             "of the momentum fades, and the sharpness falls below the threshold with it."
         )
+    after = network.get("next_sharpness")
+    passes = after is not None and after.verdict == "below"
+    if passes and after is not None:
+        severity = "info"
+        grows = (
+            f" That is with the squared gradients as stored; the next step takes this batch's in first, and with them "
+            f"the sharpness is {after.value:.3g}, below the threshold: weights that had hardly any gradient before (a "
+            "token seen for the first time) get one now."
+        )
     clip, holds = _clip(network)
     if holds and severity == "error":
         severity = "warning"
@@ -97,8 +122,10 @@ def _above(
         layer,
         f"{model.optimizer}: sharpness {_spread(model, sharpness)} is above the threshold "
         f"{sharpness.threshold:.3g}.{grows}{clip}{blame}",
-        " ".join(filter(None, (_rate(network), _damping(model), "On mini-batches the limit can be lower."))),
-        confidence=0.4 if fades else 0.6 if holds else 0.9,
+        "Nothing to change for this; look again some steps on."
+        if passes
+        else " ".join(filter(None, (_rate(network), _damping(model), "On mini-batches the limit can be lower."))),
+        confidence=0.4 if fades or passes else 0.6 if holds else 0.9,
     )
     return ("error", "warning", "info").index(row.severity), 10 + ratio, row
 
@@ -138,15 +165,17 @@ def _scheduled(model: ModelInfo, network: dict[str, StabilityRow]) -> list[tuple
 
 
 def _near(model: ModelInfo, sharpness: StabilityRow, network: dict[str, StabilityRow]) -> FindingRow:
-    side = "cannot be told from"
+    words = f"cannot be told from the threshold {sharpness.threshold:.3g}"
     if sharpness.verdict != "undecided":
         near = sharpness.value > NEAR * sharpness.threshold
-        side = "is close below" if near else "is below, but on a part of the batch close to,"
+        words = f"is close below the threshold {sharpness.threshold:.3g}"
+        if not near:
+            words = f"is below the threshold {sharpness.threshold:.3g}, but close to it on a part of the batch"
     return finding(
         "CS502",
         "info",
         "",
-        f"{model.optimizer}: sharpness {_spread(model, sharpness)} {side} the threshold {sharpness.threshold:.3g}.",
+        f"{model.optimizer}: sharpness {_spread(model, sharpness)} {words}.",
         "Repeat with a larger batch to decide. " + _rate(network),
         confidence=0.6,
     )

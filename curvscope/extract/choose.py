@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from curvscope.errors import UsageError
 from curvscope.extract.cost import ASSUMED, PassSeconds, keep_seconds, loads_of, measure_seconds, measured_rates
 from curvscope.extract.cost import estimate as estimated_seconds
 from curvscope.extract.free import free_bytes
@@ -20,6 +21,7 @@ from curvscope.extract.plan import (
     plan_sweeps,
     rows_bytes,
     site_positions,
+    size_in_words,
     standing_bytes,
     working_bytes,
 )
@@ -173,22 +175,29 @@ def make_plan(
     piece_share: float = 0.0,
     without: Mapping[str, str] = NONE,
     apart: Independent | None = None,
+    beside: int = 0,
 ) -> Plan:
     """Forms and groups of all chosen layers under the memory bound; a pass takes `activations` bytes.
 
-    Those `without` columns get none, for a reason; positions that are kept `apart` count as examples.
+    Those `without` columns get none, for a reason; positions that are kept `apart` count as examples. `beside` bytes
+    are kept of the layers for later stages.
     """
     draws = fisher in ("probe", "mc")
     plans = layer_plans(graph, layouts, columns, settings, keep_draws=draws, apart=apart)
     plans |= {name: LayerPlan(None, 0, 0, reason) for name, reason in without.items()}
     per_draw = {name: columns for name, layer in plans.items() if draws and keeps_draws(layer.form)}
-    # rows beside columns are kept of data in one piece only
+    # rows may be kept beside columns of another form
     stays = standing(graph, layouts, settings, per_draw) + rows_bytes(usable(settings))
     # while pieces are put together, each has factors beside those of all before
     passing = activations + (stays if piece_share > 0 else 0)
     remedy = FEWER if draws else f"{FEWER}, or --fisher probe"
     return plan_sweeps(
-        plans, usable(settings), standing=stays, activations=passing, piece_share=piece_share, remedy=remedy
+        plans,
+        usable(settings),
+        standing=stays + beside,
+        activations=passing,
+        piece_share=piece_share,
+        remedy=remedy,
     )
 
 
@@ -227,4 +236,25 @@ def with_budget(settings: Settings, device: torch.device) -> Settings:
 def usable(settings: Settings) -> int:
     """What of the budget is left to plan with: export, solvers and what is freed too late take the rest."""
     whole = budget(settings)
-    return whole - min(OVERHEAD_BYTES, whole // 4)
+    return max(whole - OVERHEAD_BYTES, whole // 16)
+
+
+def require_memory(settings: Settings, standing: int, example: int, *, asked: bool) -> None:
+    """Refuse a bound that not even factors fit under: what stands throughout, and a pass over one example.
+
+    Raises:
+        UsageError: --memory is `asked` for and too small, with the least that it would have to be.
+        MemoryError: half of what is free is too little.
+    """
+    # while pieces are put together, each has factors beside those of all before
+    least = OVERHEAD_BYTES + 2 * standing + example + rows_bytes(0)
+    bound = budget(settings)
+    if bound < least and not asked:
+        raise MemoryError
+    if bound < least:
+        raise UsageError(
+            f"The bound on memory leaves no room for an analysis: {size_in_words(bound)} is less than the "
+            f"{size_in_words(least)} that the factors of all layers take with one example at a time.",
+            where="--memory",
+            remedy=f"Give at least {size_in_words(least)} (more is needed for columns), or fewer layers with --layers.",
+        )

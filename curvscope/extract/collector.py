@@ -328,12 +328,12 @@ class Collector:
         a = self._a()
         bias = self.spec.bias is not None
         masked = a if real is None else a * real.unsqueeze(-1)
-        expand = input_gram(masked.reshape(-1, a.shape[-1]), float(counts.sum()), bias=bias)
+        expand = input_gram(masked.reshape(-1, a.shape[-1]), float(counts.sum().clamp(min=1)), bias=bias)
         if a.shape[1] == 1:
             return {"expand": expand, "reduce": expand}
         means = masked.sum(1) / counts.clamp(min=1).unsqueeze(1).to(a.dtype)
         held = counts > 0
-        return {"expand": expand, "reduce": input_gram(means[held], float(held.sum()), bias=bias)}
+        return {"expand": expand, "reduce": input_gram(means[held], float(held.sum().clamp(min=1)), bias=bias)}
 
     def _real(self, masks: Mapping[str, Tensor]) -> Tensor | None:
         """Which rows count: those that are there (see `Ragged`), without the masked ones; None where all do."""

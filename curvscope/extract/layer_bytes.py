@@ -17,6 +17,9 @@ LEAST_BASIS = 20
 VECTORS_BESIDE = 8
 # Squares that the eigenvectors of one take beside it, as measured (LAPACK's work space, copies).
 EIGENVECTORS = 5
+# Dampings of the grid, with the decades up to the largest eigenvalue; three matrices a flavour are followed over it.
+GRID = 16
+FOLLOWED = 3
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,10 @@ def measure_bytes(form: Form, sizes: Sizes, slices: int) -> int:
 def damped_bytes(form: Form, sizes: Sizes, slices: int) -> int:
     """The same with damped steps: eigenvectors, twice as they are sorted, and scales and sides in every basis."""
     scales = 8 * sizes.parameters * (4 * _flavours(sizes) + 11)
-    beside = 2 * sizes.square + scales + _in_slices(form, sizes, slices)
+    # steps of one matrix over the grid, and the products of all that are followed with the columns
+    steps = GRID * sizes.parameters * sizes.itemsize if sizes.factored else 0
+    steps += 8 * GRID * FOLLOWED * _flavours(sizes) * sizes.examples * sizes.columns
+    beside = 2 * sizes.square + scales + steps + _in_slices(form, sizes, slices)
     return _stays(form, sizes) + max(EIGENVECTORS * sizes.square, beside)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -59,25 +59,37 @@ def _shared(real: Tensor) -> tuple[bool, ...] | None:
 class Padding:
     """Finds positions that no output of their example depends on, as attention masks and masked means leave them.
 
-    A candidate has an output gradient of exactly zero in every column, at every linear layer with as many positions.
-    Dead units and max pooling leave such rows, too, so candidates are confirmed: whatever the layers put there, the
-    outputs that the loss depends on must stay the same. Positions that are idle in all examples alike are a selection
-    (a pooled first token), not padding, and so is an example without any gradient (a saturated loss): both are left
-    alone.
+    A candidate has an output gradient of exactly zero in every column, at every linear layer with as many positions. A
+    layer that is called once a position, as recurrent ones are, stands for itself. Dead units and max pooling leave
+    such rows, too, so candidates are confirmed: whatever the layers put there, the outputs that the loss depends on
+    must stay the same. Positions that are idle in all examples alike are a selection (a pooled first token), not
+    padding, and so is an example without any gradient (a saturated loss): both are left alone.
     """
 
     def __init__(self, graph: Graph, layouts: Layouts, *, piece: bool = False) -> None:
         self.graph = graph
         self.layouts = layouts
-        self.linear: dict[str, tuple[SiteRows, int]] = {}
+        self.linear: dict[str, SiteRows] = {}
+        # sites whose rows are judged together: those with as many positions, or the calls of one layer
+        self.keys: dict[str, int | str] = {}
+        self.calls: dict[str, list[str]] = {}
         for site in graph.sites():
             # a convolution's positions are all real: its rows vanish where units are dead
-            positions = layouts.positions[site.target] if site.kind in ("linear", "embedding") else 1
             known = isinstance(layouts.sites[site.target], Ragged)  # its rows are all real
-            if positions > 1 and (layouts.examples > 1 or piece) and not known:
-                self.linear[site.target] = (SiteRows(site.module, layouts.sites[site.target]), positions)
-        self.alive: dict[int, Tensor | None] = {}
-        self.done: set[int] = set()
+            if site.kind not in ("linear", "embedding") or known or not (layouts.examples > 1 or piece):
+                continue
+            positions = layouts.positions[site.target]
+            if positions > 1:
+                self.keys[site.target] = positions
+            elif positions == 1:
+                self.calls.setdefault(site.layer, []).append(site.target)
+        self.calls = {layer: targets for layer, targets in self.calls.items() if len(targets) > 1}
+        self.keys |= {target: target for targets in self.calls.values() for target in targets}
+        for site in graph.sites():
+            if site.target in self.keys:
+                self.linear[site.target] = SiteRows(site.module, layouts.sites[site.target])
+        self.alive: dict[int | str, Tensor] = {}
+        self.done: set[int | str] = set()
         self.counts = False
         self.matters: Tensor | None = None
 
@@ -92,16 +104,16 @@ class Padding:
         """One site's output gradient of a column's pass."""
         if not self.counts or target not in self.linear:
             return
-        rows, positions = self.linear[target]
-        if positions in self.done:
+        key = self.keys[target]
+        if key in self.done:
             return
         # A product with ones would miss entries that cancel: the largest absolute entry can't.
-        alive = rows.outputs(gradient).abs().amax(-1) > 0
-        known = self.alive.get(positions)
-        alive = alive if known is None else alive | known
-        self.alive[positions] = alive
+        alive = self.linear[target].outputs(gradient).abs().amax(-1) > 0
+        if key in self.alive:
+            alive = alive | self.alive[key]
+        self.alive[key] = alive
         if bool(alive.all()):
-            self.done.add(positions)
+            self.done.add(key)
 
     def masks(self, tensors: Sequence[Tensor], output: Tensor, judge: Judge | None = None) -> dict[str, Tensor]:
         """Site -> which of its rows [N, R] are real, for groups in which some are not.
@@ -110,34 +122,45 @@ class Padding:
         padding, so the masks are given all the same, and the judge is told what was found.
         """
         found: dict[str, Tensor] = {}
-        for positions, alive in self.alive.items():
-            targets = [target for target, (_, count) in self.linear.items() if count == positions]
-            if positions in self.done or alive is None:
+        for parts, alive in self._together():
+            if bool(alive.all()):
                 if judge is not None:
-                    judge.tell(targets, None, idle=True)
+                    judge.tell(list(parts), None, idle=True)
                 continue
             real = alive | ~alive.any(1, keepdim=True)
             if judge is None and bool((real == real[:1]).all()):
                 continue
-            idle = bool(real.all()) or self._idle(targets, ~real, tensors, output)
+            idle = bool(real.all()) or self._idle({t: ~real[:, part] for t, part in parts.items()}, tensors, output)
             if judge is not None:
-                judge.tell(targets, real, idle=idle)
+                judge.tell(list(parts), real, idle=idle)
             if idle and not bool(real.all()):
-                found |= dict.fromkeys(targets, real)
+                found |= {target: real[:, part] for target, part in parts.items()}
         return found
 
-    def _idle(self, targets: Sequence[str], candidates: Tensor, tensors: Sequence[Tensor], output: Tensor) -> bool:
-        """Whether large noise in the candidates' rows, at all these sites at once, leaves the output as it is."""
+    def _together(self) -> Iterator[tuple[dict[str, slice], Tensor]]:
+        """Sites that are judged together, with the rows of each among all of theirs, and which are alive [N, R]."""
+        for key, alive in self.alive.items():
+            if isinstance(key, int):
+                yield {target: slice(None) for target, own in self.keys.items() if own == key}, alive
+        for targets in self.calls.values():
+            known = next((self.alive[target] for target in targets if target in self.alive), None)
+            if known is not None:
+                parts = {target: slice(place, place + 1) for place, target in enumerate(targets)}
+                idle = torch.zeros_like(known)  # of a call that no gradient reached
+                yield parts, torch.cat([self.alive.get(target, idle) for target in targets], 1)
+
+    def _idle(self, candidates: Mapping[str, Tensor], tensors: Sequence[Tensor], output: Tensor) -> bool:
+        """Whether large noise in the candidates' rows [N, R], at all sites at once, leaves the output as it is."""
         modules = {site.target: site.module for site in self.graph.sites()}
         generator = torch.Generator().manual_seed(2)
         handles = []
 
         def disturber(target: str) -> Any:
-            layout = self.linear[target][0].layout
+            layout = self.linear[target].layout
 
             def disturb(module: Any, args: Any, result: Tensor) -> Tensor:
                 places = layout.rows(torch.arange(result.numel(), device=result.device).view(result.shape))
-                chosen = places[candidates].flatten()
+                chosen = places[candidates[target]].flatten()
                 noise = torch.randn(chosen.numel(), generator=generator).to(result)
                 scale = 10 * result.abs().max()
                 return result.flatten().index_add(0, chosen, noise * scale).view(result.shape)
@@ -145,7 +168,7 @@ class Padding:
             return disturb
 
         try:
-            for target in targets:
+            for target in candidates:
                 handles.append(modules[target].register_forward_hook(disturber(target)))
             with torch.no_grad():
                 disturbed = self.graph.run(*tensors)

@@ -22,9 +22,10 @@ from curvscope.extract.loaded import Loaded, Loader
 from curvscope.extract.plan import ACTIVATIONS_SHARE
 from curvscope.extract.shapes import Shapes, refusals, taken
 from curvscope.extract.survey import Survey, averages_examples, looked_at
+from curvscope.graph.passing import all_tokens, looked_up
 from curvscope.graph.prepare import Prepared
 from curvscope.graph.ragged import Ragged
-from curvscope.graph.verify import Independent, Layouts, all_tokens, looked_up
+from curvscope.graph.verify import Independent, Layouts
 from curvscope.load.problem import Batch, Loss, Problem
 from curvscope.load.reduction import denominator, has_terms
 
@@ -132,7 +133,11 @@ class Pieces:
         """
         loaded = self._loader.load(self._first)
         count = loaded.examples if examples is None or not self._prepared.any_size else min(examples, loaded.examples)
-        return self._shapes.verify(loaded, count)
+        layouts = self._shapes.verify(loaded, count)
+        if layouts.routed:
+            self.size = None
+            layouts = layouts if count == loaded.examples else self._shapes.verify(loaded, loaded.examples)
+        return layouts
 
     def look(self, layouts: Layouts, seconds: float) -> Loss:
         """Surveys all batches; the loss comes back with its class axis settled.
@@ -195,8 +200,11 @@ class Pieces:
 
     @property
     def can_pick(self) -> bool:
-        """Whether the graph takes any number of examples, and the loss any part of them."""
-        return self._prepared.any_size and self._divisible
+        """Whether the graph takes any number of examples, and the loss any part of them.
+
+        Not where rows are routed: a part of a batch has its rows at other places.
+        """
+        return self._prepared.any_size and self._divisible and not self._shapes.routed
 
     def pick(self, piece: Piece, index: Tensor) -> Piece:
         """These examples of a piece alone, in this order; its share is still to be set.
@@ -205,8 +213,8 @@ class Pieces:
             ValueError: they can't be taken out: rows of graphs, or targets that do not lie as the outputs do.
         """
         layouts, count = piece.layouts, piece.layouts.examples
-        if isinstance(layouts.output, Ragged):
-            raise ValueError("the rows of graphs")
+        if isinstance(layouts.output, Ragged) or layouts.routed:
+            raise ValueError("rows that are assigned for the whole batch alone")
         tensors = [
             tensor if axis is None else tensor.index_select(axis, index.to(tensor.device))
             for tensor, axis in zip(piece.tensors, self.axes, strict=True)
@@ -234,7 +242,7 @@ class Pieces:
     def halve(self) -> bool:
         """Makes pieces of half as many examples, where there are any smaller ones."""
         now = self.largest
-        if now == 1 or not self._prepared.any_size or not self._divisible:
+        if now == 1 or not self.can_pick:
             return False
         self.size = now // 2
         return True
@@ -291,7 +299,7 @@ class Pieces:
 
     def _divides(self, loaded: Loaded, layouts: Layouts) -> bool:
         """Whether examples can be taken out of a batch: the graph takes any number, and targets follow the outputs."""
-        return self._prepared.any_size and can_split(self.loss, loaded, layouts)
+        return self._prepared.any_size and not layouts.routed and can_split(self.loss, loaded, layouts)
 
     @contextlib.contextmanager
     def named(self, name: str) -> Iterator[None]:

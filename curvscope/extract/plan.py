@@ -121,7 +121,7 @@ def plan_layer(
     sizes = Sizes(d_out, d_in, examples, columns, positions, itemsize, not spec.exact_only, keep_draws)
     P, NK, small = sizes.parameters, examples * columns, sizes.small
     if small > limit:
-        return LayerPlan(None, 0, 0, _too_large(small, limit))
+        return LayerPlan(None, 0, 0, _too_large(small, limit, keep_draws))
     if spec.exact_only and NK * P > EXACT_ONLY_ENTRIES and (keep_draws or NK < P):
         return LayerPlan(None, 0, 0, f"its {NK} columns of {P} numbers are too many for a layer without factors")
     factored, dense = examples * positions * (d_in + columns * d_out), NK * P
@@ -145,7 +145,9 @@ def plan_layer(
     )
 
 
-def _too_large(small: int, limit: int) -> str:
+def _too_large(small: int, limit: int, draws: bool) -> str:
+    if draws:
+        return f"N K = {small} exceeds {limit}: use fewer examples, or fewer draws with --samples"
     return f"min(P, N K) = {small} exceeds {limit}: use fewer examples, --fisher probe or --fisher mc"
 
 
@@ -201,7 +203,7 @@ def _fitting(
         return int(layer.kept_bytes * (1 + piece_share)) + _measuring(layer, activations) + standing
 
     def told(what: str) -> str:
-        return f"{what} {size_in_words(need())} in all and --memory allows {size_in_words(budget)}"
+        return f"{what} {size_in_words(need())} in all and --memory leaves {size_in_words(budget)}"
 
     if layer.form is not None and need() > budget and layer.dump_bytes:
         layer = replace(layer, dump_bytes=0, no_dump=told("with what is dumped it takes"))

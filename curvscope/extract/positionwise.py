@@ -83,7 +83,7 @@ def _apart(graph: Graph, tensors: list[Tensor], layouts: Layouts, axis: int, cou
         if type(site.module) is Tap
         for member in site.module.members
     )
-    if replayed or any(spec.groups > 1 or spec.roles for spec in graph.layers.values()):
+    if replayed or layouts.routed or any(spec.groups > 1 or spec.roles for spec in graph.layers.values()):
         return None
     sites = {site.target: site for site in graph.sites()}
     for target, site in sites.items():

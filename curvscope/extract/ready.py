@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -17,18 +19,21 @@ from curvscope.extract.choose import (
     choose,
     estimate_plan,
     make_plan,
+    require_memory,
+    standing,
     usable,
     with_budget,
 )
 from curvscope.extract.clock import now
 from curvscope.extract.passes import Passes
 from curvscope.extract.pieces import Pieces
-from curvscope.extract.plan import Plan, rows_bytes
+from curvscope.extract.plan import LayerPlan, Plan, rows_bytes
 from curvscope.extract.positionwise import independent_positions, shared_note
 from curvscope.extract.sweep import Progress
+from curvscope.graph.functional import Graph
 from curvscope.graph.prepare import prepare, varying_axes
 from curvscope.graph.ragged import Ragged
-from curvscope.graph.verify import Layouts
+from curvscope.graph.verify import Independent, Layouts
 from curvscope.load.problem import Problem
 from curvscope.planned import PlannedLayer, PlannedRun
 from curvscope.settings import Settings
@@ -47,6 +52,7 @@ class Ready:
         fisher, reason, samples: what is taken, why `auto` chose it, and the draws.
         passes, plan: what runs, and what it keeps.
         estimated: passes over probes, and their plan, for layers that are estimated though the others are exact.
+        plan_beside: the plan again, with so many bytes kept beside it.
         notes: sentences for the report.
     """
 
@@ -61,6 +67,7 @@ class Ready:
     plan: Plan
     notes: list[str]
     estimated: tuple[Passes, Plan] | None = None
+    plan_beside: Callable[[int], Plan] | None = None
 
     @property
     def outputs(self) -> list[int]:
@@ -71,6 +78,16 @@ class Ready:
         shape[layout.axis] = layout.outer * self.layouts.examples * layout.inner
         return shape
 
+    def reserving(self, count: int) -> Ready | None:
+        """The same with `count` bytes kept beside the plan; None where that would cost a layer anything."""
+        assert self.plan_beside is not None
+        plan = self.plan_beside(count)
+
+        def kept(layers: Mapping[str, LayerPlan]) -> dict[str, tuple[object, ...]]:
+            return {name: (one.form, one.damped_bytes, one.dump_bytes) for name, one in layers.items()}
+
+        return dataclasses.replace(self, plan=plan) if kept(plan.layers) == kept(self.plan.layers) else None
+
 
 def get_ready(
     problem: Problem, settings: Settings, device: torch.device, report: Progress, seconds: dict[str, float]
@@ -80,7 +97,7 @@ def get_ready(
     Raises:
         CurvscopeError: whatever speaks against analyzing it.
     """
-    settings = with_budget(settings, device)
+    asked, settings = settings.memory_bytes is not None, with_budget(settings, device)
     dtype = DTYPES[settings.dtype]
     start = time.perf_counter()
     report("export", problem.name, 0, 1)
@@ -100,6 +117,7 @@ def get_ready(
     survey = pieces.survey
     layouts = dataclasses.replace(layouts, tokens=pieces.tokens(layouts))
     everything = dataclasses.replace(layouts, examples=survey.examples, positions=survey.positions)
+    require_memory(settings, standing(graph, everything, settings), pieces.example_bytes, asked=asked)
     looked = time.perf_counter()
     apart = None
     if settings.fisher in ("auto", "exact") and not pieces.in_pieces():
@@ -124,17 +142,8 @@ def get_ready(
     passes = Passes(graph, pieces, fisher=fisher, samples=samples, seed=settings.seed, independent=apart)
     passes.rows_bytes = rows_bytes(usable(settings))
     passes.settle(layouts.outputs)
-    plan = make_plan(
-        graph,
-        everything,
-        fisher,
-        passes.columns,
-        settings,
-        activations=pieces.activations(),
-        piece_share=pieces.share(),
-        without=without,
-        apart=apart if passes.shared else None,
-    )
+    plan_beside = partial(_plan_beside, graph, everything, passes, settings, without, apart if passes.shared else None)
+    plan = plan_beside(0)
     estimated = None
     if without:
         probes = Passes(graph, pieces, fisher="probe", samples=samples, seed=settings.seed)
@@ -147,48 +156,57 @@ def get_ready(
     whole = [name for name, layer in plan.layers.items() if layer.no_dump]
     if whole:
         notes.append(f"--memory leaves no room for what --dump asks of {', '.join(whole)}: it is not in the file.")
-    return Ready(problem, settings, device, everything, fisher, reason, samples, passes, plan, notes, estimated)
+    return Ready(
+        problem, settings, device, everything, fisher, reason, samples, passes, plan, notes, estimated, plan_beside
+    )
+
+
+def _plan_beside(
+    graph: Graph,
+    layouts: Layouts,
+    passes: Passes,
+    settings: Settings,
+    without: Mapping[str, str],
+    apart: Independent | None,
+    beside: int,
+) -> Plan:
+    return make_plan(
+        graph,
+        layouts,
+        passes.fisher,
+        passes.columns,
+        settings,
+        activations=passes.pieces.activations(),
+        piece_share=passes.pieces.share(),
+        without=without,
+        apart=apart,
+        beside=beside,
+    )
 
 
 def describe_plan(ready: Ready) -> PlannedRun:
     """The plan in numbers: passes, bytes, seconds, and every layer's treatment.
 
-    Seconds come from `curvscope.extract.cost.estimate`: rates measured here, and one timed forward pass with two
-    backward passes.
+    Seconds come from `curvscope.extract.cost.estimate`: rates measured here, and a few timed passes.
     """
-    graph, plan, passes, survey = ready.passes.graph, ready.plan, ready.passes, ready.passes.pieces.survey
+    plan, passes, survey = ready.plan, ready.passes, ready.passes.pieces.survey
     rates = cost.measured_rates(ready.device)
-    draws = ready.fisher in ("probe", "mc")
-    loads = cost.loads_of(
-        graph.layers,
-        plan,
-        survey.positions,
-        examples=survey.examples,
-        columns=passes.columns,
-        draws=draws,
-        itemsize=DTYPES[ready.settings.dtype].itemsize,
-    )
     timed = passes.pass_seconds()
+    loads = _loads(ready, passes, plan)
     seconds = cost.estimate(loads, len(plan.groups), timed, rates)
-    sweep_of = {name: number for number, group in enumerate(plan.groups, 1) for name in group}
-    treatment = {"exact": "exact", "empirical": "empirical"}.get(ready.fisher, "estimated")
-    layers = [
-        PlannedLayer(
-            load.spec.name,
-            load.spec.kind,
-            load.spec.parameters,
-            "not_assessed" if load.plan.form is None else treatment,
-            load.plan.form or "",
-            0 if load.plan.form is None else sweep_of[load.spec.name],
-            load.plan.kept_bytes,
-            cost.measure_seconds(load, rates),
-            load.plan.reason,
-        )
-        for load in loads
-    ]
+    layers = {load.spec.name: _planned_layer(ready.fisher, load, plan, 1, rates) for load in loads}
+    drawn_passes, sweeps = 0, len(plan.groups)
+    if ready.estimated is not None:
+        # their columns come from sweeps over draws, after those over exact columns
+        source, of = ready.estimated
+        more = _loads(ready, source, of)
+        drawn = cost.estimate(more, len(of.groups), timed, rates)
+        seconds = {stage: seconds[stage] + drawn[stage] for stage in seconds}
+        layers |= {load.spec.name: _planned_layer(source.fisher, load, of, 1 + sweeps, rates) for load in more}
+        drawn_passes = len(of.groups) * source.columns
+        sweeps += len(of.groups)
     largest = survey.largest if passes.pieces.size is None else min(passes.pieces.size, survey.largest)
     parts = passes.pieces.count()
-    sweeps = len(plan.groups)
     return PlannedRun(
         name=ready.problem.name,
         loss=ready.problem.loss.label,
@@ -201,11 +219,45 @@ def describe_plan(ready: Ready) -> PlannedRun:
         piece_examples=largest,
         columns=passes.columns,
         sweeps=sweeps,
-        backward_passes=parts * (sweeps * passes.columns + 1),
+        backward_passes=parts * (len(plan.groups) * passes.columns + drawn_passes + 1),
         budget_bytes=budget(ready.settings),
         peak_bytes=plan.peak_bytes + OVERHEAD_BYTES,
         kept_bytes=max((sum(plan.layers[name].kept_bytes for name in group) for group in plan.groups), default=0),
         seconds=seconds,
-        layers=layers,
+        layers=[layers[name] for name in plan.layers],
         notes=[*ready.problem.notes, *ready.notes],
+    )
+
+
+def _loads(ready: Ready, passes: Passes, plan: Plan) -> list[cost.Load]:
+    """The sizes of the layers; positions that are kept apart count as examples."""
+    apart = ready.layouts.independent if passes.shared else None
+    each = apart.positions if apart else 1
+    survey = passes.pieces.survey
+    return cost.loads_of(
+        passes.graph.layers,
+        plan,
+        {site: count // each for site, count in survey.positions.items()},
+        examples=survey.examples * each,
+        columns=passes.columns,
+        draws=passes.fisher in ("probe", "mc"),
+        itemsize=DTYPES[ready.settings.dtype].itemsize,
+    )
+
+
+def _planned_layer(fisher: str, load: cost.Load, plan: Plan, first: int, rates: cost.Rates) -> PlannedLayer:
+    """One layer's line; sweeps count from `first`."""
+    treatment = {"exact": "exact", "empirical": "empirical"}.get(fisher, "estimated")
+    layer = load.plan
+    sweep = next(number for number, group in enumerate(plan.groups, first) if load.spec.name in group)
+    return PlannedLayer(
+        load.spec.name,
+        load.spec.kind,
+        load.spec.parameters,
+        "not_assessed" if layer.form is None else treatment,
+        layer.form or "",
+        0 if layer.form is None else sweep,
+        layer.kept_bytes,
+        cost.measure_seconds(load, rates),
+        layer.reason or layer.no_damping,
     )

@@ -27,15 +27,25 @@ class Shapes:
         self.many = many
         self._known: dict[tuple[tuple[int, ...], ...], Layouts] = {}
 
+    @property
+    def routed(self) -> bool:
+        """Whether some layouts are those of one whole batch alone."""
+        return any(known.routed for known in self._known.values())
+
     def of(self, loaded: Loaded) -> Layouts:
         """The layouts that hold for batches of this shape; their `outputs` have a shape and no memory.
+
+        Where rows are routed, or may be, every batch has its own.
 
         Raises:
             LayoutError, ModelError, BatchError: see `curvscope.graph.verify`.
         """
         shape = sizes(loaded.flat, loaded.axes)
-        if shape not in self._known:
+        known = self._known.get(shape)
+        if known is None or (self.many and (known.routed or self.graph.routes is None)):
             self.verify(loaded, loaded.examples)
+        if known is not None:
+            self._known[shape] = replace(self._known[shape], tokens=known.tokens)
         return self._known[shape]
 
     def verify(self, loaded: Loaded, count: int) -> Layouts:
@@ -54,6 +64,10 @@ class Shapes:
             ]
         with refusals(loaded):
             layouts = layouts_of(self.graph, loaded, tensors, count, self.prepared.index)
+            if count > loaded.examples and layouts.routed:
+                # two copies have twice the rows, in another order
+                count, tensors = 1, taken(loaded, 0, 1)
+                layouts = replace(layouts_of(self.graph, loaded, tensors, 1, self.prepared.index), routed=True)
         if count > loaded.examples:
             layouts = replace(layouts, examples=1, outputs=layouts.output.take(layouts.outputs, 0, 1))
         # the shape is all that is kept of the outputs

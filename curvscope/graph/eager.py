@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from curvscope.graph.export import FlatInputs, output_tensor
 from curvscope.graph.functional import Graph
 from curvscope.graph.operands import stored_form
+from curvscope.graph.reasons import UNREACHED
 from curvscope.graph.selection import layer_names, require_layers, require_trainable, selected
 from curvscope.graph.sites import LayerSpec, Leaf, ParameterUse, Site, role_name, site_module
 
@@ -206,6 +207,8 @@ def build_eager(
             for path in places:
                 _put(original, path, standing_there[path])
 
+    idle = [module for name, module in found.items() if not counts[name]]
+    uncalled = {by_identity[id(parameter)] for module in idle for parameter in module.parameters()}
     uses = []
     owner = {name: spec for spec in specs.values() for name in (spec.weight, spec.bias) if name is not None}
     for name, tensor in parameters.items():
@@ -218,6 +221,8 @@ def build_eager(
             uses.append(ParameterUse(name, "", count, "frozen", "it does not require a gradient"))
         else:
             why = "no plain nn.Linear, nn.ConvNd or nn.Embedding of a model that could not be exported"
+            if name in uncalled:
+                why = UNREACHED
             if name in lost:
                 why = "its weight is also read outside its own forward pass: not covered without export"
             uses.append(ParameterUse(name, "", count, "uncovered", why))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from curvscope.graph import sites as finding
 from curvscope.graph.accounts import account
@@ -49,6 +50,8 @@ class Graph:
         plain: that model as an exported graph; None for eager modules.
         free: the names of those parameters.
         given_up: told the parameters of a layer that is dropped.
+        routes: whether values decide how many rows some operation gets, as where a gate sends tokens to experts; None
+            where only running it shows.
     """
 
     run: Callable[..., Tensor]
@@ -63,6 +66,7 @@ class Graph:
     free: list[str] = field(default_factory=list)
     plain: fx.GraphModule | None = None
     given_up: Callable[[Sequence[str]], None] | None = None
+    routes: bool | None = None
 
     def drop(self, layer: str, reason: str) -> None:
         """Give a layer up: its parameters count as uncovered, and `rest` has their gradients again."""
@@ -232,7 +236,10 @@ def build(
         return torch.func.functional_call(plain, reached, tuple(tensors))
 
     origin = "exported" if dynamic else "exported with a fixed batch size"
-    return Graph(module, specs, uses, parameters, requires_grad, origin, leaves, rest, function, wanted, plain)
+    whole = Graph(module, specs, uses, parameters, requires_grad, origin, leaves, rest, function, wanted, plain)
+    values = [node.meta.get("val") for node in graph.nodes]
+    whole.routes = any(isinstance(value, Tensor) and free_unbacked_symbols(value) for value in values)
+    return whole
 
 
 def _insert_tap(

@@ -16,10 +16,11 @@ from curvscope.errors import LayoutError
 from curvscope.graph.functional import Graph
 from curvscope.graph.isolation import MIXED_GRAPHS, check_graphs_isolated
 from curvscope.graph.layout import Layout
+from curvscope.graph.passing import observe, watched_pass
 from curvscope.graph.ragged import Ragged
 from curvscope.graph.sites import Site, spatial_dims
 from curvscope.graph.tap import Tap
-from curvscope.graph.verify import Layouts, observe, watched_pass
+from curvscope.graph.verify import Layouts
 
 
 def verify_graphs(graph: Graph, tensors: Sequence[Tensor], rows: Sequence[Tensor]) -> Layouts:

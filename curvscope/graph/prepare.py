@@ -98,12 +98,31 @@ def prepare(
     return Prepared(graph, flat, axes, examples, exported.dynamic, exported.free, (*notes, *exported.notes), index)
 
 
-def _precision_notes(problem: Problem, dtype: torch.dtype) -> tuple[str, ...]:
-    """Says so where the checkpoint's own precision is not the run's."""
+def source_dtype(problem: Problem, dtype: torch.dtype) -> str:
+    """The dtypes that the weights are stored in, by name; empty where all are `dtype`."""
     kinds = {p.dtype for p in problem.model.parameters() if p.is_floating_point()}
-    low = sorted(str(kind).removeprefix("torch.") for kind in kinds if torch.finfo(kind).bits < 32)
-    wanted = str(dtype).removeprefix("torch.")
-    return (f"Weights stored as {', '.join(low)} are computed in {wanted}.",) if low else ()
+    return ", ".join(sorted(_name(kind) for kind in kinds)) if kinds - {dtype} else ""
+
+
+def _precision_notes(problem: Problem, dtype: torch.dtype) -> tuple[str, ...]:
+    """Says so where the checkpoint's own precision is lower than the run's in training, or higher than the run's."""
+    kinds = {p.dtype for p in problem.model.parameters() if p.is_floating_point()}
+    notes = []
+    low = sorted(_name(kind) for kind in kinds if torch.finfo(kind).bits < 32)
+    if low:
+        stored = ", ".join(low)
+        notes.append(
+            f"Weights stored as {stored} are computed in {_name(dtype)}; what training in {stored} rounds is not in "
+            "these numbers."
+        )
+    wide = sorted(_name(kind) for kind in kinds if torch.finfo(kind).bits > torch.finfo(dtype).bits)
+    if wide:
+        notes.append(f"Weights stored as {', '.join(wide)} are rounded to {_name(dtype)}; --dtype float64 keeps them.")
+    return tuple(notes)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _whole_graph_notes(flat: FlatInputs, axes: Sequence[int | None], example_index: str | None) -> tuple[str, ...]:

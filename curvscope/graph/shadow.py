@@ -11,6 +11,10 @@ from torch import Tensor, nn
 from curvscope.errors import ModelError
 from curvscope.graph.lookups import rescaling
 
+# Where a transformers config says how experts are computed. Its grouped product takes no float64, and sorts the rows by
+# expert; the batched one multiplies every token with the weights of its own experts, in the order of the tokens.
+EXPERTS = "_experts_implementation"
+
 
 def shadow(model: nn.Module, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> nn.Module:
     """A structural copy of `model` in eval mode, on `device` and in `dtype`.
@@ -18,7 +22,7 @@ def shadow(model: nn.Module, *, device: torch.device | None = None, dtype: torch
     Parameters are aliases (`p.detach()`, the same storage) wherever device and dtype already agree; buffers are
     clones, since a forward pass may write to them. So are the weights of embeddings with `max_norm`, whose rows a
     forward pass rescales in place (see `curvscope.graph.lookups`). Neither mode, `requires_grad`, hooks nor values of
-    `model` change, now or later.
+    `model` change, now or later. Mixtures of experts of transformers compute the same in another way (`EXPERTS`).
 
     Raises:
         ModelError: the module holds something that can't be copied (an open file, a lock, ...).
@@ -46,6 +50,9 @@ def shadow(model: nn.Module, *, device: torch.device | None = None, dtype: torch
             where=f"{type(model).__name__} (copy.deepcopy; its weights are shared, not copied)",
             remedy="Remove what can't be copied (open files, locks, process groups) from the module's attributes.",
         ) from error
+    for copied in twin.modules():
+        if getattr(config := getattr(copied, "config", None), EXPERTS, None) == "grouped_mm":
+            setattr(config, EXPERTS, "batched_mm")
     return twin.eval()
 
 

@@ -9,6 +9,7 @@ from torch.ao.quantization import FakeQuantizeBase
 from curvscope.errors import ModelError
 from curvscope.load.state_dict import unwrap
 
+PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 # What is wrong, and what to do next.
 Refusal = tuple[str, str]
 
@@ -26,8 +27,7 @@ QUANTIZED: Refusal = (
     "Analyze the floating-point model that it was made from, as it is before torch.ao.quantization.",
 )
 ROUNDING: Refusal = (
-    "The model rounds its weights or activations as it runs (fake quantization): training passes gradients straight "
-    "through the rounding, which is the derivative of nothing.",
+    "Every linear layer of the model rounds its weight as it runs (fake quantization), so it is not linear in it.",
     "Load the trained weights into the model as it is before torch.ao.quantization.prepare_qat (load_state_dict with "
     "strict=False: they have the same names), and analyze that.",
 )
@@ -46,12 +46,15 @@ def plain_model(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
     """The model without the wrappers of torch.compile, DataParallel and DistributedDataParallel, and notes on those.
 
     Raises:
-        ModelError: it is a TorchScript module, sharded (FSDP, DTensor), quantized (or trained to be), or has complex or
-            lazy parameters to train.
+        ModelError: it is a TorchScript module, sharded (FSDP, DTensor), quantized (or all trained to be), or has
+            complex or lazy parameters to train.
     """
     model, notes = unwrap(model)
+    plain = any(type(module) in PLAIN for module in model.modules())
     for name, module in model.named_modules():
         refusal = _of_module(module)
+        if refusal is None and not plain and isinstance(module, FakeQuantizeBase):
+            refusal = ROUNDING
         if refusal is not None:
             kind = type(module)
             _refuse(refusal, f"{name or 'the model'}, a {kind.__name__} of {kind.__module__}")
@@ -72,7 +75,7 @@ def _of_module(module: nn.Module) -> Refusal | None:
         return SHARDED
     if ".quantized" in kind.__module__ and "torch" in kind.__module__:
         return QUANTIZED
-    return ROUNDING if isinstance(module, FakeQuantizeBase) else None
+    return None
 
 
 def _of_parameter(parameter: nn.Parameter) -> Refusal | None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from curvscope.load.optimizer import entries_by_name
 from curvscope.load.optimizer_class import UNKNOWN
+from curvscope.load.optimizer_ranges import out_of_range, spoiled
 from curvscope.load.problem import OptimizerState, Schedule
 from curvscope.load.shampoo_state import feeds_back, shampoo_factors
 
@@ -152,7 +153,13 @@ class OptimizerSettings:
         if one is None:
             return self.name
         rates = sorted({each.lr for each in self.parameters.values()}, reverse=True)
-        shown = f"{rates[0]:g}" if len(rates) == 1 else f"{rates[-1]:g} to {rates[0]:g} ({len(rates)} values)"
+        shown = (
+            "not known"
+            if any(map(math.isnan, rates))
+            else f"{rates[0]:g}"
+            if len(rates) == 1
+            else f"{rates[-1]:g} to {rates[0]:g} ({len(rates)} values)"
+        )
         parts = [f"lr {shown}"]
         if self.kind in ("adam", "adamw", "nadam"):
             parts += [f"beta1 {one.beta1:g}", f"beta2 {one.beta2:g}", f"eps {one.eps:g}"]
@@ -212,7 +219,12 @@ def optimizer_settings(
         if "lr" not in settings:
             problems.append("its learning rate is not known; give it with --lr")
             settings["lr"] = math.nan
+        elif math.isnan(settings["lr"]):
+            problems.append("its learning rate is not a number; give it with --lr")
+        if odd := out_of_range(settings):
+            problems.append(odd)
         moments, step, wrong = _moments(entry, shape)
+        wrong = wrong or spoiled(moments)
         if wrong:
             problems.append(f"the state of {parameter} does not fit it: {wrong}")
         # another optimizer's moments are not this one's

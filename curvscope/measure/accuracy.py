@@ -18,6 +18,8 @@ from curvscope.records import NAN, ErrorRow
 
 # The norm formula cancels: below this relative error fewer than five digits are left, so G - M is formed instead.
 CANCELLATION = 1e-5
+# Columns and factors carry rounding of their own dtype: an error below this many of its units is not told from 0.
+ROUNDINGS = 10
 FORMED_PARAMETERS = 4096
 # G, M and their difference, P x P each, may take this many of the block's slices.
 FORMED_PIECES = 8
@@ -40,7 +42,7 @@ def error_row(
     `inner` is <G, M>, for which the caller has cheaper ways than a formula that serves all.
     A zero block has no relative error: the row is not_assessed. A zero approximation has error 1, trace ratio 0 and no
     cosine. Where the norm formula cancels, G - M is formed if P <= 4096 and memory allows it, else the error is said to
-    be below 1e-5.
+    be below 1e-5. Where it is no larger than what rounding of the columns leaves, the reason says so.
     """
     if block.norm == 0.0:
         return ErrorRow(
@@ -61,6 +63,10 @@ def error_row(
         room = FORMED_PIECES * block.piece_bytes >= 24 * block.parameters**2
         if block.parameters <= FORMED_PARAMETERS and room:
             relative = float(torch.linalg.norm(block.dense() - approximation.dense())) / block.norm
+            if relative < ROUNDINGS * torch.finfo(block.dtype).eps:
+                notes.append(
+                    f"rel_frobenius is rounding of {str(block.dtype).removeprefix('torch.')}: 0 as far as known"
+                )
         else:
             relative, status = NAN, "not_assessed"
             notes.append("rel_frobenius is below 1e-5, where the norm formula has no digits left")

@@ -27,6 +27,8 @@ from curvscope.measure.draws import diagonal_pairs, rotated, some_draws
 from curvscope.measure.jackknife import MINIMUM_FOLD
 
 MINIMUM_DRAWS = 2 * MINIMUM_FOLD
+# Bases that leave out one draw, or one group of them, of each half.
+MOST_BASES = 8
 # Standard errors of the basis, in units of what halving its draws changes.
 DOUBT = 2.0
 
@@ -82,10 +84,18 @@ def ekfac_pairs(
             parts = [products(some) for some in (others[:fewer], others[-fewer:])]
             change[index[:, None], index] = mine - (parts[0] + parts[1]) / 2
             weight = fewer / (len(others) - fewer)
-            without = [_different(products([j for j in others if j != i])) for i in others]
-            each = torch.stack(without)
-            moved[others] = (each - each.mean()) / len(folds)
+            for some in _groups(others):
+                left = _different(products([j for j in others if j not in some])) - _different(mine)
+                # of a group's draws each gets what makes the jackknife's variance that of the group
+                moved[some] = left * (len(others) - len(some)) / ((len(others) - 1) * len(some) ** 0.5)
+            moved[others] = (moved[others] - moved[others].mean()) / len(folds)
     return LambdaPairs(given, given + weight * change, DOUBT * change, moved)
+
+
+def _groups(draws: Sequence[int]) -> list[list[int]]:
+    """The draws one by one, or in at most MOST_BASES groups: each costs a basis."""
+    size = -(-len(draws) // MOST_BASES)
+    return [list(draws[i : i + size]) for i in range(0, len(draws), size)]
 
 
 def _different(pairs: Float64[Tensor, "m m"]) -> Tensor:

@@ -166,6 +166,30 @@ def sums(
     return Sums(middle, middle + one, both, folds, rounding)
 
 
+# Standard errors that the bias of eigenvalues has, in units of what the jackknife would correct.
+BIAS_DOUBT = 2.0
+
+
+def of_positive(whole: Float64[Tensor, " q"], without: Float64[Tensor, "K q"]) -> list[Estimate]:
+    """Positive numbers that are no sums of pairs (eigenvalues, shares), from all draws and without each: with errors.
+
+    The jackknife runs on their logarithms. The value stays that of all draws, bias and all: eigenvalues of a sum of
+    few draws spread too far, by more than 1/K where they repeat, so that no correction can be relied on. The error
+    takes it in, `se^2 = (K - 1)/K sum (x_i - mean x_i)^2 + (2 (K - 1) (mean x_i - x))^2`, and is the longer arm of the
+    interval once that is no longer logarithmic. NaN where a number is not positive, or not without one of the draws.
+    """
+    draws = len(without)
+    t = t_95(draws - 1)
+    x, each = whole.log(), without.log()
+    own = (draws - 1) / draws * (each - each.mean(0)).square().sum(0)
+    bias = (draws - 1) * (each.mean(0) - x)
+    arms = ((own + (BIAS_DOUBT * bias).square()).sqrt() * t).expm1() / t
+    return [
+        Estimate(value, value * arm if value > 0 and arm < float("inf") else NAN)
+        for value, arm in zip(whole.tolist(), arms.nan_to_num(float("inf")).tolist(), strict=True)
+    ]
+
+
 # Two-sided 95 % quantiles of Student's t for 1 to 10 degrees of freedom.
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from curvscope.curvature.block import Block
@@ -16,9 +17,11 @@ from curvscope.extract.collector import Columns, Extract
 from curvscope.extract.plan import keeps_draws
 from curvscope.measure.approximate import Built
 from curvscope.measure.damping import not_assessed
+from curvscope.measure.drawn_signs import Draws
 from curvscope.measure.draws import factors_of_draws
-from curvscope.measure.estimate import estimated_rows, estimated_spectra
+from curvscope.measure.estimate import estimated_errors, estimated_spectra, no_bars
 from curvscope.measure.exact_layer import against_exact, blocks_of, eigenvectors_of, group_factors
+from curvscope.measure.factor_estimate import spectrum_estimates, with_errors
 from curvscope.measure.found import Found
 from curvscope.measure.layer_facts import (
     better_flavour,
@@ -44,8 +47,6 @@ from curvscope.records import (
 )
 from curvscope.settings import APPROXIMATIONS
 
-BIASED = "no error bar but the trace's: eigenvalues of a factor made of few draws are biased, and so are their ratios"
-
 
 def measure_layer(
     extract: Extract, wishes: Wishes, *, why_no_columns: str = "", projected: Mapping[str, Tensor] | None = None
@@ -61,11 +62,14 @@ def measure_layer(
         extract = dataclasses.replace(extract, probe_B=factors_of_draws(columns))
     scale = extract.unit**-2
     factors = factor_records(extract)
-    found = Found(attributes=factor_facts(extract, scale), scale=scale)
+    blocks = blocks_of(extract, wishes.piece_bytes)
+    draws = _draws(extract, blocks, wishes)
+    eps = torch.finfo(wishes.dtype).eps
+    found = Found(attributes=factor_facts(extract, scale, eps, bars=draws is None or not draws.refused), scale=scale)
     eigenvectors: dict[str, Any] = {}
     kept: dict[str, Any] = {}
-    blocks = blocks_of(extract, wishes.piece_bytes)
     built: Sequence[Mapping[str, Built]] = ()
+    better = ""
     if not blocks:
         found.without_errors(spec.name, wishes.fisher, why_no_columns, APPROXIMATIONS)
         _factor_spectra(extract, wishes, found)
@@ -75,10 +79,11 @@ def measure_layer(
     else:
         block: Block | GroupedBlock = blocks[0] if len(blocks) == 1 else GroupedBlock(blocks)
         if wishes.fisher in ("probe", "mc"):
-            _estimated(extract, blocks, wishes, found)
+            better = _estimated(extract, blocks, wishes, found)
             found.damping = not_assessed(spec.name, "steps need exact columns: an estimated block has few of them")
         else:
             built = against_exact(extract, blocks, block, wishes, found)
+            better = better_flavour(extract.single, found.errors)
             if "spectra" in wishes.dump and isinstance(block, Block):
                 eigenvectors["ggn"] = eigenvectors_of(block)
         if "columns" in wishes.dump and blocks[0].columns.form != "formed":
@@ -93,11 +98,9 @@ def measure_layer(
                     eigenvectors[f"{key}/{which}"] = eigh(factor.double())[1].cpu().numpy()
     if not extract.spec.exact_only and not found.sources:
         found.sources = no_sources(spec.name, why_no_columns or "the exact columns were not taken")
-    signs, examples = layer_signs(extract, blocks, found.errors, wishes.seed)
+    signs, examples = layer_signs(extract, blocks, found.errors, wishes.seed, draws)
     squares = extract.example_squares
-    row = layer_row(
-        extract, blocks[0].total_columns if blocks else 0, better_flavour(extract.single, found.errors), why_no_columns
-    )
+    row = layer_row(extract, blocks[0].total_columns if blocks else 0, better, why_no_columns)
     return Layer(
         row=row,
         factors=factors,
@@ -135,6 +138,14 @@ def unmeasured(extract: Extract, fisher: str, reason: str) -> Layer:
         damping=not_assessed(spec.name, reason),
         tokens=tokens_of(extract),
     )
+
+
+def _draws(extract: Extract, blocks: Sequence[Block], wishes: Wishes) -> Draws | None:
+    """How the columns were drawn; None where they are exact, or not there."""
+    if not blocks or wishes.fisher not in ("probe", "mc"):
+        return None
+    count = blocks[0].columns.count
+    return Draws(wishes.fisher, count, no_bars(extract, count))
 
 
 def _add_projected(
@@ -183,13 +194,20 @@ def _factor_spectra(extract: Extract, wishes: Wishes, found: Found) -> None:
         )
 
 
-def _estimated(extract: Extract, blocks: list[Block], wishes: Wishes, found: Found) -> None:
+def _estimated(extract: Extract, blocks: list[Block], wishes: Wishes, found: Found) -> str:
+    """All measures of a layer whose columns are draws; what comes back is the better K-FAC."""
     layer = extract.spec.name
-    found.errors.update(estimated_rows(layer, wishes.fisher, extract, blocks))
+    errors = estimated_errors(layer, wishes.fisher, extract, blocks)
+    found.errors.update(errors.rows)
     _factor_spectra(extract, wishes, found)
+    known, refused = terms(extract), no_bars(extract, blocks[0].columns.count)
     for name, row in estimated_spectra(layer, extract, blocks, found.scale).items():
-        known = found.spectra.get(name)
-        if known is not None:
-            reasons = "; ".join(filter(None, (BIASED, known.reason)))
-            row = dataclasses.replace(known, trace_stderr=row.trace_stderr, status="estimated", reason=reasons)
+        if name in found.spectra:
+            given = known[name.removeprefix("kfac_")]
+            several = len(given) > 1 or bool(refused)
+            numbers = None if several else spectrum_estimates(given[0], torch.finfo(wishes.dtype).eps)
+            drawn = with_errors(found.spectra[name], numbers, found.scale)
+            reason = "; ".join(filter(None, (refused, drawn.reason)))
+            row = dataclasses.replace(drawn, trace_stderr=row.trace_stderr, reason=reason)
         found.spectra[name] = row
+    return errors.better

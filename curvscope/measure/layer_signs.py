@@ -10,6 +10,7 @@ from torch import Tensor
 from curvscope.curvature.block import Block
 from curvscope.curvature.extremes import extremes
 from curvscope.extract.collector import Extract
+from curvscope.measure.drawn_signs import RESOLVED, TOP_DIRECTION, Draws, condition_of_B, dead_outputs, position_share
 from curvscope.measure.rows_kept import Rows, rows_of
 from curvscope.measure.signs import missing, sign_row
 from curvscope.measure.sources import LEAST_ERROR
@@ -24,11 +25,18 @@ OF_TOKENS = "an embedding's inputs are tokens, which have no size"
 
 
 def layer_signs(
-    extract: Extract, blocks: Sequence[Block], errors: Mapping[str, ErrorRow], seed: int
+    extract: Extract,
+    blocks: Sequence[Block],
+    errors: Mapping[str, ErrorRow],
+    seed: int,
+    draws: Draws | None = None,
 ) -> tuple[list[StabilityRow], list[ExampleRow]]:
-    """The layer's rows of tables/stability that need what the sweep extracted, and its rows of tables/examples."""
+    """The layer's rows of tables/stability that need what the sweep extracted, and its rows of tables/examples.
+
+    `draws` says how its columns were drawn, where they were: then what rests on them has an error, or is not assessed.
+    """
     name = extract.spec.name
-    rows = _factor_rows(extract)
+    rows = _factor_rows(extract, draws)
     if extract.example_squares is not None and extract.gradient is not None:
         squared = float(extract.gradient.double().square().sum())
         rows += noise_rows(extract.example_squares, squared, layer=name)
@@ -36,8 +44,8 @@ def layer_signs(
         return rows, []
     rows.append(_limit(extract, errors))
     kept = rows_of(extract)
-    rows.append(_positions(extract, kept))
-    shares = top_shares(extract, blocks, kept, seed)
+    rows.append(_positions(extract, kept, draws))
+    shares = TOP_DIRECTION if draws is not None else top_shares(extract, blocks, kept, seed)
     if isinstance(shares, str):
         return [*rows, missing("example_share", shares, layer=name)], []
     listed = example_rows(name, shares, extract.example_squares)
@@ -68,14 +76,18 @@ def noise_rows(squares: Tensor, squared: float, *, layer: str = "", reason: str 
     ]
 
 
-def _factor_rows(extract: Extract) -> list[StabilityRow]:
+def _factor_rows(extract: Extract, draws: Draws | None) -> list[StabilityRow]:
     """What the diagonals and the extreme eigenvalues of expand's A and B say."""
     if "expand" not in extract.factors:
         return []
     name, bias = extract.spec.name, extract.spec.bias is not None
     A, B = (factor.double() for factor in extract.factors["expand"])
     dead = float((B.diagonal(dim1=-2, dim2=-1) == 0).double().mean())
-    rows = [sign_row("dead_outputs", dead, layer=name), *_condition(name, "B", B)]
+    B_draws = None if draws is None else extract.probe_B.get("expand")
+    if draws is None or B_draws is None:
+        rows = [sign_row("dead_outputs", dead, layer=name), *_condition(name, "B", B)]
+    else:
+        rows = [dead_outputs(name, dead, draws), *condition_of_B(name, B, B_draws, draws)]
     if A.ndim == 1:
         return rows + [missing(quantity, OF_TOKENS, layer=name) for quantity in ("mean_share", "unresolved_A")]
     inputs = A.diagonal(dim1=-2, dim2=-1)
@@ -104,7 +116,7 @@ def _condition(name: str, which: str, factor: Tensor) -> list[StabilityRow]:
     least, most = values[:, 0], values[:, -1]
     floor = most * size * torch.finfo(torch.float32).eps
     rank = int((values > floor[:, None]).sum(1).min())
-    words = f"{rank} of {size} eigenvalues are resolved"
+    words = RESOLVED.format(rank=rank, size=size)
     share = sign_row(unresolved, 1 - rank / size, layer=name, reason=words)
     if rank < size:
         return [missing(condition, f"singular to float32: {words}", layer=name), share]
@@ -128,7 +140,7 @@ def _limit(extract: Extract, errors: Mapping[str, ErrorRow]) -> StabilityRow:
     return sign_row("kronecker_limit", nearest.rel_frobenius / min(known), layer=name)
 
 
-def _positions(extract: Extract, rows: Rows | str) -> StabilityRow:
+def _positions(extract: Extract, rows: Rows | str, draws: Draws | None) -> StabilityRow:
     """The largest share that one position (a convolution's output pixel) has in the trace of expand's B."""
     name, kind = extract.spec.name, extract.spec.kind
     if kind != "linear" and not kind.startswith("conv"):
@@ -140,14 +152,17 @@ def _positions(extract: Extract, rows: Rows | str) -> StabilityRow:
     if len(extract.spec.sites) > 1:
         return missing("position_share", "its positions are calls of one weight, one after the other", layer=name)
     # a column at a time: all squares together would be as large as the gradients
-    energy = torch.stack([g.square().sum(-1, dtype=torch.float64) for g in rows.gradients]).sum(0)
-    energy = energy.view(extract.examples, -1).sum(0)
+    squares = torch.stack([g.square().sum(-1, dtype=torch.float64) for g in rows.gradients])
+    each = squares.view(len(squares), extract.examples, -1).sum(1)
+    energy = each.sum(0)
     if energy.numel() != extract.positions:
         return missing("position_share", f"{UNEQUAL} (examples of unequal size)", layer=name)
     if energy.numel() < LEAST_POSITIONS:
         return missing("position_share", f"fewer than {LEAST_POSITIONS} positions", layer=name)
     if not float(energy.sum()) > 0:
         return missing("position_share", "no curvature reaches the layer", layer=name)
+    if draws is not None:
+        return position_share(name, each, draws)
     shares = energy / energy.sum()
     place = int(shares.argmax())
     words = f"position {place} of {shares.numel()}"

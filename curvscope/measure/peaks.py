@@ -14,7 +14,8 @@ import numpy as np
 from curvscope.measure.ranges import Curve, Values
 
 GOLDEN = (5**0.5 - 1) / 2
-NEIGHBOURS = 5
+# An even number: of an odd one the last would lie as far to the left as to the right, and rounding would choose.
+NEIGHBOURS = 6
 # Places that are looked at between two values of the grid.
 BETWEEN = 8
 # Peaks whose interpolated decrease is at least this share of the highest are computed, so many of them at most.
@@ -22,8 +23,10 @@ CLOSE = 0.9
 MOST = 3
 # A peak that is not higher than the values around it by this share is theirs.
 GAIN = 1e-5
+# A peak is known where a value this near (in log damping) is: between nearer values interpolation has rounding's slope.
+NEAR = 0.1
 # Interpolation is trusted where it was right to this share of the largest decrease.
-CLOSE_ENOUGH = 0.01
+CLOSE_ENOUGH = 0.03
 
 Function = Callable[[float], float]
 
@@ -31,7 +34,7 @@ Function = Callable[[float], float]
 def peaks(curve: Curve) -> dict[float, float]:
     """Where the decrease peaks between the grid's values: damping to interpolated decrease, the highest first.
 
-    The decrease is interpolated by polynomials through the nearest five values of log slope and log bend over log
+    The decrease is interpolated by polynomials through the nearest six values of log slope and log bend over log
     damping; each peak is found by golden section. The decrease itself is for the caller to compute; where it is another
     (`agree`), the curve with the computed values tells more. Peaks that are lower than 0.9 of the highest value, or no
     higher than the grid's values beside them, are left out.
@@ -47,6 +50,8 @@ def peaks(curve: Curve) -> dict[float, float]:
     for i in range(1, len(looked_at) - 1):
         if values[i - 1] < values[i] >= values[i + 1]:
             place = golden_section(value, float(looked_at[i - 1]), float(looked_at[i + 1]))
+            if abs(places - place).min() < NEAR:
+                continue
             above = np.searchsorted(places, place)
             beside = float(decrease[max(0, above - 1) : above + 1].max())
             if value(place) - beside > GAIN * abs(beside):
@@ -57,7 +62,7 @@ def peaks(curve: Curve) -> dict[float, float]:
 
 
 def agree(curve: Curve, expected: Mapping[float, float]) -> bool:
-    """Whether the curve has the expected decreases where they were computed, to 1 % of its largest one."""
+    """Whether the curve has the expected decreases where they were computed, to 3 % of its largest one."""
     best = float(np.nanmax(curve.decrease))
     known = dict(zip(curve.damping.tolist(), curve.decrease.tolist(), strict=True))
     return all(abs(known[damping] - value) <= CLOSE_ENOUGH * abs(best) for damping, value in expected.items())

@@ -22,11 +22,11 @@ class Sign:
 
 CHOICE = "a choice"
 SIGNS: dict[str, Sign] = {
-    "update_rms": Sign(2.3, "arXiv:2304.13013"),
+    "update_rms": Sign(2.3, "a choice; compare arXiv:2304.13013"),
     "update_ratio": Sign(0.1, "a choice; compare arXiv:1708.03888"),
     "eps_share": Sign(0.5, CHOICE),
     "beta1_over_root_beta2": Sign(1.0, "arXiv:2208.09632"),
-    "early_moments": Sign(2.0, "bias correction, arXiv:1412.6980"),
+    "early_moments": Sign(2.0, "a choice; bias correction, arXiv:1412.6980"),
     "learning_rate_ratio": Sign(4.0, CHOICE),
     "gradient_noise": Sign(NAN, "arXiv:1812.06162"),
     "gradient_signal": Sign(NAN, "arXiv:1812.06162"),
@@ -71,6 +71,7 @@ def sign_row(
     low: float = NAN,
     high: float = NAN,
     threshold: float | None = None,
+    stderr: float = NAN,
     status: str = "ok",
     reason: str = "",
 ) -> StabilityRow:
@@ -87,6 +88,7 @@ def sign_row(
         limit,
         side(limit, value, low, high),
         source=known.source,
+        value_stderr=stderr,
         status=status,
         reason=reason,
     )

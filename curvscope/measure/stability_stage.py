@@ -25,8 +25,9 @@ from curvscope.measure.sign_stage import members, signs
 from curvscope.measure.signs import sign_row
 from curvscope.measure.spreads import Spreads, Wanted
 from curvscope.measure.stability import Spread, verdict
-from curvscope.measure.surroundings import clip_scale, clipped_rows, norm_of, scheduled_row
+from curvscope.measure.surroundings import clip_scale, clipped, clipped_rows, norm_of, scheduled_row
 from curvscope.measure.thresholds import rule
+from curvscope.measure.update import TAKES_IN, advanced_settings
 from curvscope.records import NAN, ExampleRow, KroneckerFactors, Layer, StabilityRow
 
 # Layers with at least this share of the top direction's energy get spreads and verdicts of their own.
@@ -192,12 +193,41 @@ def _network_rows(
         )
     )
     rows += _consequences(stage, P, spread, said, main.lr)
+    if said == "above" and settings.kind in TAKES_IN:
+        rows += _taken_in(stage, settings, space)
     if settings.clip is not None:
         norm = norm_of(network.gradient())
         clipped = _clipped(stage, P, space, spread, clip_scale(norm, settings.clip))
         rows += clipped_rows(settings, P, spread, clipped, norm, lr=main.lr, halved=bool(stage.parts))
     scheduled = scheduled_row(settings, P, spread, halved=bool(stage.parts))
     return [*rows, *([] if scheduled is None else [scheduled])], whole.top[0].vector, space
+
+
+def _taken_in(stage: Spreads, settings: OptimizerSettings, space: Space) -> list[StabilityRow]:
+    """The sharpness under the P of the very next step, whose moments have taken this batch's gradient in.
+
+    It is another where entries whose squared gradients were small meet large ones, as of a token seen for the first
+    time: P as stored divides by next to nothing there, and the optimizer never does.
+    """
+    network = stage.network
+    gradient = clipped(network.gradient(), settings.clip)
+    after = advanced_settings(settings, network.parameters, gradient)
+    made = preconditioner(after, space.names)
+    if isinstance(made, Unassessable):
+        return []
+    spread = Spread.of(stage.on(0, space, made), [])
+    row = stability.eigenvalue_row(
+        "network",
+        "",
+        "next_sharpness",
+        spread,
+        threshold=made.step.threshold,
+        said="not_assessed" if not spread.converged else "above" if spread.value > made.step.threshold else "below",
+        source="the rule for preconditioned_sharpness, with P of the next step",
+        reason="on the whole batch alone: no halves",
+        timed_out=stage.late,
+    )
+    return [row]
 
 
 def _clipped(stage: Spreads, P: Preconditioner, space: Space, plain: Spread, scale: float) -> Spread:

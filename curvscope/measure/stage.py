@@ -2,55 +2,55 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from curvscope.extract.choose import budget
+from curvscope.extract.choose import DTYPES, budget
 from curvscope.extract.examples import Examples
-from curvscope.extract.pieces import Pieces
-from curvscope.graph.verify import Layouts
+from curvscope.extract.plan import size_in_words
+from curvscope.extract.ready import Ready
 from curvscope.load.decay import kfac_damping, l2_decay
 from curvscope.load.problem import Problem
-from curvscope.measure import series, whole
+from curvscope.measure import whole
+from curvscope.measure.begin import begin
+from curvscope.measure.effort import SHARE_OF_TIME, Effort, steps_seconds, timed_effort, why_too_long
 from curvscope.measure.evidence import Likelihood, evidence_rows, likelihood
 from curvscope.measure.network import Network
 from curvscope.measure.ranges import own_dampings, with_joint
 from curvscope.measure.room import Room, fitted, room_of
+from curvscope.measure.series import SHARE_OF_MEMORY, kept_bytes
 from curvscope.measure.wishes import Keep, keep_nothing
 from curvscope.records import Layer, Row
 from curvscope.settings import Settings
 
 
 class NetworkStage:
-    """Steps and evidence of the whole network.
-
-    Steps are taken where they are estimated to cost less than `series.SHARE_OF_TIME` of --time, or are asked for;
-    evidence where the size of the training set is given.
+    """Steps and evidence of the whole network; the latter where the size of the training set is given.
 
     Args:
-        network: the loss on all data.
+        opened: the network, and whether steps are taken.
         problem: loss (its class axis settled) and optimizer.
         settings: the run's.
         fisher: how the loss Hessian's root is taken.
     """
 
-    def __init__(self, network: Network, problem: Problem, settings: Settings, fisher: str) -> None:
+    def __init__(self, opened: Opened, problem: Problem, settings: Settings, fisher: str) -> None:
+        network = opened.network
         self.network = network
         self.problem = problem
         self.settings = settings
         self.fisher = fisher
         self.found: whole.WholeNetwork | None = None
-        self.why_no_steps = "" if "steps" in settings.measure else _too_long(network, settings)
+        self.why_no_steps = opened.why_no_steps
         if not self.why_no_steps or settings.dataset_size is not None:
-            self.found = whole.begin(
+            self.found = begin(
                 network,
                 l2_decay(problem.optimizer),
                 kfac_damping(problem, settings.damping),
                 fisher=fisher,
                 seed=settings.seed,
-                memory_bytes=budget(settings),
                 why_no_steps=self.why_no_steps,
             )
 
@@ -88,23 +88,45 @@ def no_tables(reason: str, fisher: str) -> dict[str, list[Row]]:
     return {"steps": list(steps), "global_damping": list(summaries), "evidence": list(evidence)}
 
 
-def open_network(pieces: Pieces, layouts: Layouts, settings: Settings) -> tuple[Network, Room]:
-    """The loss on all data, in pieces that keep its passes to --memory, and what these may take.
+@dataclass(frozen=True)
+class Opened:
+    """The whole network, ready for its stages.
 
-    `layouts` are those of all data.
+    Attributes:
+        network: the loss on all data, in pieces that keep its passes to --memory.
+        room: what these may take.
+        effort: what they take in seconds.
+        steps_seconds: what steps would take, taken or not.
+        why_no_steps: why none are taken; empty where they are.
     """
-    examples, room = fitted(Examples(pieces), room_of(pieces.graph, layouts, settings))
-    return Network(pieces.graph, examples), room
+
+    network: Network
+    room: Room
+    effort: Effort
+    steps_seconds: float
+    why_no_steps: str
 
 
-def _too_long(network: Network, settings: Settings) -> str:
-    """Why steps are left out by default: their estimated time, from a forward pass that is timed; empty if short."""
-    start = time.perf_counter()
-    network.loss()
-    seconds = series.estimated_seconds(network.graph, time.perf_counter() - start, alone=network.examples.alone)
-    if seconds <= series.SHARE_OF_TIME * settings.time_seconds:
-        return ""
-    return (
-        f"they would take about {seconds:.2g} s, over {series.SHARE_OF_TIME:.0%} of --time {settings.time_seconds:g}: "
-        "--measure steps takes them all the same"
-    )
+def open_network(ready: Ready) -> tuple[Ready, Opened]:
+    """The network, and the plan with what is kept for its steps: in a run and in a dry run alike.
+
+    By default steps are taken where they are estimated to cost less than `effort.SHARE_OF_TIME` of --time and what
+    they keep of the layers costs none of these anything.
+    """
+    settings, passes = ready.settings, ready.passes
+    examples, room = fitted(Examples(passes.pieces), room_of(passes.graph, ready.layouts, settings))
+    network = Network(passes.graph, examples)
+    asked = "steps" in settings.measure
+    effort = timed_effort(network, float("inf") if asked else SHARE_OF_TIME * settings.time_seconds)
+    seconds = steps_seconds(network, effort, ready.fisher)
+    why = why_too_long(seconds, settings)
+    count = kept_bytes(passes.graph, DTYPES[settings.dtype].itemsize)
+    if not why and count > SHARE_OF_MEMORY * budget(settings):
+        why = f"what steps need of every layer, {size_in_words(count)}, exceeds a quarter of --memory: raise it"
+    if not why:
+        reserved = ready.reserving(count)
+        if reserved is None:
+            why = f"what steps need of every layer, {size_in_words(count)}, does not fit beside the columns: --memory"
+        else:
+            ready = reserved
+    return ready, Opened(network, room, effort, seconds, why)

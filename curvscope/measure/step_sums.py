@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from curvscope.curvature.rotated import Rotated
@@ -47,11 +47,11 @@ class _Part:
     lam_B: Tensor | None = None
     lam_A: Tensor | None = None
 
-    def steps(self, shift: Float64[Tensor, " m"], pi: float | None, dtype: torch.dtype) -> tuple[Sums, Tensor]:
-        """(r.p, p.p, p.Mp, p.r_outside, ||mu p - r||^2, effective dimension), and the steps mu p / |r| [m, o, i]."""
-        return self._eigenbasis(shift, dtype) if pi is None else self._factored(shift, pi, dtype)
+    def steps(self, shift: Float64[Tensor, " m"], pi: float | None, out: Float[Tensor, "m o i"]) -> Sums:
+        """(r.p, p.p, p.Mp, p.r_outside, ||mu p - r||^2, effective dimension); the steps mu p / |r| go to `out`."""
+        return self._eigenbasis(shift, out) if pi is None else self._factored(shift, pi, out)
 
-    def _eigenbasis(self, shift: Tensor, dtype: torch.dtype) -> tuple[Sums, Tensor]:
+    def _eigenbasis(self, shift: Tensor, out: Tensor) -> Sums:
         assert self.scale is not None
         s, r = self.scale.flatten(), self.r.flatten()
         squares = r.square()
@@ -59,7 +59,7 @@ class _Part:
         first = torch.stack([squares, outside, s], 1)
         second = torch.stack([squares, squares * s, squares * s.square()], 1)
         unit = r / self.size
-        steps = torch.empty(shift.numel(), r.numel(), dtype=dtype, device=r.device)
+        steps = out.view(shift.numel(), r.numel())
         once = torch.zeros(shift.numel(), 3, dtype=torch.float64, device=r.device)
         twice = torch.zeros_like(once)
         per_shift = shift.reciprocal()[:, None]
@@ -72,9 +72,9 @@ class _Part:
         rp, outside, dimension = (once * per_shift).unbind(1)
         pp, pMp, distance = (twice * per_shift.square()).unbind(1)
         # mu p - r is -s p, without the cancellation
-        return (rp, pp, pMp, outside, distance, dimension), steps.view(-1, *self.r.shape)
+        return rp, pp, pMp, outside, distance, dimension
 
-    def _factored(self, shift: Tensor, pi: float, dtype: torch.dtype) -> tuple[Sums, Tensor]:
+    def _factored(self, shift: Tensor, pi: float, out: Tensor) -> Sums:
         """Sums of a separable weighting of r^2 are products with it from both sides."""
         assert self.lam_B is not None and self.lam_A is not None
         b, a, root = self.lam_B, self.lam_A, shift.sqrt()[:, None]
@@ -89,7 +89,10 @@ class _Part:
         distance = summed(beta2 * b.square(), squares, alpha2 * (a + u).square())
         distance += summed(beta2 * b, squares, 2 * v * alpha2 * a * (a + u))
         distance += summed(beta2, squares, alpha2 * (v * a).square())
-        sums = (
+        # both sides' weights are at most 1
+        torch.mul((v * beta).to(out.dtype)[:, :, None], (self.r / self.size).to(out.dtype), out=out)
+        out.mul_((u * alpha).to(out.dtype)[:, None, :])
+        return (
             summed(beta, squares, alpha),
             summed(beta2, squares, alpha2),
             summed(beta2 * b, squares, alpha2 * a),
@@ -97,10 +100,6 @@ class _Part:
             distance,
             (beta * b).sum(1) * (alpha * a).sum(1),
         )
-        unit = (self.r / self.size).to(dtype)
-        # both sides' weights are at most 1
-        steps = (v * beta).to(dtype)[:, :, None] * unit
-        return sums, steps.mul_((u * alpha).to(dtype)[:, None, :])
 
 
 @dataclass
@@ -148,11 +147,15 @@ class FollowedSteps:
         lam_B, lam_A = self.matrix.lam_B[tile.outputs], self.matrix.lam_A[tile.inputs]
         outside = None if self.outside is None else self.outside[where]
         scales = {"kfac": self.matrix.scale[where], "ekfac": tile.squares}
-        for one in self.found:
+        every = torch.empty(
+            len(self.found), len(self.shift), *self.gradient[where].shape, dtype=tile.dtype, device=self.shift.device
+        )
+        for one, steps in zip(self.found, every, strict=True):
             part = _Part(self.gradient[where], outside, self.size, scales[one.kind], lam_B, lam_A)
-            sums, steps = part.steps(self.shift, one.pi, tile.dtype)
-            one.sums += torch.stack(sums)
-            one.products += tile.products(steps)
+            one.sums += torch.stack(part.steps(self.shift, one.pi, steps))
+        # one product for all: the columns are read once
+        for one, products in zip(self.found, tile.products(every.flatten(0, 1)).split(len(self.shift)), strict=True):
+            one.products += products
 
     def sums(self) -> Mapping[tuple[str, str], StepSums]:
         """By kfac or ekfac, and form, when all tiles have been seen."""
@@ -185,7 +188,8 @@ def step_sums(
         part = _Part(*turned[key], size, basis.scale, basis.lam_B, basis.lam_A)
         for shift in (grid + exact.decay).split(waiting.limit):
             kind = torch.float64 if exact.formed else exact.block.dtype
-            sums, steps = part.steps(shift, damped.pi, kind)
+            steps = torch.empty(shift.numel(), *part.r.shape, dtype=kind, device=shift.device)
+            sums = part.steps(shift, damped.pi, steps)
             waiting.add(index, sums, steps, shift, basis)
     return waiting.finished(len(matrices))
 

@@ -12,6 +12,8 @@ from curvscope.load.optimizer_settings import OptimizerSettings, ParameterSettin
 from curvscope.measure.thresholds import dynamics
 
 ELEMENTWISE = ("sgd", "adam", "adamw", "nadam", "rmsprop", "adagrad")
+# Those whose P takes the squared gradient in before it is used.
+TAKES_IN = ELEMENTWISE[1:]
 
 
 def denominator(kind: str, one: ParameterSettings) -> Tensor | None:
@@ -53,11 +55,7 @@ def next_update(
         if name not in gradient:
             continue
         value = parameters[name].double()
-        g = gradient[name].double()
-        if one.maximize:
-            g = -g
-        if one.weight_decay and not one.decoupled:
-            g = g + one.weight_decay * value
+        g = _entering(one, value, gradient[name])
         moved = advanced(settings.kind, one, g)
         step = dynamics(settings.kind, moved)
         P = denominator(settings.kind, moved)
@@ -67,6 +65,25 @@ def next_update(
             kept = kept / P
         found[name] = -step.lr * (step.averaged * kept + step.direct * direction) - step.decay * value
     return found
+
+
+def advanced_settings(
+    settings: OptimizerSettings, parameters: Mapping[str, Tensor], gradient: Mapping[str, Tensor]
+) -> OptimizerSettings:
+    """The settings with which the next step divides: moments of squares that took this gradient in."""
+    moved = {
+        name: advanced(settings.kind, one, _entering(one, parameters[name].double(), gradient[name]))
+        if name in gradient
+        else one
+        for name, one in settings.parameters.items()
+    }
+    return dataclasses.replace(settings, parameters=moved)
+
+
+def _entering(one: ParameterSettings, value: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient as the optimizer sees it: its sign, and L2 decay."""
+    g = -gradient.double() if one.maximize else gradient.double()
+    return g + one.weight_decay * value if one.weight_decay and not one.decoupled else g
 
 
 def advanced(kind: str, one: ParameterSettings, g: Tensor) -> ParameterSettings:

@@ -22,7 +22,8 @@ MEANINGS: dict[str, dict[str, str]] = {
         "examples": "N, the examples of the batch",
         "positions": "mean number of real positions an example, R, those of all roles together",
         "columns": "number of GGN columns, N times K",
-        "better_flavour": "expand or reduce: the K-FAC with the smaller relative Frobenius error; same where they "
+        "better_flavour": "expand or reduce: the K-FAC with the smaller relative Frobenius error; undecided where the "
+        "error bar of the difference reaches 0; same where they "
         "agree; else neither",
         "padded": "share of rows found to be padding and left out, 0 to 1",
     },
@@ -170,8 +171,9 @@ MEANINGS: dict[str, dict[str, str]] = {
         "where the scheduler leaves the lowest threshold); direction_share (of the top direction's energy, 0 to 1); "
         "signs of trouble, turned so that large is bad: formulas and thresholds in docs/signs.md",
         "value": "the number on the whole batch",
-        "low": "the smallest on the batch and its random halves; NaN where none were run",
-        "high": "the largest on the batch and its random halves; NaN where none were run",
+        "low": "the smallest on the batch and its random halves; of a number from draws the lower end of its 95 % "
+        "interval; NaN where neither is known",
+        "high": "the largest on the batch and its random halves, or the upper end of that interval",
         "threshold": "what the value is compared with; for largest_stable_lr the learning rate in use, for "
         "scheduled_peak_lr the largest stable one",
         "verdict": "above (low is above the threshold), below (high is below it; a layer's says nothing of the "

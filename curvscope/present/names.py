@@ -73,3 +73,8 @@ def _without(parts: list[str], dropped: set[int], cut: int, kept: int, ellipsis:
 def some(names: list[str], noun: str, most: int = 2) -> str:
     """The names, or how many there are."""
     return ", ".join(names) if len(names) <= most else count(len(names), noun)
+
+
+def spoken(layer: str) -> str:
+    """A layer's name in running text: a bare number, as in an nn.Sequential, is told to be a layer's."""
+    return f"layer {layer}" if layer.replace(".", "").isdigit() else layer

@@ -122,7 +122,11 @@ class Layer:
 
 @dataclass(frozen=True)
 class RunInfo:
-    """The attributes of the file's root: what was run, with what, and what was exact."""
+    """The attributes of the file's root: what was run, with what, and what was exact.
+
+    `dtype` is the arithmetic; `source_dtype` names the dtypes that the weights are stored in where those are others
+    ("bfloat16", or "bfloat16, float32" where they are mixed), and is empty where they are not.
+    """
 
     created: str
     curvscope_version: str
@@ -136,6 +140,7 @@ class RunInfo:
     complete: bool = True
     format: str = "curvscope-run"
     schema_version: str = SCHEMA_VERSION
+    source_dtype: str = ""
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from curvscope.records.layers import NAN
 class StabilityRow:
     """One number that stability is judged by, of the network or of one layer.
 
-    `low` and `high` are the spread over the batch and its halves, `threshold` what the number is compared with,
-    `verdict` above, below, undecided or not_assessed: above only where `low` is above the threshold, below only where
-    `high` is below it. A layer that is below says nothing of the network. `residual` is ||Mx - lambda x|| of an
-    eigenvalue.
+    `low` and `high` are the spread over the batch and its halves, or the 95 % interval of a number from draws, which
+    has a `value_stderr`; `threshold` is what the number is compared with, `verdict` above, below, undecided or
+    not_assessed: above only where `low` is above the threshold, below only where `high` is below it. A layer that is
+    below says nothing of the network. `residual` is ||Mx - lambda x|| of an eigenvalue.
     """
 
     scope: str
@@ -27,6 +27,7 @@ class StabilityRow:
     verdict: str = "not_assessed"
     residual: float = NAN
     source: str = ""
+    value_stderr: float = NAN
     status: str = "ok"
     reason: str = ""
 

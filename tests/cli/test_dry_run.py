@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 from typer.testing import CliRunner
 
 import curvscope
 from curvscope import pipeline
 from curvscope.cli.app import app
-from curvscope.extract import cost
+from curvscope.errors import UsageError
+from curvscope.extract import choose, cost
 from curvscope.extract.passes import Passes
+from curvscope.extract.plan import plan_layer
+from curvscope.graph.sites import LayerSpec
+from curvscope.measure.effort import Effort
+from curvscope.planned import PlannedLayer, PlannedRun
+from curvscope.present.terminal.plan import render_plan
 from tests.many import cut
 
 runner = CliRunner()
+SAMPLES = Path(__file__).parents[2] / "sample_models"
 INPUTS, TARGETS = torch.linspace(-1, 1, 40).view(8, 5), torch.tensor([0, 1, 2, 2, 0, 1, 2, 0])
 
 
@@ -64,7 +74,8 @@ def test_an_existing_result_does_not_matter(bundle: Path) -> None:
     assert runner.invoke(app, ["analyze", str(bundle)]).exit_code == 3
 
 
-def test_why_a_layer_is_not_assessed(bundle: Path) -> None:
+def test_why_a_layer_is_not_assessed(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("curvscope.extract.ready.require_memory", lambda *_, **__: None)
     planned = pipeline.plan(bundle, fisher="exact", memory="1MiB")
     assert {layer.treatment for layer in planned.layers} == {"not_assessed"}
     assert all("--memory" in layer.reason and layer.sweep == 0 for layer in planned.layers)
@@ -75,12 +86,85 @@ def test_errors_are_those_of_the_analysis(bundle: Path) -> None:
     assert runner.invoke(app, ["analyze", "absent.pt", "--dry-run"]).exit_code == 3
 
 
-def test_the_plan_is_what_runs(bundle: Path) -> None:
-    planned, run = pipeline.plan(bundle), curvscope.analyze(bundle)
+@pytest.mark.parametrize("command", ["plan", "analyze"])
+def test_a_bound_that_nothing_fits_under_is_refused_with_the_least(bundle: Path, command: str) -> None:
+    """What is named as the least is enough, and the plan's peak is then within it."""
+    call = pipeline.plan if command == "plan" else curvscope.analyze
+    with pytest.raises(UsageError, match=r"1 MiB is less than the \d") as caught:
+        call(bundle, memory="1MiB")
+    (least,) = re.findall(r"at least (\S+ MiB)", caught.value.remedy)
+    bound = f"{float(least.split()[0]) * 1.01} MiB"
+    planned = pipeline.plan(bundle, memory=bound)
+    assert planned.peak_bytes <= planned.budget_bytes
+    assert runner.invoke(app, ["analyze", str(bundle), "--dry-run", "--memory", "1MiB"]).exit_code == 2
+
+
+@pytest.mark.parametrize("sample", ["graph_gnn", "digits_mlp", "in parts"])
+def test_the_plan_is_what_runs(sample: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layer by layer, what a dry run calls exact, estimated and not assessed is so in the run."""
+    given: tuple[Any, ...] = (SAMPLES / f"{sample}.pt",)
+    options: dict[str, Any] = {}
+    if sample == "in parts":
+        original = choose.plan_layer
+        monkeypatch.setattr(choose, "plan_layer", lambda *a, **o: original(*a, **{**o, "limit": 33}))
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 4))
+        given = (model, (torch.randn(12, 3), torch.arange(12) % 4))
+        options = {"loss": "cross_entropy", "samples": 2}
+    planned, run = pipeline.plan(*given, **options), curvscope.analyze(*given, **options)
     assert planned.fisher == run.info.fisher
-    assert [layer.name for layer in planned.layers] == list(run.layers)
-    for layer in planned.layers:
-        assert run.layers[layer.name].row.columns == planned.examples * planned.columns
+    found = {name: _treatment(layer) for name, layer in run.layers.items()}
+    assert {layer.name: layer.treatment for layer in planned.layers} == found
+    if sample == "in parts":
+        assert set(found.values()) == {"exact", "estimated"}
+    steps = {row.status for row in run.tables["steps"]}
+    assert (planned.seconds["steps"] > 0) == (steps != {"not_assessed"})
+
+
+def _treatment(layer: Any) -> str:
+    if not layer.row.columns:
+        return "not_assessed"
+    return "estimated" if layer.errors["kfac_expand"].fisher == "probe" else "exact"
+
+
+@pytest.mark.parametrize(("seconds", "taken"), [(1e-6, True), (10.0, False)])
+def test_steps_are_decided_alike_in_plan_and_run(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, taken: bool
+) -> None:
+    monkeypatch.setattr("curvscope.measure.stage.timed_effort", lambda *_: Effort(seconds, seconds))
+    planned, run = pipeline.plan(bundle), curvscope.analyze(bundle)
+    assert (planned.seconds["steps"] > 0) == taken
+    assert ({row.status for row in run.tables["steps"]} != {"not_assessed"}) == taken
+    if not taken:
+        assert any("--measure steps" in note for note in planned.notes)
+
+
+def test_long_names_and_reasons_are_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    name, reason = "encoder." * 12 + "projection", "its columns take more than there is: " + "raise it " * 12
+    layer = PlannedLayer(name, "linear", 10, "not_assessed", "", 0, 0, 0.0, reason)
+    seconds = {"passes": 1.0, "measure": 2.0, "steps": 0.0, "stability": 4.0}
+    sizes = dict.fromkeys(
+        ("examples", "batches", "piece_examples", "columns", "sweeps", "backward_passes", "budget_bytes", "peak_bytes"),
+        1,
+    )
+    planned = PlannedRun(
+        "net", "mse", "probe", "", "cpu", "float32", **sizes, kept_bytes=0, seconds=seconds, layers=[layer]
+    )
+    console = Console(width=80, record=True, file=io.StringIO())
+    render_plan(planned, console)
+    text = console.export_text()
+    assert reason.strip() in text
+    assert name in text.replace("\n", "").replace(" ", "")
+    assert "about 7 s (passes 1 s, measures 2 s, steps none, stability 4 s)" in text
+    assert "1 not assessed" in text
+
+
+def test_what_draws_can_not_do_is_not_advised() -> None:
+    spec = LayerSpec("a", "linear", "a.weight", None, 4, 3, None)
+    planned = plan_layer(spec, 8, 4, 1, itemsize=4, keep_draws=True, limit=10)
+    assert planned.form is None
+    assert "--samples" in planned.reason
+    assert "probe" not in planned.reason
 
 
 def test_auto_decides_on_measured_seconds(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,8 +173,8 @@ def test_auto_decides_on_measured_seconds(bundle: Path, monkeypatch: pytest.Monk
     assert pipeline.plan(bundle, time=1e-3).fisher == "probe"
     assert "61 s" in pipeline.plan(bundle, time=1e-3).reason
     monkeypatch.setattr(Passes, "pass_seconds", lambda self: cost.PassSeconds(1e-9, 1e-9))
-    monkeypatch.setattr(cost, "measure_seconds", lambda load, rates: 1e-9)
-    monkeypatch.setattr(cost, "keep_seconds", lambda load, rates: 1e-9)
+    monkeypatch.setattr("curvscope.extract.choose.measure_seconds", lambda load, rates: 1e-9)
+    monkeypatch.setattr("curvscope.extract.choose.keep_seconds", lambda load, rates: 1e-9)
     monkeypatch.setattr("curvscope.extract.choose.SETTLED", -1.0)
     assert pipeline.plan(bundle, time=1e-3).fisher == "exact"
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from curvscope.diagnose import damping
-from curvscope.records import DampingRow, Layer, LayerRow, RangeRow
+from curvscope.diagnose.rules import find
+from curvscope.records import DampingRow, GlobalDampingRow, Layer, LayerRow, ModelInfo, RangeRow
 
 NAN = math.nan
 
@@ -109,3 +110,82 @@ def test_spread(factor: float, said: bool) -> None:
 def test_nothing_known_nothing_said() -> None:
     assert codes(layer([])) == []
     assert codes(layer([found_range(current=NAN, gain=NAN)])) == []
+
+
+def joint_row(form: str = "eigenbasis", approximation: str = "kfac_expand", **fields: float) -> GlobalDampingRow:
+    given = {
+        "damping": 0.4,
+        "change": -0.02,
+        "safe_damping": 0.5,
+        "current": 1e-3,
+        "current_change": 0.01,
+        "current_alpha_star": 0.2,
+    }
+    return GlobalDampingRow(approximation, form, **(given | fields))
+
+
+@pytest.mark.parametrize(("gain", "said"), [(NAN, True), (0.001, True), (0.0, False), (-0.2, False)])
+def test_a_spread_that_gains_nothing_together_is_not_told(gain: float, said: bool) -> None:
+    layers = {
+        name: layer([found_range(recommended=best, low=low, high=high)], name)
+        for name, best, low, high in (("a", 1e-3, 1e-4, 1e-2), ("b", 1.0, 0.1, 10.0))
+    }
+    joint = joint_row(per_layer_change=-0.02 * (1 + gain))
+    found = damping.of_network(layers, [joint])
+    assert [row.code for _, _, row in found] == (["CS403"] if said else [])
+    assert damping.of_network(layers, [dataclasses.replace(joint, form="factored", per_layer_change=0.1)])
+
+
+def together(
+    joint: Sequence[GlobalDampingRow], others: Sequence[damping.Ranked] = (), rate: float = NAN, better: str = "expand"
+) -> list[str]:
+    layers = {"one": layer([found_range(standing="safe")], better=better)}
+    return [row.code for _, _, row in damping.together(layers, joint, others, rate)]
+
+
+@pytest.mark.parametrize(("change", "said"), [(1e-9, True), (-1e-9, False), (NAN, False)])
+def test_safe_alone_not_together_is_a_joint_step_that_raises_the_loss(change: float, said: bool) -> None:
+    assert together([joint_row(current_change=change)]) == (["CS405"] if said else [])
+    # the optimizer's form is not known: every form that could be judged has to raise it
+    other = joint_row("factored", current_change=-0.01)
+    assert together([joint_row(current_change=change), other]) == []
+    unknown = joint_row("factored", current_change=NAN)
+    assert together([joint_row(current_change=change), unknown]) == (["CS405"] if said else [])
+
+
+@pytest.mark.parametrize(("rate", "said"), [(0.301, True), (0.3, False)])
+def test_together_counts_where_too_much_of_the_step_is_taken(rate: float, said: bool) -> None:
+    assert together([joint_row()], rate=rate) == (["CS405"] if said else [])
+
+
+def test_together_speaks_of_the_better_flavour_and_where_no_layer_objects() -> None:
+    assert together([joint_row()], better="reduce") == []
+    assert together([joint_row(approximation="kfac_reduce")], better="reduce") == ["CS405"]
+    small = layer([found_range(standing="too_small")])
+    assert together([joint_row()], damping.of_layer(small)) == []
+    # one that is told as info, the learning rate being small, does not object
+    small.damping[0] = dataclasses.replace(small.damping[0], alpha_star=0.2)  # type: ignore[index]
+    assert together([joint_row(current_alpha_star=0.1)], damping.of_layer(small, 0.3), 0.3) == ["CS405"]
+
+
+def test_together_advises_what_was_safe_together() -> None:
+    [(_, _, row)] = damping.together({"one": layer([found_range(standing="safe")])}, [joint_row()], [], NAN)
+    assert row.remedy == "Raise the damping of all layers to 0.5."
+    assert "raises the loss by 0.01;" in row.evidence
+
+
+MODEL = ModelInfo("Net", "net.pt", "mse", 1.0, 1.0, 100, 1.0, 4, "[4, 2]")
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "said"),
+    [("", True), ("K-FAC, lr 0.1, damping 0.001", True), ("Shampoo, lr 0.1", False), ("AdamW, lr 0.1", False)],
+)
+def test_only_kfac_is_told_of_kfacs_damping(optimizer: str, said: bool) -> None:
+    model = dataclasses.replace(MODEL, optimizer=optimizer)
+    small, safe = ({"one": layer([found_range(standing=standing)])} for standing in ("too_small", "safe"))
+    told = {row.code for row in find(model, small, [])} | {
+        row.code for row in find(model, safe, [], joint=[joint_row()])
+    }
+    assert ({"CS401", "CS405"} <= told) == said
+    assert said or not any(code.startswith("CS4") for code in told)

@@ -140,3 +140,26 @@ def test_parts_are_claimed_only_where_they_are_known(low: float, said: str) -> N
     table = rows("undecided", value=19.0, low=15.0, high=22.0)
     table[2] = dataclasses.replace(table[2], value=0.12, low=low, threshold=0.04)
     assert said in found(table)["CS502"].remedy
+
+
+@pytest.mark.parametrize(("verdict", "severity"), [("below", "info"), ("above", "error"), ("not_assessed", "error")])
+def test_moments_of_the_next_step_decide_over_stored_ones(verdict: str, severity: str) -> None:
+    after = StabilityRow("network", "", "next_sharpness", 3.0, threshold=20.0, verdict=verdict)
+    row = found([*rows("above", value=60.0, low=50.0, high=66.0), after])["CS501"]
+    assert row.severity == severity
+    assert ("the sharpness is 3, below the threshold" in row.evidence) == (severity == "info")
+    assert ("Nothing to change" in row.remedy) == (severity == "info")
+
+
+@pytest.mark.parametrize(
+    ("value", "code", "words"),
+    [
+        (15.9, "CS503", "is undecided: the sharpness is 15.9 on 64 examples, against a threshold of 20"),
+        (16.1, "CS502", "cannot be told from the threshold 20"),
+        (25.1, "CS503", "no halves of the batch"),
+    ],
+)
+def test_without_halves_only_what_is_near_is_called_near(value: float, code: str, words: str) -> None:
+    nan = float("nan")
+    row = found(rows("undecided", value=value, low=nan, high=nan))[code]
+    assert words in row.evidence

@@ -30,6 +30,8 @@ from tests.kinds import CLASSES, EXAMPLES, KINDS, TOKENS, WIDTH, WORDS, Call, Ne
 
 TOLERANCE = 1e-9
 CPU, DTYPE = torch.device("cpu"), torch.float64
+# Networks in which what comes after the last term of an example is padding.
+CAUSAL = ("tokens", "recurrent")
 SETTINGS = Settings(fisher="exact", device="cpu", dtype="float64", memory_bytes=2**30)
 DRAWN = torch.Generator().manual_seed(5)
 OF_CLASSES = torch.tensor([0.5, 2.0, 1.3], dtype=DTYPE)
@@ -115,7 +117,7 @@ PAIRS = [(network, form) for network in KINDS for form in FORMS]
 def problem(name: str) -> tuple[Network, Tensor, Tensor]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        network = Network(KINDS[name], causal=name == "tokens").double().eval()
+        network = Network(KINDS[name], causal=name in CAUSAL).double().eval()
         ids = torch.randint(WORDS - 1, (EXAMPLES, TOKENS))  # one word never occurs
         return network, torch.randn(EXAMPLES, TOKENS, WIDTH, dtype=DTYPE), ids
 
@@ -197,13 +199,13 @@ def gradients(name: str, form: str) -> dict[str, Tensor]:
 
 def real_rows(name: str, form: str) -> Tensor | None:
     """Which tokens [N, T] any output with curvature depends on through a layer; None: all."""
-    if name != "tokens":
+    if name not in CAUSAL:
         return None
     counts = hessian(name, form).abs().sum(2) > 0  # [N, D]
     alive = torch.zeros(EXAMPLES, TOKENS, dtype=torch.bool)
     for calls in naive(name).calls.values():
-        for _, J in calls:
-            alive |= ((J.abs().sum(3) > 0) & counts[:, :, None]).any(1)
+        every = torch.cat([J for _, J in calls], 2).unflatten(2, (-1, TOKENS)).sum(2)  # over calls for all tokens
+        alive |= ((every.abs().sum(3) > 0) & counts[:, :, None]).any(1)
     return None if bool((alive == alive[:1]).all()) else alive
 
 
@@ -291,8 +293,8 @@ def test_factors(name: str, form: str) -> None:
             got = found[key].roles[role] if role else found[key]
             calls = [pair for pair in known.calls[key] if pair[0].role == role]
             a, J = zip(*(placed(call, J, got) for call, J in calls), strict=True)
-            rows = None if mask is None else mask.repeat(1, len(calls))
             io = reference.LayerIO(torch.cat(a, 1), torch.cat(J, 2))
+            rows = None if mask is None else mask.repeat(1, io.a.shape[1] // TOKENS)
             for flavour in ("expand", "reduce"):
                 want = [reference.factors(of_group(io, g, got), H, rows)[flavour] for g in range(weight.groups)]
                 A, B = (torch.stack(each) if weight.groups > 1 else each[0] for each in zip(*want, strict=True))

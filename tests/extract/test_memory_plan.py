@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import curvscope
-from curvscope.extract import plan
+from curvscope.extract import choose, plan
 from curvscope.extract.plan import LayerPlan, plan_sweeps
 from tests import models
 
@@ -27,6 +27,8 @@ def run(memory: int | None, **options: Any) -> Any:
 def test_groups_of_layers_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(10**9)
     monkeypatch.setattr(plan, "LEAST_PIECE_BYTES", 0)
+    monkeypatch.setattr(choose, "OVERHEAD_BYTES", 0)
+    monkeypatch.setattr("curvscope.extract.ready.require_memory", lambda *_, **__: None)
     sweeps: list[int] = []
     original = plan.plan_sweeps
 
@@ -37,7 +39,7 @@ def test_groups_of_layers_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr("curvscope.extract.choose.plan_sweeps", spy)
     # which bound takes several sweeps depends on what the passes were measured to take
-    for memory in range(54_000, 74_000, 2_000):
+    for memory in range(40_000, 56_000, 1_500):
         pieces = run(memory)
         if sweeps[-1] > 1:
             break
@@ -69,7 +71,8 @@ def _sliced_block(columns: Any, d_out: int, d_in: int, piece_bytes: int) -> Any:
     return Block(columns, d_out, d_in, piece_bytes=1)
 
 
-def test_a_layer_that_does_not_fit_says_so_and_keeps_its_factors() -> None:
+def test_a_layer_that_does_not_fit_says_so_and_keeps_its_factors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("curvscope.extract.ready.require_memory", lambda *_, **__: None)
     small = run(1000)
     for layer in small.layers.values():
         assert layer.row.status == "not_assessed"

@@ -81,3 +81,24 @@ def test_through_the_analysis() -> None:
     assert run.model.examples == 4
     with pytest.raises(UsageError, match="at least 1"):
         curvscope.analyze(model, endless, loss="cross_entropy", batches=0)
+
+
+def test_files_of_a_folder_come_as_people_count(tmp_path: Path) -> None:
+    names = ["a.pt", "batch-9.pt", "batch-10.pt", "batch-100.pt", "batch_1.pt", "2.pt", "10.pt", "010.pt"]
+    for number, name in enumerate(names):
+        torch.save({"inputs": torch.full((1, 1), float(number)), "targets": torch.tensor([0])}, tmp_path / name)
+    wanted = ["2.pt", "010.pt", "10.pt", "a.pt", "batch-9.pt", "batch-10.pt", "batch-100.pt", "batch_1.pt"]
+    assert firsts(tmp_path, None) == [float(names.index(name)) for name in wanted]
+
+
+@pytest.mark.parametrize("content", [b"", b"not a tensor", None], ids=["empty", "text", "cut off"])
+def test_a_file_in_the_middle_that_can_not_be_read_is_named(tmp_path: Path, content: bytes | None) -> None:
+    path = folder(tmp_path) / "3.pt"
+    path.write_bytes(path.read_bytes()[:200] if content is None else content)
+    source = iter(open_batches(tmp_path))
+    for _ in range(3):
+        next(source)
+    with pytest.raises(BatchError) as caught:
+        next(source)
+    assert "3.pt" in caught.value.where
+    assert caught.value.remedy

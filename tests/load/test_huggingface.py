@@ -12,6 +12,7 @@ from curvscope.errors import EXIT_BAD_INPUT, CheckpointError
 from curvscope.load import load_problem
 from curvscope.load.checkpoint import load_checkpoint
 from curvscope.load.huggingface import broken_torchvision_hidden
+from curvscope.pipeline import plan
 
 with broken_torchvision_hidden():
     transformers = pytest.importorskip("transformers")
@@ -65,6 +66,9 @@ def test_folder(make: Any, form: str, tmp_path: Path) -> None:
 def test_stored_dtype_is_kept(tmp_path: Path) -> None:
     gpt2().to(torch.bfloat16).save_pretrained(tmp_path)
     assert {p.dtype for p in load_checkpoint(tmp_path).model.parameters()} == {torch.bfloat16}
+    batch = torch.arange(8).reshape(2, 4), torch.arange(8).reshape(2, 4)
+    planned = plan(tmp_path, batch, loss="causal_lm")
+    assert any("stored as bfloat16 are computed in float32" in note for note in planned.notes)
 
 
 def test_trainers_optimizer(tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str, str, str]] = {
     "quantized": (quantized, "weights are integers", "0, a Linear of torch.ao.nn.quantized", "floating-point model"),
     "fake quantization": (
         trained_to_be_quantized,
-        "rounds its weights",
+        "rounds its weight",
         "fake",
         "quantization.prepare_qat",
     ),
@@ -142,3 +142,8 @@ def test_complex_parameters_that_are_not_trained() -> None:
     assert plain_model(model) == (model, ())
     batch = torch.randn(4, 4), torch.arange(4) % 3
     assert list(curvscope.analyze(model, batch, loss="cross_entropy", time=1e-3).layers) == ["head"]
+
+
+def test_layers_that_are_not_rounded_are_analyzed() -> None:
+    model = nn.Sequential(trained_to_be_quantized(), nn.Linear(3, 3))
+    assert plain_model(model) == (model, ())

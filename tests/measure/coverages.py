@@ -17,7 +17,7 @@ from curvscope.curvature.block import Block
 from curvscope.curvature.kronecker import Diagonal, EigenCorrected, Kronecker
 from curvscope.extract.collector import Extract
 from curvscope.measure.ekfac_estimate import MINIMUM_DRAWS as EKFAC_DRAWS
-from curvscope.measure.estimate import estimated_rows, estimated_spectra
+from curvscope.measure.estimate import estimated_errors, estimated_spectra
 from curvscope.measure.jackknife import t_95
 from curvscope.measure.terms import product, terms
 from tests import models
@@ -117,9 +117,22 @@ MODELS: dict[str, Callable[[], Problem]] = {
 
 
 @cache
-def repeated(model: str) -> Repeated:
+def repeated(model: str, certainty: float = 1.0) -> Repeated:
+    """The model, with the outputs of its last linear layer multiplied by `certainty`: larger is more certain."""
     torch.manual_seed(0)
-    return Repeated(*MODELS[model]())
+    network, batch, loss = MODELS[model]()
+    last = [module for module in network.modules() if isinstance(module, nn.Linear)][-1]
+    with torch.no_grad():
+        for parameter in last.parameters():
+            parameter.mul_(certainty)
+    return Repeated(network, batch, loss)
+
+
+def skewness(model: str, draws: int, certainty: float) -> float:
+    """Of the mean trace of so many drawn labels' Hessians at the outputs."""
+    source = repeated(model, certainty)
+    variance, third = source.root("mc", 0, draws).draw_moments
+    return float(third / variance**1.5 / draws**0.5)
 
 
 def blocks_of(extract: Extract) -> list[Block]:
@@ -160,13 +173,13 @@ def exact_numbers(extract: Extract) -> dict[tuple[str, str], float]:
 
 
 def coverages(
-    model: str, fisher: str, draws: int, repetitions: int, *, exact_factors: bool = False
+    model: str, fisher: str, draws: int, repetitions: int, *, exact_factors: bool = False, certainty: float = 1.0
 ) -> dict[Key, tuple[float, float]]:
     """Of every number: how often its interval holds the exact one, and how often no number was given.
 
     With `exact_factors` only the block is drawn, as for single large layers of an otherwise exact run.
     """
-    source = repeated(model)
+    source = repeated(model, certainty)
     inside: dict[Key, list[float]] = defaultdict(list)
     exact = {layer: exact_numbers(extract) for layer, extract in source.exact.items()}
     for seed in range(repetitions):
@@ -174,7 +187,7 @@ def coverages(
             if exact_factors:
                 drawn = dataclasses.replace(drawn, factors=source.exact[layer].factors, probe_B={})
             blocks = blocks_of(drawn)
-            rows = estimated_rows(layer, fisher, drawn, blocks)
+            rows = estimated_errors(layer, fisher, drawn, blocks).rows
             traces = estimated_spectra(layer, drawn, blocks, 1.0)
             for (name, quantity), number in exact[layer].items():
                 row = traces.get(name) if quantity == "trace" else rows.get(name)

@@ -45,6 +45,7 @@ BLOCKS: dict[str, Callable[[], Block]] = {
     "factored_long": lambda: made("factored", 3, 4, positions=7),
     "dense": lambda: made("dense", positions=3),
     "dependent": lambda: made("dense", positions=2, rank=3),
+    "rank_one": lambda: made("dense", positions=2, rank=1),
     "formed": lambda: made("formed", 2, 2, positions=3),
     "formed_singular": lambda: made("formed", 3, 3, positions=2),
     "one_parameter": lambda: made("dense", 1, 1),
@@ -400,10 +401,10 @@ def test_recommended_beats_the_grid() -> None:
 
 # Eigenvalues of G and of M, and the gradient, where the decrease peaks beside another value of the grid than the best.
 SEVERAL_PEAKS = (
-    ((1.5, 0.0052, 93.0), (0.36, 0.00044, 14.0), (-0.16, -0.014, 0.21)),
+    ((0.0028, 0.15, 520.0), (0.00018, 0.5, 31.0), (0.13, 0.058, -3.2)),
     ((3.9, 0.28, 280.0), (0.61, 0.06, 31.0), (0.13, -0.6, -1.7)),
     ((0.0028, 870.0, 13.0), (0.0043, 380.0, 2.5), (0.12, -19.0, 3.7)),
-    ((0.0022, 29.0, 0.097), (8.8e-05, 6.7, 0.79), (-0.068, -2.6, -0.66)),
+    ((26.0, 0.46, 20.0), (11.0, 0.11, 180.0), (-8.0, -1.7, 2.1)),
 )
 
 

@@ -17,8 +17,8 @@ from curvscope.extract import choose
 from curvscope.extract.plan import LayerPlan
 from curvscope.measure import jackknife
 from curvscope.measure.draws import block_pairs
-from curvscope.measure.ekfac_estimate import ekfac_pairs, halves
-from curvscope.measure.estimate import estimated_rows
+from curvscope.measure.ekfac_estimate import _groups, ekfac_pairs, halves
+from curvscope.measure.estimate import estimated_errors
 from curvscope.measure.jackknife import sums
 from curvscope.run import Run
 from tests import models
@@ -103,6 +103,26 @@ def test_ekfac_takes_basis_and_diagonal_from_different_draws() -> None:
         torch.testing.assert_close(pairs.doubt[inside], 2 * (whole - parts)[inside], rtol=1e-8, atol=1e-12)
         assert not pairs.settled[own][:, other].any()
 
+        def different(table: torch.Tensor) -> torch.Tensor:
+            return (table.sum() - table.diagonal().sum()) / 12
+
+        # each draw of the basis left out of it, as a change of both halves' mean
+        left = torch.stack([different(products([j for j in other if j != i])) for i in other])
+        torch.testing.assert_close(pairs.moved[other], (left - left.mean()) / 2, rtol=1e-8, atol=1e-12)
+
+
+def test_what_the_basis_owes_to_its_draws_is_in_the_bar() -> None:
+    """Of a linear change the jackknife makes the variance of its mean; large bases are left out in groups."""
+    torch.manual_seed(0)
+    plain = sums([], [torch.zeros(8, dtype=torch.float64)])
+    changes = torch.randn(8, 1, dtype=torch.float64)
+    changes -= changes.mean()
+    found = plain.moved(changes).of(lambda u: 1 + u[..., 0])
+    assert found.value == pytest.approx(1.0)
+    assert found.stderr == pytest.approx(float((7 / 8 * changes.square().sum()).sqrt()))
+    assert _groups(range(8)) == [[i] for i in range(8)]
+    assert [len(group) for group in _groups(range(16))] == [2] * 8
+
 
 def test_bars_of_ekfac_allow_for_its_basis() -> None:
     """A wide layer and few draws: the basis of 4 is far from that of all, and the error bar says so."""
@@ -111,7 +131,7 @@ def test_bars_of_ekfac_allow_for_its_basis() -> None:
     (drawn, exact) = (source.drawn("probe", 0, 8)["2"], source.exact["2"])
     block = block_of(exact)
     want = (1 - (EigenCorrected(Kronecker(*exact.factors["expand"]), block).norm / block.norm) ** 2) ** 0.5
-    row = estimated_rows("2", "probe", drawn, [block_of(drawn)])["ekfac_expand"]
+    row = estimated_errors("2", "probe", drawn, [block_of(drawn)]).rows["ekfac_expand"]
     assert abs(row.rel_frobenius - want) <= 2.365 * row.rel_frobenius_stderr
     mine = ekfac_pairs(block_of(drawn), drawn.factors["expand"][0], drawn.probe_B["expand"] * 8, halves(8))
     of_draws = sums([block_pairs(block_of(drawn))[0], mine.settled], folds=halves(8)).of(
@@ -184,7 +204,7 @@ def test_no_number_without_an_error_bar() -> None:
     withheld = 0
     for seed in range(40):
         for layer, drawn in source.drawn("mc", seed, 4).items():
-            for row in estimated_rows(layer, "mc", drawn, [block_of(drawn)]).values():
+            for row in estimated_errors(layer, "mc", drawn, [block_of(drawn)]).rows.values():
                 for quantity in ("rel_frobenius", "cosine", "trace_ratio"):
                     value, stderr = getattr(row, quantity), getattr(row, f"{quantity}_stderr")
                     assert math.isnan(value) == math.isnan(stderr)

@@ -24,9 +24,8 @@ from tests.networks import all_examples
 TABLES = ("steps", "global_damping", "evidence", "stability", "examples")
 # Passes are a cost; angles near 0 have their cosine's digits.
 COSTS = ("passes",)
-# Of single layers, from rows that the extraction does not put together over pieces, or a ratio of two errors that are
-# rounding where K-FAC is exact (the last layer under MSE).
-OF_ROWS = ("mean_share", "position_share", "example_share", "kronecker_limit")
+# A ratio of two errors that are rounding where K-FAC is exact (the last layer under MSE).
+OF_ROUNDING = ("kronecker_limit",)
 
 
 def analyze(model: Any, batch: Any, loss: Any, **options: Any) -> Any:
@@ -35,11 +34,9 @@ def analyze(model: Any, batch: Any, loss: Any, **options: Any) -> Any:
 
 
 def kept(run: Any, table: str, skip: str) -> list[Any]:
-    """The table's rows that are of the whole network."""
+    """The table's rows, without those of approximations to be skipped."""
     rows = [row for row in run.tables[table] if not skip or not getattr(row, "approximation", "").startswith(skip)]
-    if table == "examples":
-        return [row for row in rows if not row.layer]
-    return [row for row in rows if not (getattr(row, "quantity", "") in OF_ROWS and row.layer)]
+    return [row for row in rows if getattr(row, "quantity", "") not in OF_ROUNDING]
 
 
 def assert_same(one: Any, other: Any, tables: tuple[str, ...] = TABLES, skip: str = "") -> None:

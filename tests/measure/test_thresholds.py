@@ -106,6 +106,15 @@ def test_growth_is_the_spectral_radius(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_growth_that_tells_of_no_margin_does_not_move_with_the_sharpness(name: str) -> None:
+    kind, settings, step, _ = CASES[name]
+    found = dynamics(kind, settings)
+    for h in (1e-4, 0.1, 0.5, 0.9, 1.3):
+        at, beside = (radius(step, factor * h * found.threshold) for factor in (1.0, 1.01))
+        assert found.pinned(h * found.threshold) == (at == pytest.approx(beside, rel=1e-9)), h
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_the_largest_stable_rate(name: str) -> None:
     kind, settings, _, _ = CASES[name]
     found = dynamics(kind, settings)

@@ -111,6 +111,46 @@ def test_overview_without_a_current_value() -> None:
     assert "now" not in lines[2]
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "words"),
+    [
+        ("", ""),
+        ("K-FAC, lr 0.1, damping 0.03", ""),
+        ("SGD, lr 0.1", "SGD has no such damping"),
+        ("Shampoo, lr 0.1", "Shampoo's damping is inside a root"),
+    ],
+)
+@pytest.mark.parametrize("fisher", ["exact", "probe"])
+def test_overview_says_whom_it_concerns(optimizer: str, words: str, fisher: str) -> None:
+    run = make_run(fisher)
+    run.model = dataclasses.replace(run.model, optimizer=optimizer)
+    text = " ".join(section(page(run), "damping of", "parameters"))
+    assert words in text
+    assert bool(words) == ("no such damping" in text or "in other units" in text)
+
+
+def test_layers_without_a_strip_are_named_with_the_reason() -> None:
+    run = make_run()
+    [first, second, *_] = [layer for layer in run.layers.values() if layer.ranges]
+    name = f"kfac_{'reduce' if first.row.better_flavour == 'reduce' else 'expand'}"
+    first.ranges = [row for row in first.ranges if row.approximation == "diag"]
+    first.damping = [DampingRow(first.name, name, "eigenbasis", status="not_assessed", reason="two roles, no inverse")]
+    second.ranges = [dataclasses.replace(row, status="not_assessed", reason="nothing lowers") for row in second.ranges]
+    lines = section(page(run, width=140), "damping of", "parameters")
+    assert f" – not assessed: {first.name}: two roles, no inverse" in lines
+    assert f" – not assessed: {second.name}: nothing lowers" in lines
+
+
+@pytest.mark.parametrize(("width", "named"), [(140, False), (80, True)])
+def test_layer_page_names_the_columns_it_has_no_room_for(width: int, named: bool) -> None:
+    lines = section(page(make_run(), "stem.conv", width=width), "damping", "factors")
+    header = " ".join(lines)
+    assert ("no room for" in header) == named
+    assert all(cell_len(line) <= width for line in lines)
+    words = " ".join(header.split())
+    assert not named or "condition" in words.partition("no room for")[2]
+
+
 def test_layer_page_has_every_form_and_value() -> None:
     text = page(make_run(), "stem.conv", width=140)
     lines = section(text, "damping", "factors")

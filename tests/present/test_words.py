@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from curvscope.present.names import decode, encode, shorten
-from curvscope.present.numbers import count, number, percent
+from curvscope.present.numbers import count, number, percent, with_stderr
 from curvscope.present.sparkline import picture, sparkline
 
 
@@ -126,3 +126,25 @@ def test_picture_of_odd_spectra(values: list[float], other: list[float] | None, 
     assert len(drawn.rows) == rows
     if other is not None:
         assert any("•" in cells for _, cells in drawn.rows)
+
+
+@pytest.mark.parametrize(
+    ("value", "stderr", "words"),
+    [
+        (0.919, 0.0432, "0.92±.04"),
+        (0.919, 0.0062, "0.919±.006"),
+        (3.04, 0.096, "3.0±.1"),
+        (1230.4, 41.0, "1,230±40"),
+        (1.23e-5, 3e-6, "1.2e-5±3e-6"),
+        (123456.0, 300.0, "1.235e5±300"),
+        (0.97314, 1.7e-5, "0.9731±2e-5"),
+        (0.0012, 0.03, "0.00±.03"),
+        (0.0, 0.04, "0.00±.04"),
+        (-0.3, 0.04, "-0.30±.04"),
+        (35.2, 123.0, "0±100"),
+        (1.0, 0.0, "1.00±0"),
+        (math.inf, 1.0, "inf±1"),
+    ],
+)
+def test_a_number_ends_where_its_error_begins(value: float, stderr: float, words: str) -> None:
+    assert with_stderr(value, stderr) == words

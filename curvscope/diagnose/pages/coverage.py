@@ -24,7 +24,7 @@ ENTRIES = (
         "Everything is computed in eval mode. With batch statistics examples depend on each other, and the "
         "curvature is another one.",
         "The model has such a module: no threshold.",
-        "MATH of the GGN: its blocks are sums over examples only where examples are independent.",
+        "The GGN is a sum over examples where these are independent: arXiv:1912.10985.",
         "Read the numbers as those of evaluation. For BatchNorm repeat on batches of the training's size.",
         "Everything is computed in eval mode: BatchNorm uses its running statistics.",
     ),

@@ -11,14 +11,16 @@ ENTRIES = (
         "CS501",
         "unstable at this learning rate",
         "error where even the lowest value is over twice the threshold, warning otherwise; info where Adam's bias "
-        "correction is about to bring it below",
+        "correction, or this batch's gradient in v, brings it below with the next steps",
         "The largest eigenvalue of the preconditioned Hessian is above what the optimizer's step can bear: on the "
         "batch and on both halves of it.",
         "Along its eigenvector every step multiplies the distance to the optimum by the growth factor: the loss "
         "rises until something else stops it.",
         "That of the optimizer: 2/lr for SGD, 2 (1 + beta)/lr with momentum, (2 + 2 beta1)/((1 - beta1) lr) for "
         "Adam; all in docs/stability.md. Full-batch training hovers just above it for long without diverging, "
-        "hence the factor 2.",
+        "hence the factor 2. The stored v of Adam and RMSprop is frozen for it; where it is above, the sharpness "
+        "under the v of the very next step, which has taken this batch's gradient in, is computed, too "
+        "(next_sharpness): a token that the optimizer has never seen is sharp by the first alone.",
         EDGE,
         "Lower the learning rate under the value that the finding names, or warm it up; remove the cause it names. "
         "Gradient clipping that acts shortens the step and raises the threshold, as long as the gradient stays as "
@@ -34,7 +36,8 @@ ENTRIES = (
         "Between 0.8 of the threshold and it, or a spread over the halves of the batch that holds it (a choice).",
         EDGE,
         "Repeat with a larger batch.",
-        "SGD: sharpness 76.2 (on 64 examples, 3.75 to 152 with its halves) is close below the threshold 190.",
+        "SGD: sharpness 76.2 (on 64 examples, 3.75 to 152 with its halves) is below the threshold 190, but close to it "
+        "on a part of the batch.",
     ),
     Entry(
         "CS503",
@@ -68,8 +71,8 @@ ENTRIES = (
         "within a few steps.",
         "RMS of g / sqrt(v) over the whole network at least 2.3, on the batch and its halves, v bias-corrected and "
         "with this gradient taken in, not under eps^2. In the paper loss spikes follow 1 to 8 steps after v has "
-        "underestimated the squared gradients, and dividing the learning rate by max(1, RMS) avoids them; the number "
-        "2.3 is attributed to it and was not checked against its text.",
+        "underestimated the squared gradients, and dividing the learning rate by max(1, RMS) avoids them. The number "
+        "2.3 is remembered from its text, which could not be had: take it as a choice.",
         "arXiv:2304.13013.",
         "Divide the learning rate by the value (update clipping); lower beta2; after a change of data start the "
         "moments anew.",
@@ -117,7 +120,8 @@ ENTRIES = (
         "Where the sharpness does not fall as the rate rises, training becomes unstable on the way to the peak.",
         "The optimizer's own threshold at the tightest step ahead, its momentum there included. The scheduler is run "
         "ahead from its stored state; sharpness and moments are those of now.",
-        EDGE + "; that sharpness falls during warm-up arXiv:2110.04369",
+        EDGE + "; that a warm-up leads out of regions of high curvature into ones that bear a higher learning rate "
+        "arXiv:2110.04369 (by its abstract).",
         "A lower peak or a longer warm-up; analyze again nearer to the peak.",
         "SGD, lr 0.04: today's sharpness bears a learning rate up to 0.21; the schedule goes to 1 (OneCycleLR: in 90 "
         "scheduler steps, with today's sharpness and moments).",

@@ -101,6 +101,9 @@ def _write_layer(group: h5py.Group, layer: Layer) -> None:
         dataset = _write_array(group, f"spectrum/{name}", values)
         dataset.attrs["dimensions"] = "[rank], descending, the numerically nonzero part"
         dataset.attrs["units"] = "loss / parameter^2"
+        row = layer.spectra.get(name)
+        if row is not None and row.status == "estimated":
+            dataset.attrs["status"], dataset.attrs["reason"] = row.status, schema.text(row.reason)
     compact = layer.tokens is not None and not any(factors.role for factors in layer.factors.values())
     for name, values in layer.eigenvectors.items():
         dataset = _write_array(group, f"eigenvectors/{name}", values)

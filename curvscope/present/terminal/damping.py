@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from rich.text import Text
 
-from curvscope.present.names import shorten
+from curvscope.present.names import shorten, some
 from curvscope.present.numbers import number
 from curvscope.present.strip import strip
 from curvscope.present.terminal.page import GAP, STATUS_WORDS, Column, Page
@@ -33,8 +33,8 @@ def chosen(layer: Layer) -> str:
     return f"kfac_{'reduce' if layer.row.better_flavour == 'reduce' else 'expand'}"
 
 
-def overview_section(page: Page, layers: Sequence[Layer]) -> None:
-    """A strip for each layer: safe range, best value, and where the optimizer stands."""
+def overview_section(page: Page, layers: Sequence[Layer], optimizer: str = "") -> None:
+    """A strip for each layer: safe range, best value, and where the optimizer (its name; empty: unknown) stands."""
     found = [(layer, _range(layer, chosen(layer), "eigenbasis")) for layer in layers]
     known = [(layer, row) for layer, row in found if row is not None]
     if not known:
@@ -43,7 +43,7 @@ def overview_section(page: Page, layers: Sequence[Layer]) -> None:
             page.heading("damping of the better K-FAC")
             line = page.text(f"{page.dash} not assessed: ", "yellow")
             line.append(page.safe(f"{reasons[0]}; --fisher exact gives it, for layers that are not too large"), "dim")
-            page.lines([line])
+            page.lines([line, *_concerns(page, optimizer)])
         return
     page.heading("damping of the better K-FAC")
     standing = any(row.standing for _, row in known)
@@ -75,7 +75,37 @@ def overview_section(page: Page, layers: Sequence[Layer]) -> None:
         words += f"; | the optimizer's damping, {number(now.pop())}"
     elif now:
         words += "; | the optimizer's damping"
-    page.lines([page.text(words + ".", "dim")])
+    page.lines([page.text(words + ".", "dim"), *_left_out(page, found), *_concerns(page, optimizer)])
+
+
+def _left_out(page: Page, found: Sequence[tuple[Layer, RangeRow | None]]) -> list[Text]:
+    """The layers without a strip, or without a range on it, and why: a line a reason."""
+    names: dict[str, list[str]] = {}
+    for layer, row in found:
+        if row is None or row.status != "ok":
+            rows: Sequence[DampingRow | RangeRow] = [row] if row else layer.damping
+            own = [one.reason for one in rows if one.reason and one.approximation == chosen(layer)]
+            reason = next(iter([*own, *(one.reason for one in rows if one.reason)]), "")
+            names.setdefault(reason, []).append(layer.name)
+    lines = []
+    for reason, layers in names.items():
+        line = page.text(f"{page.dash} not assessed: ", "yellow")
+        lines.append(line.append(page.safe(": ".join(filter(None, (some(layers, "layer"), reason)))), style="dim"))
+    return lines
+
+
+def _concerns(page: Page, optimizer: str) -> list[Text]:
+    """What the section means for a run whose optimizer has no damping of K-FAC's kind."""
+    kind = optimizer.partition(",")[0]
+    if kind in ("", "K-FAC"):
+        return []
+    if kind == "Shampoo":
+        words = "Shampoo's damping is inside a root of its factors, in other units: these values are not for it."
+    else:
+        words = (
+            f"{kind} has no such damping: the section says what a K-FAC step from here would need, not what to change."
+        )
+    return [page.text(words, "dim")]
 
 
 def layer_section(page: Page, layer: Layer) -> None:
@@ -115,7 +145,7 @@ def _ranges(page: Page, layer: Layer) -> None:
         columns.append(Column("all move:\nset", [(page.measured(row.joint), "bold") for row in rows], 10))
     columns.append(Column("form\ngap", [(page.measured(row.form_gap), "") for row in rows], 3))
     page.table(columns)
-    lines = []
+    lines = page.dropped(columns)
     for reason in dict.fromkeys(row.reason for row in rows if row.reason):
         concerned = [row for row in rows if row.reason == reason]
         who = ", ".join(f"{row.approximation} {row.form}" for row in concerned)
@@ -130,7 +160,7 @@ def _grid(page: Page, rows: Sequence[DampingRow]) -> None:
     for name, header, worth in GRID_COLUMNS:
         columns.append(Column(header, [(page.measured(getattr(row, name)), "") for row in rows], worth))
     page.table(columns)
-    lines = []
+    lines = page.dropped(columns)
     for reason in dict.fromkeys(row.reason for row in rows if row.reason):
         concerned = [row for row in rows if row.reason == reason]
         lines.append(_reason(page, f"{len(concerned)} of {len(rows)} ", concerned[0]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from curvscope.present.names import some
+from curvscope.present.names import some, spoken
 from curvscope.present.numbers import count
 from curvscope.present.terminal.page import Page, titled
 from curvscope.records import FindingRow, Layer, Run
@@ -59,7 +59,8 @@ def _consequences(page: Page, findings: list[FindingRow], root: FindingRow) -> N
         style = "" if rows[0].severity != "info" else "dim"
         lines.append(page.text(f"causes {titled(code, title)}{where}", style))
         if rows[0].severity != "info":
-            lines.append(page.text(rows[0].evidence, "dim"))
+            whose = f"{spoken(names[0])}: " if len(names) > 1 else ""
+            lines.append(page.text(f"{whose}{rows[0].evidence}", "dim"))
     page.lines(lines, indent=9)
 
 

@@ -8,9 +8,10 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from curvscope.present.names import spoken
 from curvscope.present.numbers import count, number, percent
 from curvscope.present.terminal.page import SEVERITY_STYLES, Page, titled
-from curvscope.records import Layer, Run
+from curvscope.records import Layer, Run, RunInfo
 
 TREATMENT_WORDS = {
     "exact_only": "exact block only",
@@ -24,6 +25,13 @@ FISHER_WORDS = {
     "empirical": "empirical Fisher, which is another matrix than the GGN",
 }
 SAMPLE_WORDS = {"probe": ("probe", ""), "mc": ("drawn label an example", "drawn labels an example")}
+
+
+def block_name(run: Run, *, short: bool = False) -> str:
+    """What the blocks are blocks of."""
+    if run.info.fisher == "empirical":
+        return "Fisher" if short else "empirical Fisher"
+    return "GGN"
 
 
 def kronecker_layers(run: Run) -> dict[str, Layer]:
@@ -63,7 +71,7 @@ def head(page: Page, run: Run) -> Panel:
         "model": page.text(f"{model.name}, {count(model.parameters, 'parameter')}{step}"),
         "batch": page.text(f"{count(model.examples, 'example')}, outputs {model.outputs}"),
         "loss": page.text(f"{number(model.loss, 4)} {model.loss_name}, gradient norm {number(model.gradient_norm)}"),
-        "curvature": page.text(f"{_fisher_words(run)}, {info.dtype} on {info.device}"),
+        "curvature": page.text(f"{_fisher_words(run)}, {info.dtype} on {info.device}{_stored(info)}"),
         "mode": page.text("eval mode" + (f": {model.mode_note}" if model.mode_note else "")),
     }
     if model.graph != "exported":
@@ -75,13 +83,18 @@ def head(page: Page, run: Run) -> Panel:
     return Panel(grid, title=title, title_align="left", subtitle=made, subtitle_align="right", border_style="cyan")
 
 
+def _stored(info: RunInfo) -> str:
+    """The dtype of the stored weights, where that is not the run's."""
+    return f", weights stored as {info.source_dtype}" if info.source_dtype else ""
+
+
 def _verdict(page: Page, run: Run) -> Text:
     """The first root cause by code, title and layer, and how many more; without any, where stability stands."""
     roots = [row for row in run.tables["findings"] if not row.caused_by and row.severity != "info"]
     if roots:
         first, more = roots[0], len(roots) - 1
         line = page.text(first.severity.upper(), SEVERITY_STYLES[first.severity])
-        said = f" {titled(first.code, first.title)}" + (f" in {first.layer}" if first.layer else "")
+        said = f" {titled(first.code, first.title)}" + (f" in {spoken(first.layer)}" if first.layer else "")
         line.append(page.safe(said), style="not bold default")
         rest = f"; {count(more, 'more root cause')}" if more else ""
         line.append(f"{rest}; evidence and remedy are at the end", style="not bold dim default")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import TypeVar
 
 from rich.panel import Panel
 from rich.table import Table
 
 from curvscope.present.names import shorten
-from curvscope.present.numbers import count, number, percent, whole_percent
+from curvscope.present.numbers import count, percent, whole_percent
 from curvscope.present.sparkline import picture
 from curvscope.present.terminal.damping import layer_section
+from curvscope.present.terminal.head import block_name
 from curvscope.present.terminal.page import STATUS_WORDS, Column, Page
 from curvscope.present.terminal.stability import stability_of_layer
 from curvscope.records import ErrorRow, Layer, Run, SpectrumRow
@@ -38,21 +40,21 @@ KEPT = ("columns", "block", "eigenvectors")
 
 def layer_page(page: Page, run: Run, layer: Layer) -> None:
     """Print everything the run has about one layer."""
-    page.console.print(_header(page, layer))
+    page.console.print(_header(page, run, layer))
     rows = [row for row in run.tables["findings"] if row.layer == layer.name]
     if rows:
         page.heading("findings")
         page.findings(rows, name_layer=False)
-    _errors(page, layer)
-    _spectra(page, layer)
+    _errors(page, run, layer)
+    _spectra(page, run, layer)
     stability_of_layer(page, run, layer.name)
-    _picture(page, layer)
+    _picture(page, run, layer)
     layer_section(page, layer)
     _factors(page, layer)
     _next(page, run, layer)
 
 
-def _header(page: Page, layer: Layer) -> Panel:
+def _header(page: Page, run: Run, layer: Layer) -> Panel:
     row = layer.row
     grid = Table.grid(padding=(0, 2, 0, 0))
     grid.add_column(style="dim", no_wrap=True)
@@ -67,7 +69,7 @@ def _header(page: Page, layer: Layer) -> Panel:
     if row.padded > 0:
         positions += f" (and {percent(row.padded)} of the rows are padding, left out)"
     if row.columns:
-        positions += f", {count(row.columns, 'GGN column')}"
+        positions += f", {count(row.columns, f'{block_name(run)} column')}"
     shape = f"{row.d_out}{page.times}{row.d_in} {bias}{groups}" if layer.factors else "exact block only"
     grid.add_row("layer", page.text(f"{row.kind}, {shape}, {count(row.parameters, 'parameter')}"))
     if roles:
@@ -84,6 +86,8 @@ def _header(page: Page, layer: Layer) -> Panel:
     elif row.better_flavour == "same":
         why = " (one position)" if row.positions == 1 else ""
         grid.add_row("better", page.text(f"neither: expand and reduce are the same{why}"))
+    elif row.better_flavour == "undecided":
+        grid.add_row("better", page.text("undecided: the error bar of their difference reaches 0"))
     if row.reason:
         grid.add_row(STATUS_WORDS.get(row.status, row.status), page.text(row.reason, "yellow"))
     (name,) = shorten([page.safe(layer.name)], max(10, page.width - 8), page.ellipsis)
@@ -108,12 +112,14 @@ def _title(layer: Layer, approximation: str) -> str:
     return f"{approximation} = reduce" if both else approximation
 
 
-def _errors(page: Page, layer: Layer) -> None:
+def _errors(page: Page, run: Run, layer: Layer) -> None:
     """All approximations against the block."""
     rows = list(layer.errors.values())
     if not rows:
         return
-    page.heading("approximations against the exact block")
+    drawn = any(row.status == "estimated" for row in rows)
+    exact = "estimates" if drawn else "the exact block" if run.info.fisher != "empirical" else block_name(run)
+    page.heading(f"approximations against {exact}")
     better = f"kfac_{layer.row.better_flavour}"
     rows = _without_twins(layer, rows)
     names = [(_title(layer, row.approximation) + ("*" if row.approximation == better else ""), "") for row in rows]
@@ -130,7 +136,10 @@ def _errors(page: Page, layer: Layer) -> None:
 def _sources(page: Page, layer: Layer) -> None:
     """What each K-FAC's error comes from, a line each; one line for both where they agree or are not known."""
     lines: dict[str, list[str]] = {}
+    same = layer.row.better_flavour == "same"
     for name, row in layer.sources.items():
+        if same and name.endswith("_reduce"):
+            continue
         if row.status == "ok":
             spread, mean, cross = (whole_percent(share) for share in (row.spread, row.mean, row.cross))
             words = f"deviation from the inputs' mean {spread}, the mean {mean}"
@@ -138,15 +147,14 @@ def _sources(page: Page, layer: Layer) -> None:
         else:
             words = f"{STATUS_WORDS.get(row.status, row.status)}, {row.reason}"
         lines.setdefault(words, []).append(name)
-    same = layer.row.better_flavour == "same"
     found = [
-        page.text(f"{_title(layer, names[0]) if same else ', '.join(names)}'s error comes from: {words}", "dim")
+        page.text(f"{', '.join(_title(layer, name) for name in names)}'s error comes from: {words}", "dim")
         for words, names in lines.items()
     ]
     page.lines(found)
 
 
-def _spectra(page: Page, layer: Layer) -> None:
+def _spectra(page: Page, run: Run, layer: Layer) -> None:
     """Derived numbers of each spectrum."""
     rows = list(layer.spectra.values())
     if not rows:
@@ -154,8 +162,9 @@ def _spectra(page: Page, layer: Layer) -> None:
     page.heading("spectra")
     order = ["ggn", *layer.errors]
     rows.sort(key=lambda row: order.index(row.approximation) if row.approximation in order else len(order))
+    words = "empirical" if run.info.fisher == "empirical" else "ggn"
     rows = _without_twins(layer, rows)
-    names = [(_title(layer, row.approximation), "bold" if row.approximation == "ggn" else "") for row in rows]
+    names = [(words, "bold") if row.approximation == "ggn" else (_title(layer, row.approximation), "") for row in rows]
     page.table(
         [Column("\nmatrix", names, worth=100, left=True), *_measured(page, rows, SPECTRUM_COLUMNS)],
     )
@@ -197,7 +206,7 @@ def _reasons(page: Page, rows: list[ErrorRow] | list[SpectrumRow]) -> None:
     page.lines(lines)
 
 
-def _picture(page: Page, layer: Layer) -> None:
+def _picture(page: Page, run: Run, layer: Layer) -> None:
     """The block's eigenvalues over rank, with the better K-FAC's over them."""
     if "ggn" not in layer.spectrum or not len(layer.spectrum["ggn"]):
         return
@@ -218,7 +227,7 @@ def _picture(page: Page, layer: Layer) -> None:
         line.append(cells, style="cyan")
         page.console.print(line, no_wrap=True, overflow="crop", highlight=False)
     page.console.print(page.text(" " * 9 + drawn.axis, "dim"), no_wrap=True, overflow="crop", highlight=False)
-    words = "filled: the exact block"
+    words = f"filled: the block of the {block_name(run)}"
     if other in layer.spectrum:
         dot = "o" if page.ascii_only else "•"
         beyond = len(layer.spectrum[other]) - len(layer.spectrum["ggn"])
@@ -232,8 +241,7 @@ def _factors(page: Page, layer: Layer) -> None:
     for key, factors in layer.factors.items():
         for side, values in (("A", factors.A), ("B", factors.B)):
             shape = page.times.join(str(size) for size in values.shape)
-            extremes = [layer.attributes.get(f"{key}/{side}/{name}") for name in ("lambda_max", "lambda_min")]
-            words = [page.dash if value is None else number(float(value)) for value in extremes]
+            words = [_attribute(page, layer, f"{key}/{side}", name) for name in ("lambda_max", "lambda_min")]
             table.append((f"{key} {side}", f"{shape} {values.dtype}", words[0], words[1]))
     kept = [name for name in KEPT if _has(layer, name)]
     facts = [
@@ -258,6 +266,12 @@ def _factors(page: Page, layer: Layer) -> None:
         )
     lines = [*facts, f"also kept: {', '.join(kept)}" if kept else ""]
     page.lines([page.text(line, "dim") for line in lines if line])
+
+
+def _attribute(page: Page, layer: Layer, factor: str, name: str) -> str:
+    """A fact of a factor, with its error where it is made of draws; marked where it has none."""
+    value, stderr = (layer.attributes.get(f"{factor}/{name}{end}", math.nan) for end in ("", "_stderr"))
+    return page.measured(float(value), float(stderr), estimated=f"{factor}/draws" in layer.attributes)
 
 
 def _has(layer: Layer, name: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from rich.padding import Padding
 from rich.table import Table
@@ -13,7 +13,7 @@ from curvscope.present.numbers import count, number, percent
 from curvscope.present.sparkline import sparkline
 from curvscope.present.terminal.damping import overview_section
 from curvscope.present.terminal.findings import findings_section
-from curvscope.present.terminal.head import TREATMENT_WORDS, head, kronecker_layers
+from curvscope.present.terminal.head import TREATMENT_WORDS, block_name, head, kronecker_layers
 from curvscope.present.terminal.page import GAP, STATUS_WORDS, Column, Page
 from curvscope.present.terminal.stability import stability_section
 from curvscope.present.terminal.steps import steps_section
@@ -28,10 +28,10 @@ def overview(page: Page, run: Run) -> None:
     page.console.print(head(page, run))
     layers = kronecker_layers(run)
     page.heading(f"{count(len(layers), 'layer')}, in forward order")
-    left_out = _layer_table(page, list(layers.values()))
+    left_out = _layer_table(page, run, list(layers.values()))
     _legend(page, run, layers, left_out)
     _not_assessed(page, run, layers)
-    overview_section(page, list(layers.values()))
+    overview_section(page, list(layers.values()), run.model.optimizer)
     stability_section(page, run)
     _coverage(page, run)
     steps_section(page, run)
@@ -40,15 +40,18 @@ def overview(page: Page, run: Run) -> None:
     _next(page, run)
 
 
-def _layer_table(page: Page, layers: list[Layer]) -> list[str]:
+def _layer_table(page: Page, run: Run, layers: list[Layer]) -> list[str]:
     """One row a layer; names and columns give way as the width shrinks. The headers of those that did."""
     if not layers:
         return []
+    matrix = block_name(run, short=True)
     names = [page.safe(layer.name) for layer in layers]
     longest = max(len(name) for name in names)
-    columns = _layer_columns(page, layers)
+    columns = _layer_columns(page, layers, matrix)
     least = 16 if page.width >= 120 else 8
-    spectra = [_spectrum_column(page, layers, width) for width in SPARKLINE_WIDTHS if width >= least]
+    drawn = any(len(layer.spectrum.get("ggn", ())) for layer in layers)
+    widths = [width for width in SPARKLINE_WIDTHS if width >= least] if drawn else []
+    spectra = [_spectrum_column(page, layers, width, matrix) for width in widths]
     chosen = [*columns, *spectra[-1:]]
     room = page.width - 2 - GAP - min(longest, max(18, page.width // 4))
     chosen = page.fitting(chosen, room)
@@ -65,8 +68,8 @@ def _layer_table(page: Page, layers: list[Layer]) -> list[str]:
     )
 
 
-def _layer_columns(page: Page, layers: list[Layer]) -> list[Column]:
-    """All columns but name and spectrum, from left to right."""
+def _layer_columns(page: Page, layers: list[Layer], matrix: str) -> list[Column]:
+    """All columns but name and spectrum, from left to right; no condition where that of no block is known."""
 
     def column(header: str, worth: int, cell: Callable[[Layer], tuple[str, str]], left: bool = False) -> Column:
         return Column(header, [cell(layer) for layer in layers], worth, left)
@@ -76,9 +79,18 @@ def _layer_columns(page: Page, layers: list[Layer]) -> list[Column]:
         column(f"out{page.times}in", 5, lambda layer: (_shape(page, layer), "")),
         column("posi-\ntions", 4, lambda layer: (_positions(layer), "dim")),
     ]
-    columns += [column(f"error\n{f} ", 10, lambda layer, f=f: _error(page, layer, f)) for f in FLAVOURS]  # type: ignore[misc]
-    columns += [column(f"trace\n{f}", 2, lambda layer, f=f: _trace_ratio(page, layer, f)) for f in FLAVOURS]  # type: ignore[misc]
-    return [*columns, column("GGN\ncond.", 6, lambda layer: _condition(page, layer))]
+    flavours = {"expand": "K-FAC"} if _one_flavour(layers) else {flavour: flavour for flavour in FLAVOURS}
+    for flavour, title in flavours.items():
+        columns.append(column(f"error\n{title} ", 10, lambda layer, f=flavour: _error(page, layer, f)))  # type: ignore[misc]
+    for flavour, title in flavours.items():
+        columns.append(column(f"trace\n{title}", 2, lambda layer, f=flavour: _trace_ratio(page, layer, f)))  # type: ignore[misc]
+    condition = column(f"{matrix}\ncond.", 6, lambda layer: _condition(page, layer))
+    return [*columns, condition] if any(words != page.dash for words, _ in condition.cells) else columns
+
+
+def _one_flavour(layers: Collection[Layer]) -> bool:
+    """Whether expand and reduce are the same matrix in every layer."""
+    return all(layer.row.better_flavour == "same" for layer in layers)
 
 
 def _shape(page: Page, layer: Layer) -> str:
@@ -120,28 +132,34 @@ def _condition(page: Page, layer: Layer) -> tuple[str, str]:
     return (page.dash, "dim") if row is None else (page.measured(row.condition, row.condition_stderr), "")
 
 
-def _spectrum_column(page: Page, layers: list[Layer], width: int) -> Column:
+def _spectrum_column(page: Page, layers: list[Layer], width: int, matrix: str) -> Column:
     cells = []
     for layer in layers:
         line = sparkline(layer.spectrum["ggn"], width, ascii_only=page.ascii_only) if "ggn" in layer.spectrum else ""
         cells.append((line or page.dash, "cyan" if line else "dim"))
-    return Column("GGN\nspectrum", cells, worth=7, left=True)
+    return Column(f"{matrix}\nspectrum", cells, worth=7, left=True)
 
 
 def _legend(page: Page, run: Run, layers: dict[str, Layer], left_out: list[str]) -> None:
     """What the columns mean, in as few words as do, and which found no room."""
     words = [
-        "error: relative Frobenius error of K-FAC against the block; 0 is exact, 1 is as far off as zero;"
-        " * the better flavour.",
-        "GGN spectrum: log eigenvalue over rank, one step down is a factor of 10.",
+        "error: relative Frobenius error of K-FAC against the block; 0 is exact, 1 is as far off as zero; "
+        + (
+            "expand = reduce, as every layer has one position."
+            if _one_flavour(layers.values())
+            else "* the better flavour."
+        ),
     ]
+    if any(len(layer.spectrum.get("ggn", ())) for layer in layers.values()):
+        matrix = block_name(run, short=True)
+        words.append(f"{matrix} spectrum: log eigenvalue over rank, one step down is a factor of 10.")
     grouped = next((layer for layer in layers.values() if layer.row.groups > 1), None)
     if grouped is not None:
         row = grouped.row
         size = f"{row.d_out // row.groups}{page.times}{row.d_in}"
         words.append(f"{_shape(page, grouped)}: {row.groups} groups of {size} each.")
     if any(row.status == "estimated" and row.layer in layers for row in run.tables["errors"]):
-        words.append("± estimated, with its standard error; * only where the other flavour's bar leaves no doubt.")
+        words.append("± estimated, with its standard error; * only where the error bars tell which is better.")
     if left_out:
         words.append(f"No room here for {', '.join(left_out)}: on the layers' pages, or in a wider terminal.")
     page.lines([page.text(line, "dim") for line in words])

@@ -14,6 +14,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from curvscope.present.names import spoken
 from curvscope.present.numbers import number, with_stderr
 from curvscope.records import FindingRow
 
@@ -138,6 +139,14 @@ class Page:
             kept = [column for column in kept if column.worth > least]
         return kept
 
+    def dropped(self, columns: Sequence[Column]) -> list[Text]:
+        """A line that names the columns for which `table` has no room; none where all are shown."""
+        kept = self.fitting(columns, self.width - 2)
+        names = [" ".join(column.header.replace("-\n", "").split()) for column in columns if column not in kept]
+        if not names:
+            return []
+        return [self.text(f"{self.dash} no room for {', '.join(names)}: a wider terminal, or curvscope export", "dim")]
+
     @staticmethod
     def left_out(columns: Sequence[Column], shown: Sequence[Column]) -> list[str]:
         """The headers of the columns that are not shown, in one line each; those of like first lines together."""
@@ -159,13 +168,13 @@ class Page:
                 self.console.print()
             title = self.text(row.severity.upper().ljust(8), SEVERITY_STYLES.get(row.severity, "bold"))
             if name_layer:
-                title.append(self.safe(row.layer or "the whole network"), style="bold")
+                title.append(self.safe(spoken(row.layer) or "the whole network"), style="bold")
                 title.append("  ")
             title.append(self.safe(row.code), style="dim")
             if row.title:
                 title.append(self.safe(f" {row.title}"), style="dim")
             if row.confidence < 1:
-                title.append(f"  confidence {row.confidence:.0%}", style="dim")
+                title.append(f"  {row.confidence:.0%} sure", style="dim")
             self.lines([title])
             body = [self.text(row.evidence)]
             if row.caused_by:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from curvscope.planned import PlannedRun
+from curvscope.planned import PlannedLayer, PlannedRun
 
+# The stages as the page calls them.
+STAGES = {"measure": "measures"}
+TREATMENTS = ("exact", "empirical", "estimated", "not_assessed")
 BINARY = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -21,15 +27,20 @@ def render_plan(planned: PlannedRun, console: Console) -> None:
         "passes": f"{planned.backward_passes} backward passes in {_count(planned.sweeps, 'sweep', 'sweeps')}",
         "memory": f"about {size(planned.peak_bytes)} at the peak ({size(planned.kept_bytes)} of columns kept), "
         f"bound {size(planned.budget_bytes)}",
-        "time": f"about {duration(planned.total_seconds)} "
-        f"(passes {duration(planned.seconds['passes'])}, measures {duration(planned.seconds['measure'])})",
+        "time": f"about {duration(planned.total_seconds)} (%s)"
+        % ", ".join(
+            f"{STAGES.get(stage, stage)} {duration(taken) if taken else 'none'}"
+            for stage, taken in planned.seconds.items()
+        ),
+        "layers": ", ".join(_of_treatment(planned.layers)),
     }
     console.print(Text("plan, nothing was analyzed", style="bold"))
     for name, words in facts.items():
         console.print(Text(f"{name:<11}{words}"), soft_wrap=True)
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("layer", "parameters", "treatment", "sweep", "kept", "time", "why"):
-        table.add_column(name, justify="right" if name in ("parameters", "sweep", "kept", "time") else "left")
+    for name in ("layer", "parameters", "treatment", "sweep", "kept", "time"):
+        right = name in ("parameters", "sweep", "kept", "time")
+        table.add_column(name, justify="right" if right else "left", no_wrap=name != "layer", overflow="fold")
     for layer in planned.layers:
         table.add_row(
             Text(layer.name),
@@ -38,13 +49,25 @@ def render_plan(planned: PlannedRun, console: Console) -> None:
             str(layer.sweep) if layer.sweep else "–",
             size(layer.kept_bytes) if layer.kept_bytes else "–",
             duration(layer.seconds),
-            Text(layer.reason),
         )
     console.print()
     console.print(table)
+    reasons: dict[str, list[str]] = {}
+    for layer in planned.layers:
+        if layer.reason:
+            reasons.setdefault(layer.reason, []).append(layer.name)
+    for reason, names in reasons.items():
+        console.print()
+        console.print(Text(f"{', '.join(names)}: {reason}"), soft_wrap=True)
     for note in planned.notes:
         console.print()
-        console.print(Text(note))
+        console.print(Text(note), soft_wrap=True)
+
+
+def _of_treatment(layers: Sequence[PlannedLayer]) -> list[str]:
+    """How many layers have which treatment."""
+    counts = Counter(layer.treatment for layer in layers)
+    return [f"{counts[name]} {name.replace('_', ' ')}" for name in TREATMENTS if counts[name]]
 
 
 def size(count: float) -> str:

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from curvscope.present.names import shorten
-from curvscope.present.numbers import number, percent
+from curvscope.present.numbers import number, percent, with_stderr
 from curvscope.present.terminal.page import STATUS_WORDS, Column, Page
 from curvscope.records import Run, StabilityRow
 
@@ -27,6 +27,7 @@ QUANTITY_WORDS = {
     "hessian_bottom": "most negative eigenvalue of the Hessian",
     "ggn_top": "largest eigenvalue of the GGN",
     "preconditioned_sharpness": "sharpness as the optimizer sees it",
+    "next_sharpness": "sharpness once v has taken this gradient in",
     "growth_factor": "growth a step along the top direction",
     "largest_stable_lr": "largest stable learning rate",
     "clip_scale": "length of the clipped step, of the full one",
@@ -197,7 +198,9 @@ def _verdict(page: Page, run: Run, row: StabilityRow) -> Text:
 
 
 def _value(row: StabilityRow) -> str:
-    """The value with its spread over the halves."""
+    """The value with its standard error, or its spread over the halves."""
+    if not math.isnan(row.value_stderr):
+        return with_stderr(row.value, row.value_stderr)
     spread = "" if math.isnan(row.low) else f" ({number(row.low)} to {number(row.high)})"
     return f"{number(row.value)}{spread}{' at least' if row.status == 'not_converged' else ''}"
 
