@@ -95,7 +95,8 @@ def analyze(
             where they take long, "stability" for sharpness by layer and on halves of the batch also where no optimizer
             is known.
         device: auto, cpu or cuda.
-        dtype: float32 or float64, the arithmetic of the network's passes; reductions run in float64 either way.
+        dtype: float32 or float64 (or torch.float64 itself), the arithmetic of the network's passes; reductions run in
+            float64 either way.
         memory: bound on the tool's own peak, bytes or "8GiB"; default half of what is free.
         time: seconds that `fisher="auto"` may spend on exact columns.
         example_axes: the example axis of an input (by keyword or position) where it is not axis 0.

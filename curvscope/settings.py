@@ -73,6 +73,7 @@ def checked_settings(**given: Any) -> Settings:
     Raises:
         UsageError: a value that is not among the choices.
     """
+    given["dtype"] = str(given["dtype"]).removeprefix("torch.")  # torch.float64 itself is as good
     for key, choices in (("fisher", FISHERS), ("dtype", DTYPES), ("device", DEVICES)):
         if given[key] not in choices:
             raise UsageError(

@@ -18,9 +18,15 @@ def eigh(matrix: Float64[Tensor, "*batch n n"]) -> tuple[Float64[Tensor, "*batch
     and then a copy scaled to 1, take it through other roundings.
 
     Raises:
-        AnalysisError: no route converges.
+        AnalysisError: the matrix is not finite, or no route converges.
     """
     size = matrix.abs().max() if matrix.numel() else matrix.new_zeros(())
+    if not bool(torch.isfinite(size)):
+        raise AnalysisError(
+            "A factor or block is not finite: products of activations or of gradients overflow.",
+            where=f"matrix {list(matrix.shape)}",
+            remedy="Look for layers with very large inputs or weights, or analyze with --dtype float64.",
+        )
     scale = size if float(size) > 0 else matrix.new_ones(())
     routes = ((matrix, "L", 1.0), (matrix, "U", 1.0), (matrix / scale, "L", scale), (matrix / scale, "U", scale))
     for given, triangle, factor in routes:

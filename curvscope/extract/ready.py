@@ -39,7 +39,7 @@ from curvscope.planned import PlannedLayer, PlannedRun
 from curvscope.settings import Settings
 
 # Forward passes that verifying the layouts takes, about.
-FORWARD_PASSES = 3
+FORWARD_PASSES = 4
 
 
 @dataclass(frozen=True)

@@ -156,20 +156,25 @@ def output_tensor(output: Any) -> Tensor:
     """The one tensor the loss is computed from: the output itself, its `logits`, or a tuple's first item.
 
     Raises:
-        ModelError: there is no such tensor.
+        ModelError: there is no such tensor, or its numbers are not real ones.
     """
-    if isinstance(output, Tensor):
-        return output
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    if isinstance(logits, Tensor):
-        return logits
-    if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
-        return output[0]
-    raise ModelError(
-        f"The model returned {type(output).__name__}, in which no output tensor can be told.",
-        where="the model's forward pass",
-        remedy="Return a tensor, a dict or dataclass with `logits`, or a tuple whose first item is the output.",
-    )
+    first = output[0] if isinstance(output, (tuple, list)) and output else None
+    found = next((item for item in (output, logits, first) if isinstance(item, Tensor)), None)
+    if found is None:
+        raise ModelError(
+            f"The model returned {type(output).__name__}, in which no output tensor can be told.",
+            where="the model's forward pass",
+            remedy="Return a tensor, a dict or dataclass with `logits`, or a tuple whose first item is the output.",
+        )
+    if not found.is_floating_point():
+        raise ModelError(
+            f"The model's outputs must be real floating-point numbers; got {str(found.dtype).removeprefix('torch.')}.",
+            where="the model's forward pass",
+            remedy="Return what the loss is computed from: logits rather than decisions, real parts beside imaginary "
+            "ones (torch.view_as_real).",
+        )
+    return found
 
 
 class _Flat(nn.Module):

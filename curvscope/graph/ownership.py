@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from curvscope.errors import LayoutError
 from curvscope.graph.functional import Graph
+from curvscope.graph.isolation import MIXED_GRAPHS, check_graphs_isolated
 from curvscope.graph.layout import Layout
 from curvscope.graph.passing import observe, watched_pass
 from curvscope.graph.ragged import Ragged
@@ -57,6 +58,8 @@ def verify_graphs(graph: Graph, tensors: Sequence[Tensor], rows: Sequence[Tensor
             else counts[target] // examples
             for target, kept in found.items()
         }
+        sites = {target: (kept, inputs[target]) for target, kept in found.items()}
+        check_graphs_isolated(graph, tensors, rows, (layout, output), sites)
         return Layouts(examples, layout, found, output, positions, tokens=tokens)
     raise refusals[0]
 
@@ -153,8 +156,7 @@ class _Test:
                 "The model mixes graphs: the outputs of some depend on the rows of others, so its loss has no "
                 "curvature for each graph alone.",
                 where=f"behind layer {self.site.layer}",
-                remedy="Look for edges between graphs, norms or attention over all nodes of the batch; or take the "
-                "whole batch as one example, without --example-index.",
+                remedy=MIXED_GRAPHS,
             )
         return LayoutError(
             f"Its rows can't be assigned to graphs: shape {self.shape}, {self.examples} graphs; they are neither "

@@ -15,7 +15,7 @@ from curvscope.graph.functional import Graph, build
 from curvscope.graph.graph_inputs import edge_lists
 from curvscope.graph.lookups import lookup_notes, rescaling, settle
 from curvscope.graph.shadow import moved, shadow
-from curvscope.graph.trial import try_forward
+from curvscope.graph.trial import check_sizes, try_forward
 from curvscope.load.problem import Problem
 from curvscope.settings import Settings
 
@@ -63,6 +63,7 @@ def prepare(
     flat = flatten_inputs(problem.inputs)
     index = problem.example_index
     axes, examples = example_axes_of(flat.names, flat.tensors, problem.example_axes, index)
+    check_sizes(flat, dtype)
     options: dict[str, Any] = {"layers": settings.layers, "skip": settings.skip}
     notes = _precision_notes(problem, dtype) + lookup_notes(problem.model) + _whole_graph_notes(flat, axes, index)
     if not isinstance(problem.model, nn.Module):

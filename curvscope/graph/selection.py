@@ -35,7 +35,7 @@ def require_layers(found: Sequence[str], keep: Sequence[str], skip: Sequence[str
         shown = ", ".join(found[:8]) + (f", ... ({len(found)} in all)" if len(found) > 8 else "")
         raise ModelError(
             "No layer is left to analyze: the patterns match none.",
-            where=f"--layers {' '.join(keep) or '*'}" + (f" --skip {' '.join(skip)}" if skip else ""),
+            where=" ".join([*(["--layers", *keep] if keep else []), *(["--skip", *skip] if skip else [])]),
             remedy=f"The model's linear layers are: {shown}.",
         )
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from curvscope.errors import LayoutError
 from curvscope.graph.functional import Graph
+from curvscope.graph.isolation import MIXED_EXAMPLES, check_isolated
 from curvscope.graph.layout import Layout, candidates, holds
 from curvscope.graph.passing import observe, watched_pass
 from curvscope.graph.ragged import Ragged
@@ -67,7 +68,8 @@ def verify(graph: Graph, tensors: Sequence[Tensor], axes: Sequence[int | None], 
     Candidates are the axes whose size N divides. One holds if permuting the examples permutes the rows
     accordingly, up to rounding, and if no example's output depends on another example's rows; of several that hold the
     closest match is taken, the plainest where they are equal. Where none does, disturbing the examples tells the rows
-    (see `curvscope.graph.routing`). A layer whose rows are told by nothing is given up, with the reason.
+    (see `curvscope.graph.routing`). A layer whose rows are told by nothing is given up, with the reason. At last some
+    examples are replaced, and the others have to stay as they were (`check_isolated`).
 
     Raises:
         LayoutError: no candidate holds for the output, or for no layer at all; or the model mixes examples.
@@ -119,6 +121,9 @@ def verify(graph: Graph, tensors: Sequence[Tensor], axes: Sequence[int | None], 
     left = {site.target for site in graph.sites()}
     found = {target: each for target, each in found.items() if target in left}
     routed = any(target in found for target in by_values) or _routes(graph, tensors, axes, rows)
+    del output_permuted, inputs_permuted
+    sites = {target: (each, inputs[target]) for target, each in found.items()}
+    check_isolated(graph, tensors, axes, (layout, output), sites)
     positions = _positions(rows, inputs, found, examples)
     return Layouts(examples, layout, found, output, positions, tokens=tokens, routed=routed)
 
@@ -152,8 +157,7 @@ def _give_up(graph: Graph, site: Site, refusal: LayoutError | None, others: bool
             "The model mixes examples: the outputs of some depend on the rows of others, so its loss has no "
             "curvature for each example alone.",
             where=f"behind layer {site.layer}",
-            remedy="Look for batch statistics (BatchNorm without running statistics), attention or means over the "
-            "batch axis; if an input's examples are on another axis, name it with --example-axis NAME=AXIS.",
+            remedy=MIXED_EXAMPLES,
         )
     if isinstance(site.module, Tap):
         why = "what it is combined with belongs to no example; its exact block is not computed"

@@ -64,7 +64,8 @@ def check_batch(batch: Batch) -> None:
         raise BatchError(
             "The inputs hold no tensor.",
             where=batch.source,
-            remedy="Give the model's arguments as a tensor, a tuple of tensors or a dict of keyword tensors.",
+            remedy="Give the model's arguments as a tensor, a tuple of tensors or a dict of keyword tensors; lists of "
+            "numbers become one by torch.tensor(list).",
         )
     for name, tensor in tensors.items():
         if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:

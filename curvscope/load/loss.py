@@ -61,6 +61,12 @@ def load_loss(loss: Any) -> Loss:
         return _from_module(loss)
     if inspect.isclass(loss) and issubclass(loss, nn.Module):
         return load_loss(loss())
+    if isinstance(loss, nn.NLLLoss) or loss is functional.nll_loss:
+        raise LossError(
+            "NLLLoss takes log-probabilities: it is linear in them, so that its generalized Gauss-Newton matrix is 0.",
+            where="loss NLLLoss",
+            remedy="Return logits from the model, without log_softmax, and give loss cross_entropy: the same loss.",
+        )
     if callable(loss):
         return callable_loss(loss)
     raise LossError(f"A {type(loss).__name__} is no loss.", where="loss", remedy=CHOICES)

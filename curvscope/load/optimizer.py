@@ -99,6 +99,10 @@ def is_optimizer_state(value: Any) -> bool:
     return isinstance(value, Mapping) and "state" in value and isinstance(value.get("param_groups"), (list, tuple))
 
 
+MEANS = frozenset({"exp_avg_sq_row", "exp_avg_sq_col", "row_var", "col_var"})
+"""Adafactor's second moments: means over one axis of a parameter."""
+
+
 def find_step(content: Mapping[Any, Any]) -> int | None:
     """The training step, where a checkpoint says so under a usual key."""
     for key in STEP_KEYS:
@@ -172,10 +176,12 @@ def _fits(state: Mapping[str, Any], indices: list[Any], order: list[str], parame
         if parameter is None:
             return False
         entry = state["state"].get(index, {})
-        for value in entry.values() if isinstance(entry, Mapping) else ():
+        for key, value in entry.items() if isinstance(entry, Mapping) else ():
             # "step" is a scalar; a moment has the parameter's own shape, a Shampoo factor that of an axis squared
             if isinstance(value, Tensor) and value.numel() > 1 and value.shape != parameter.shape:
                 if value.ndim == 2 and value.shape[0] == value.shape[1] and value.shape[0] in parameter.shape:
+                    continue
+                if key in MEANS and parameter.numel() % value.numel() == 0:
                     continue
                 return False
     return True

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 HEAD_BYTES = 128
+SHORTEST_TEXT = 4
+"""Bytes below which a file that breaks off looks like text by chance."""
 TORCH_LEGACY = bytes.fromhex("6cfc9c46f9206aa85019")
 """The number with which torch.save began its files before they were zip files."""
 LFS_POINTER = b"version https://git-lfs"
@@ -46,6 +48,6 @@ def _kind(head: bytes, size: int) -> Kind:
     if head.startswith(LFS_POINTER):
         return "lfs"
     text = head[:64].decode("utf-8", errors="replace").rstrip("\ufffd")
-    if text and all(c.isprintable() or c.isspace() for c in text) and "\ufffd" not in text:
+    if len(text) >= SHORTEST_TEXT and all(c.isprintable() or c.isspace() for c in text) and "\ufffd" not in text:
         return "text"
     return "unknown"

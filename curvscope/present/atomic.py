@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from curvscope.errors import OutputError
+
+# A writer that lives touches its file far more often.
+STALE_SECONDS = 3600
 
 
 def check_output(path: str | os.PathLike[str], force: bool = False, *, folder: bool = False) -> Path:
@@ -85,6 +90,7 @@ def replacing(path: str | os.PathLike[str], force: bool = False, *, folder: bool
         OutputError: as `check_output`, or the disk refuses; the previous result is untouched then.
     """
     target = check_output(path, force, folder=folder)
+    _discard_stale(target)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
     try:
         yield temporary
@@ -144,6 +150,16 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _discard_stale(target: Path) -> None:
+    """Remove what a writer of the same target left that was killed: nobody has touched it for a while."""
+    pattern = re.compile(re.escape(f".{target.name}.") + r"[0-9a-f]{8}\.part")
+    for path in target.parent.iterdir():
+        if pattern.fullmatch(path.name):
+            with contextlib.suppress(OSError):
+                if time.time() - path.stat().st_mtime > STALE_SECONDS:
+                    _discard(path)
 
 
 def _discard(path: Path) -> None:

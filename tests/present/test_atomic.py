@@ -110,3 +110,17 @@ def test_a_folder_replaces_a_folder(tmp_path: Path) -> None:
             (temporary / f"{content}.csv").write_text(content)
     assert [file.name for file in target.iterdir()] == ["new.csv"]
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_what_a_killed_writer_left_is_removed_later(tmp_path: Path) -> None:
+    target = tmp_path / "run.h5"
+    old, fresh, other = (
+        tmp_path / name for name in (".run.h5.0123abcd.part", ".run.h5.00000000.part", ".run2.h5.0123abcd.part")
+    )
+    for path in (old, fresh, other):
+        path.write_text("half")
+    for path in (old, other):
+        os.utime(path, (0, 0))
+    with replacing(target) as temporary:
+        temporary.write_text("new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([fresh.name, other.name, target.name])

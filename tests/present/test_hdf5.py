@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import math
 import signal
@@ -375,3 +376,21 @@ def test_a_full_disk_leaves_the_previous_file(tmp_path: Path) -> None:
     assert done.stdout.strip() == "3", done.stderr
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_the_file_can_be_opened_by_others_meanwhile(tmp_path: Path, ours_first: bool) -> None:
+    path = tmp_path / "run.h5"
+    write(make_run(), path)
+    run = read(path) if ours_first else None
+    with h5py.File(path) as file:
+        run = run or read(path)
+        assert len(file["tables/errors"]) == len(run.tables["errors"])
+
+
+def test_a_lock_of_another_process_does_not_matter(tmp_path: Path) -> None:
+    path = tmp_path / "run.h5"
+    write(make_run(), path)
+    with path.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert read(path).layers

@@ -89,8 +89,12 @@ def _open(path: Path) -> h5py.File:
     try:
         if not sound_heaps(path):
             raise _damaged(path, schema.ChecksumError("its strings do not end where they should"))
-        # Runs are replaced whole and never changed in place, so that a lock would only get in the way.
-        return h5py.File(path, "r", locking=False)
+        try:
+            # a process that opens a file twice has to say the same of locking: h5py's default is what others say
+            return h5py.File(path, "r")
+        except BlockingIOError:
+            # Runs are replaced whole and never changed in place, so that somebody's lock says nothing.
+            return h5py.File(path, "r", locking=False)
     except PermissionError as error:
         raise OutputError(
             "The file may not be read.", where=str(path), remedy="Change its permissions, or copy it."
