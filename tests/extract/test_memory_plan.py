@@ -39,7 +39,7 @@ def test_groups_of_layers_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr("curvscope.extract.choose.plan_sweeps", spy)
     # which bound takes several sweeps depends on what the passes were measured to take
-    for memory in range(40_000, 56_000, 1_500):
+    for memory in range(60_000, 96_000, 6_000):
         pieces = run(memory)
         if sweeps[-1] > 1:
             break
