@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from curvscope.errors import LayoutError
 from curvscope.graph.functional import Graph
-from curvscope.graph.isolation import MIXED_EXAMPLES, check_isolated
+from curvscope.graph.isolation import MIXED_EXAMPLES, check_isolated, looped
 from curvscope.graph.layout import Layout, candidates, holds
 from curvscope.graph.passing import observe, watched_pass
 from curvscope.graph.ragged import Ragged
@@ -101,7 +101,9 @@ def verify(graph: Graph, tensors: Sequence[Tensor], axes: Sequence[int | None], 
             )
         except LayoutError as refusal:
             passing[site.target] = []
-            refusals[site.target] = refusal
+            calls = len(graph.layers[site.layer].sites)
+            once_each = calls % examples == 0 and rows[site.target] < examples
+            refusals[site.target] = looped(site.layer) if once_each else refusal
     try:
         layout = _holding(output, output_permuted, order, examples, output.ndim, tolerance, "the model's output")[0]
     except LayoutError as refusal:
