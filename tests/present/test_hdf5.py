@@ -259,14 +259,14 @@ def test_overwritten_bytes_are_told_or_do_not_matter(tmp_path: Path) -> None:
     pages: list[list[str]] = [[], ["stem.conv"]]
     sound = [shown(layer) for layer in pages]
     told = 0
-    for offset in range(0, len(content) - 64, len(content) // 25):
+    for offset in range(0, len(content) - 64, len(content) // 12):
         for filling in (b"\xff", b"\0"):
             path.write_bytes(content[:offset] + filling * 64 + content[offset + 64 :])
             for layer, whole in zip(pages, sound, strict=True):
                 code, text = shown(layer)
                 told += code == 3
                 assert code == 3 or text == whole[1], (offset, filling)
-    assert told > 20
+    assert told > 9
 
 
 def test_a_heap_without_end_is_told(tmp_path: Path) -> None:
