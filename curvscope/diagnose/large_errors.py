@@ -80,9 +80,9 @@ def _remedy(layer: Layer, flavour: str, best: float, source: str, *, limited: bo
             f"EKFAC in the same basis is off by {ekfac:.2f}{': hardly better' if ekfac > LIMIT * best else ''}."
         )
     if limited:
-        words.append("No other choice of two factors helps: give it more damping than the others.")
+        words.append("No other choice of two factors helps: its own damping is in the damping section.")
     else:
-        words.append("Give it more damping than the others, or a first-order step of its own.")
+        words.append("Take the damping that the damping section gives for it, or a first-order step of its own.")
     return " ".join(words)
 
 

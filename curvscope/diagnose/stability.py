@@ -204,10 +204,10 @@ def _rate(network: dict[str, StabilityRow]) -> str:
     if rates is None or rates.status != "ok" or not math.isfinite(rates.value):
         return ""
     safe = rates.low if math.isfinite(rates.low) else rates.value
+    parts = " and on its parts" if math.isfinite(rates.low) else ""
     if rates.threshold <= safe:
-        parts = " and on its parts" if math.isfinite(rates.low) else ""
         return f"The learning rate, {rates.threshold:.2g}, is stable on this batch{parts} (up to {safe:.2g})."
-    return f"A learning rate under {safe:.2g} would be stable on this batch (now {rates.threshold:.2g})."
+    return f"A learning rate under {safe:.2g} would be stable on this batch{parts} (now {rates.threshold:.2g})."
 
 
 def _blamed(rows: Sequence[StabilityRow]) -> tuple[str, str]:

@@ -156,12 +156,14 @@ def build_eager(
         return output_tensor(twin(*args, **kwargs))
 
     def leaves() -> dict[str, Tensor]:
-        ends = {}
-        for calls in standing:
-            for site, leaf in zip(calls.sites, calls.leaves, strict=True):
-                if leaf.value is not None:
-                    ends[next(s.target for spec in specs.values() for s in spec.sites if s.module is site)] = leaf.value
-        return ends
+        # those of a layer that was given up have no target
+        targets = {id(site.module): site.target for spec in specs.values() for site in spec.sites}
+        return {
+            targets[id(site)]: leaf.value
+            for calls in standing
+            for site, leaf in zip(calls.sites, calls.leaves, strict=True)
+            if leaf.value is not None and id(site) in targets
+        }
 
     with torch.no_grad():
         run(*tensors)

@@ -48,10 +48,17 @@ class Sums:
     rounding: float = 0.0
 
     def moved(self, changes: Float64[Tensor, "K q"]) -> Sums:
-        """With what leaving out each draw changes beside its pairs, [K, q]; of two draws the changes add."""
-        two = self.without_two + changes[:, None] + changes
+        """With what leaving out each draw changes beside its pairs, [K, q].
+
+        Of two draws of a fold of m the changes add as those of a mean do, times (m - 1)/(m - 2).
+        """
+        scale = changes.new_ones(len(changes), len(changes))
+        for fold in self.folds:
+            index = torch.tensor(list(fold), device=changes.device)
+            scale[index[:, None], index] = (len(fold) - 1) / (len(fold) - 2)
+        two = self.without_two + scale[..., None] * (changes[:, None] + changes)
         diagonal = torch.arange(len(changes), device=changes.device)
-        two[diagonal, diagonal] -= changes
+        two[diagonal, diagonal] = self.without_two[diagonal, diagonal] + changes
         return replace(self, without=self.without + changes, without_two=two)
 
     def of(self, number: Callable[[Tensor], Tensor]) -> Estimate:

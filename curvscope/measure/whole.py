@@ -145,6 +145,8 @@ class WholeNetwork:
             lowest_at = self.current
         judge(lowest_at)
         _, best = lowest_safe(tuple(judged), lambda damping: self._verdict(judge(damping)))
+        # the search for the edge of what is safe may have met a lower one
+        lowest_at = min(judged, key=lambda damping: _finite(judged[damping].actual))
         around = lowest_at if math.isnan(best) else best
         nearest = min(range(len(self.grid)), key=lambda index: abs(math.log(self.grid[index] / around)))
         # line searches along the steps of one form tell enough
@@ -277,7 +279,7 @@ class WholeNetwork:
             judged[factor] = self.objective.judged(self._joint(approximation, form, given))
             return self._verdict(judged[factor])
 
-        _, factor = lowest_safe(FACTORS, judge, extend=2, halvings=2)
+        _, factor = lowest_safe(FACTORS, judge, halvings=2)
         return (max(judged), None) if math.isnan(factor) else (factor, judged[factor])
 
     def _rho(self, step: Step) -> float:
@@ -321,6 +323,10 @@ class WholeNetwork:
         if approximation == EXACT and any(p.exact and damping not in p.exact for p in self.parts):
             reasons.append("interpolated between kept steps, within 1 % in every eigendirection")
         return reasons
+
+
+def _finite(change: float) -> float:
+    return change if math.isfinite(change) else math.inf
 
 
 def no_steps(reason: str) -> tuple[list[StepRow], list[GlobalDampingRow]]:

@@ -72,7 +72,7 @@ ENTRIES = (
         "RMS of g / sqrt(v) over the whole network at least 2.3, on the batch and its halves, v bias-corrected and "
         "with this gradient taken in, not under eps^2. In the paper loss spikes follow 1 to 8 steps after v has "
         "underestimated the squared gradients, and dividing the learning rate by max(1, RMS) avoids them. The number "
-        "2.3 is remembered from its text, which could not be had: take it as a choice.",
+        "2.3 itself is a choice.",
         "arXiv:2304.13013.",
         "Divide the learning rate by the value (update clipping); lower beta2; after a change of data start the "
         "moments anew.",

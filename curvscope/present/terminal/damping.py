@@ -69,7 +69,7 @@ def overview_section(page: Page, layers: Sequence[Layer], optimizer: str = "") -
     if standing:
         words += "; now: one step of this layer alone, which says nothing of many steps (CS5xx) or of all layers"
     if any(not math.isnan(row.joint) for _, row in known):
-        words += "; set: best times a common factor, tried in a step of all layers together"
+        words += "; set: best times a common factor, that of a step of all layers by the row's own K-FAC"
         plain = [layer.name for layer, row in known if row.joint > row.high]
         if plain:
             words += f", which leaves {some(plain, 'layer')} with plain gradient steps"

@@ -63,9 +63,8 @@ def _layer_table(page: Page, run: Run, layers: list[Layer]) -> list[str]:
         wider = [[name, *chosen[:-1], spectrum] for spectrum in spectra]
         chosen = next((c for c in wider if page.needed(c) <= page.width - 2), [name, *chosen])[1:]
     page.table([name, *chosen])
-    return page.left_out(columns, chosen) + (
-        [] if any(spectrum in chosen for spectrum in spectra) else ["GGN spectrum"]
-    )
+    missing = drawn and not any(spectrum in chosen for spectrum in spectra)
+    return page.left_out(columns, chosen) + ([f"{matrix} spectrum"] if missing else [])
 
 
 def _layer_columns(page: Page, layers: list[Layer], matrix: str) -> list[Column]:
