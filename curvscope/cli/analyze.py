@@ -63,8 +63,8 @@ def analyze(
         str | None,
         typer.Option(
             metavar="NAME[:KEY=VALUE,...]",
-            help="The loss as trained: cross_entropy, mse or bce_with_logits, with settings such as "
-            "label_smoothing=0.1,reduction=sum, or pkg.module:callable.",
+            help="The loss as trained: cross_entropy, mse, bce_with_logits or causal_lm, with settings "
+            "(:label_smoothing=0.1), or pkg.module:callable.",
             rich_help_panel=INPUT,
         ),
     ] = None,

@@ -154,7 +154,10 @@ def _words(page: Page, row: GlobalDampingRow) -> list[Text]:
         lines.append(page.text(words, "bold" if row.current < row.safe_from or math.isnan(row.safe_from) else ""))
     if not math.isnan(row.per_layer_change) and row.change < 0:
         gain = row.per_layer_change / row.change - 1
-        words = f"A damping for each layer (set, above: its own best times {number(row.per_layer_factor)}): "
+        words = (
+            "A damping for each layer (set, above, where this K-FAC is the better: its own best times "
+            f"{number(row.per_layer_factor)}): "
+        )
         words += f"{_signed(row.per_layer_change)}, {abs(gain):.0%} {'more' if gain > 0 else 'less'} than one for all."
         lines.append(page.text(words, "dim"))
     return lines
