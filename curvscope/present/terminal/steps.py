@@ -158,7 +158,8 @@ def _words(page: Page, row: GlobalDampingRow) -> list[Text]:
             "A damping for each layer (set, above, where this K-FAC is the better: its own best times "
             f"{number(row.per_layer_factor)}): "
         )
-        words += f"{_signed(row.per_layer_change)}, {abs(gain):.0%} {'more' if gain > 0 else 'less'} than one for all."
+        words += f"{_signed(row.per_layer_change)}, {abs(gain):.0%} {'more' if gain > 0 else 'less'} than one for all"
+        words += "." if gain >= 0 else ": set one value for all."
         lines.append(page.text(words, "dim"))
     return lines
 
