@@ -35,7 +35,7 @@ def test_the_first_page_has_the_better_kfac_and_a_line_for_the_others(width: int
     assert "K-FAC-reduce: recommended damping 10.0 for all layers, -0.0320 by one full step" in words
     assert "Safe from 10.0 on (a decrease predicted, rho at least 1/4)" in words
     assert "The optimizer's own damping is 0.100: +0.00400 by the full step." in words
-    assert "-0.0210, 34% less than one for all." in words
+    assert "-0.0210, 34% less than one for all: set one value for all." in words
     assert "K-FAC-expand 10.0 (-0.0300)" in words
     assert "EKFAC-expand 10.0" in words
     assert "0.00280 (K-FAC-expand, EKFAC-reduce)" in words
