@@ -191,6 +191,10 @@ def test_per_layer_dampings_minimise_each_layers_own_model() -> None:
         mean = float(block.trace()) / len(where)
         assert row.decrease > 0.99 * max(-model(mean * 10.0**place) for place in np.linspace(-8, 4, 200))
         summary = next(r for r in found.run.tables["global_damping"] if r.approximation == "kfac_reduce")
+        if math.isnan(summary.per_layer_factor):
+            assert math.isnan(row.joint)
+            assert "not safe together, up to 1000 times themselves" in summary.reason
+            continue
         assert row.joint == damping * summary.per_layer_factor
         assert summary.per_layer_change < 0
         assert summary.per_layer_rho >= 0.25
