@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import curvscope
 from curvscope.graph.export import export_model
 from curvscope.load.problem import Inputs
+from tests.extract.test_many_batches import cnn
 from tests.many import Tokens, cut, repeats, tokens
 
 SIZES = [3, 3, 1]
@@ -41,27 +42,13 @@ class Recurrent(nn.Module):
         return nn.functional.linear(self.rnn(self.table(ids))[0], self.table.weight)
 
 
-def images() -> nn.Module:
-    net = nn.Sequential(
-        nn.Conv2d(2, 4, 3, padding=1),
-        nn.BatchNorm2d(4),
-        nn.Tanh(),
-        nn.Conv2d(4, 4, 3, groups=2),
-        nn.Tanh(),
-        nn.Flatten(),
-        nn.Linear(16, 4),
-    )
-    net(torch.randn(32, 2, 4, 4))
-    return net.eval()
-
-
 @cache
 def problem(name: str) -> tuple[Any, Any, str]:
     """A model, exported once, with its batch of 7 examples and its loss."""
     torch.manual_seed(0)
     classes = torch.tensor([0, 3, 1, 2, 2, 0, 3])
     if name == "images":
-        return exported(images(), torch.randn(7, 2, 4, 4)), (torch.randn(7, 2, 4, 4), classes), "cross_entropy"
+        return exported(cnn(), torch.randn(7, 2, 4, 4)), (torch.randn(7, 2, 4, 4), classes), "cross_entropy"
     if name in ("tokens", "padded tokens"):
         inputs, targets = tokens(7)
         if name == "tokens":

@@ -1,8 +1,8 @@
 """Which damping to take: the safe range by rho, the lowest objective within it and at all, where a step is -gradient.
 
-The recommended damping is the one with the lowest objective after one step of those that the Levenberg-Marquardt rule
-calls safe: a step of which the quadratic model predicts a decrease, and that keeps a quarter of it. The lowest
-objective at all may lie below: such a step is one that the model does not predict.
+The recommended damping has the lowest objective after one step of all that were tried. The safe one, which findings
+advise, has the lowest of those that the Levenberg-Marquardt rule takes: a step of which the quadratic model predicts a
+decrease, and that keeps a quarter of it. The recommended step may be one that the model does not predict.
 """
 
 from __future__ import annotations
