@@ -51,6 +51,7 @@ def measure(workload: str, memory: int, device: str, threads: int) -> dict[str, 
         "planned": found["analysis"]["planned"],
         "not_assessed": found["analysis"]["not_assessed"],
         "layers": found["analysis"]["layers"],
+        "refused": bool(found["analysis"].get("refused")),
         "within": used <= memory + own,
     }
 
@@ -71,6 +72,7 @@ def _stage(workload_name: str, stage: Stage, memory: int, device: str) -> dict[s
     from benchmarks.ours import analyze
     from benchmarks.workloads import make
     from curvscope import pipeline
+    from curvscope.errors import UsageError
 
     small = nn.Sequential(nn.Linear(3, 2)).to(device)
     batch = (torch.randn(4, 3, device=device), torch.zeros(4, dtype=torch.long, device=device))
@@ -80,7 +82,10 @@ def _stage(workload_name: str, stage: Stage, memory: int, device: str) -> dict[s
         loss = nn.functional.cross_entropy(workload.model(workload.inputs), workload.targets)
         loss.backward()
     elif stage == "analysis":
-        run = analyze(workload, memory=memory)
+        try:
+            run = analyze(workload, memory=memory)
+        except UsageError:  # the bound is below what the factors take: refused, with the least that it would have to be
+            return {"peak": peak_bytes(device), "planned": 0, "layers": 0, "not_assessed": 0, "refused": 1}
         found = {"peak": peak_bytes(device), "layers": len(run.layers)}
         found["not_assessed"] = sum(layer.row.status == "not_assessed" for layer in run.layers.values())
         batch = (workload.inputs, workload.targets)

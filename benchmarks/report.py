@@ -179,7 +179,8 @@ def memory_table(peaks: Sequence[Document]) -> str:
     def row(peak: Document) -> list[str]:
         mebibytes = [f"{peak[name] / 2**20:.0f}" for name in ("bound", "base", "step", "planned", "analysis")]
         left_out = f"{peak['not_assessed']} of {peak['layers']}"
-        return [peak["workload"], *mebibytes, left_out, "within" if peak["within"] else "above"]
+        verdict = "refused" if peak.get("refused") else "within" if peak["within"] else "above"
+        return [peak["workload"], *mebibytes, left_out, verdict]
 
     return table(
         ["workload", "bound", "base", "own", "planned", "analysis", "not assessed", "verdict"],

@@ -166,7 +166,12 @@ def _deviation(
     M = layer_jacobian(model, layer, names, J, exact_only)
     if M is None:  # another order of the same numbers has the same spectrum
         M = torch.cat([J[key].flatten(1) for key in names], dim=1)
-        got, want = (torch.linalg.eigvalsh(G) for G in (V.flatten(1).T @ V.flatten(1), M.T @ H @ M))
+        # of V V^T as of V^T V, and of M^T H M as of L^T M M^T L with H = L L^T: no parameters x parameters
+        eigenvalues, Q = torch.linalg.eigh(H)
+        LM = (Q * eigenvalues.clamp(min=0.0).sqrt()).T @ M
+        got, want = (torch.linalg.svdvals(each.flatten(1)).square() for each in (V, LM))
+        rank = max(len(got), len(want))
+        got, want = (functional.pad(each, (0, rank - len(each))) for each in (got, want))
         return _relative(got, want)
     V = V.reshape(layer.row.columns, layer.row.groups, -1)
     pairs = [(V[:, group].T @ V[:, group], M[:, group].T @ H @ M[:, group]) for group in range(layer.row.groups)]
