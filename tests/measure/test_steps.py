@@ -366,6 +366,32 @@ def test_draws_give_kfac_steps_but_no_exact_ones() -> None:
     for name in ("ekfac_expand", "ekfac_reduce", "ggn"):
         assert status[name, "eigenbasis"][0] == "not_assessed"
         assert "draws" in status[name, "eigenbasis"][1]
+    for name in ("kfac_expand", "kfac_reduce"):
+        assert "factors made of draws" in status[name, "eigenbasis"][1]
+        assert "no dampings by layer" in status[name, "eigenbasis"][1]
+
+
+def test_steps_by_drawn_factors_are_dense_solves_with_these_factors() -> None:
+    torch.manual_seed(0)
+    model, x, y = models.mlp(4, 5, 3).double(), torch.randn(6, 4).double(), torch.randint(3, (6,))
+    run, _ = with_network(model, (x, y), "cross_entropy", fisher="probe", samples=4)
+    loss = nn.functional.cross_entropy(model(x), y)
+    gradients = dict(
+        zip(dict(model.named_parameters()), torch.autograd.grad(loss, list(model.parameters())), strict=True)
+    )
+    rows = [row for row in run.tables["steps"] if (row.approximation, row.form) == ("kfac_expand", "eigenbasis")]
+    assert len(rows) >= 7
+    for row in rows:
+        moved = {key: p.detach().clone() for key, p in model.named_parameters()}
+        for name, layer in run.layers.items():
+            pair = layer.factors["expand"]
+            g = torch.cat([gradients[f"{name}.weight"], gradients[f"{name}.bias"][:, None]], 1)
+            M = torch.kron(torch.as_tensor(pair.B), torch.as_tensor(pair.A))
+            step = torch.linalg.solve(M + row.damping * torch.eye(len(M), dtype=M.dtype), -g.flatten()).view_as(g)
+            moved[f"{name}.weight"] += step[:, :-1]
+            moved[f"{name}.bias"] += step[:, -1]
+        after = nn.functional.cross_entropy(torch.func.functional_call(model, moved, (x,)), y)
+        assert row.actual_change == pytest.approx(float((after - loss).detach()), rel=1e-7, abs=1e-12)
 
 
 def test_layers_that_are_left_out_stay_where_they_are() -> None:

@@ -69,6 +69,15 @@ def test_a_recommended_value_that_is_not_safe_says_so_beside_it_everywhere() -> 
     assert "damping 10.0 (safe or not is within rounding)" in " ".join(section(shown(run)).split())
 
 
+def test_steps_by_drawn_factors_say_so_on_the_first_page() -> None:
+    run = make_run()
+    run.tables["global_damping"] = [
+        dataclasses.replace(row, status="estimated") for row in run.tables["global_damping"][:4]
+    ]
+    assert "The factors are made of draws: other draws, another step." in " ".join(section(shown(run)).split())
+    assert "made of draws" not in section(shown(make_run()))
+
+
 def test_a_run_without_steps_says_why_once() -> None:
     run = make_run()
     for table in ("steps", "global_damping"):
