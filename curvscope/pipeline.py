@@ -330,7 +330,7 @@ def _analyzed(given: _Given, run_on: torch.device) -> Run:
         of_network = None if stage is None else attempt(partial(stage.tables, measured))
     report("steps", "", 1, 1)
     if of_network is None:
-        of_network = no_tables(WHOLE_MEMORY, chosen)
+        of_network = no_tables(WHOLE_MEMORY, chosen, measured)
         notes.append(f"Tables steps and evidence are not assessed: {WHOLE_MEMORY}.")
     # what was kept of all layers for the steps
     del stage, wishes

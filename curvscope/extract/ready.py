@@ -304,6 +304,7 @@ def _loads(ready: Ready, passes: Passes, plan: Plan) -> list[cost.Load]:
         columns=passes.columns,
         draws=passes.fisher in ("probe", "mc"),
         itemsize=DTYPES[ready.settings.dtype].itemsize,
+        exact_factors=ready.fisher not in ("probe", "mc"),
     )
 
 

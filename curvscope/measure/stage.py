@@ -65,8 +65,8 @@ class NetworkStage:
             steps, summaries = whole.no_steps(self.why_no_steps)
         else:
             steps, summaries = self.found.finish(own_dampings(layers))
-            for layer in layers.values():
-                layer.ranges = with_joint(layer.ranges, summaries)
+        for layer in layers.values():
+            layer.ranges = with_joint(layer.ranges, summaries, {} if self.found is None else self.found.withheld)
         survey, targets = self.network.examples.pieces.survey, self.problem.targets
         found = likelihood(
             self.problem.loss,
@@ -81,9 +81,11 @@ class NetworkStage:
         return {"steps": list(steps), "global_damping": list(summaries), "evidence": list(evidence)}
 
 
-def no_tables(reason: str, fisher: str) -> dict[str, list[Row]]:
-    """The same tables, not assessed for a reason."""
+def no_tables(reason: str, fisher: str, layers: Mapping[str, Layer]) -> dict[str, list[Row]]:
+    """The same tables, not assessed for a reason, which the layers' ranges get, too."""
     steps, summaries = whole.no_steps(reason)
+    for layer in layers.values():
+        layer.ranges = with_joint(layer.ranges, summaries, {})
     evidence = evidence_rows([], {}, Likelihood(reason=reason), fisher=fisher)
     return {"steps": list(steps), "global_damping": list(summaries), "evidence": list(evidence)}
 

@@ -31,7 +31,7 @@ def overview(page: Page, run: Run) -> None:
     left_out = _layer_table(page, run, list(layers.values()))
     _legend(page, run, layers, left_out)
     _not_assessed(page, run, layers)
-    overview_section(page, list(layers.values()), run.model.optimizer)
+    overview_section(page, list(layers.values()), run.model.optimizer, run.tables.get("global_damping", []))
     stability_section(page, run)
     _coverage(page, run)
     steps_section(page, run)
