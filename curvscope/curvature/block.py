@@ -95,7 +95,7 @@ class Block:
         """`V^T V` [N K, N K], or G itself [P, P] where that is what was formed: the same nonzero spectrum."""
         if self.columns.form == "formed":
             assert self.columns.block is not None
-            return self.columns.block
+            return self.columns.block if self.columns.block.ndim == 2 else self.columns.block.sum(0)
         if self.columns.form == "outer":
             assert self.columns.gradients is not None
             g = self.columns.gradients.double().flatten(0, 1).squeeze(1)

@@ -26,8 +26,9 @@ class Columns:
     """A layer's GGN columns v[n, k] in whichever form is cheapest to keep.
 
     outer and factored keep `inputs` [N, R, d_in(+1)] and `gradients` [K, N, R, d_out] (outer is R = 1); dense keeps
-    `values` [K, N, d_out, d_in(+1)]; formed keeps `block` = G itself, [P, P] in float64, where P < N K. Beside those
-    two, `row_inputs` and `row_gradients` are what factored would keep, where they are small.
+    `values` [K, N, d_out, d_in(+1)]; formed keeps `block` = G itself, [P, P] in float64, where P < N K, or that of each
+    draw alone, [K, P, P], whose sum is G. Beside those two, `row_inputs` and `row_gradients` are what factored would
+    keep, where they are small.
     """
 
     form: Form

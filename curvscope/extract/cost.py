@@ -39,9 +39,11 @@ SHARES_STEPS = 40
 # so many vectors are then turned into it and back.
 TRIDIAGONAL_FROM = 1024
 TURNED_VECTORS = 200
-# EKFAC from draws: diagonals in bases of other draws, of half of the columns each; and eigenbases of B.
-FOLD_ROTATIONS = 3
-FOLD_BASES = 6
+# EKFAC from draws takes so many of them at least (`measure.ekfac_estimate`). For each half of them there are bases of
+# the other half's, of its own halves, and of it without each draw, or without each of so many groups of draws.
+FOLD_DRAWS = 8
+FOLD_BASES = 3
+MOST_GROUPS = 8
 # Seconds of what does not grow with the sizes (thousands of small operations), a layer and a flavour.
 LAYER_SECONDS = 0.02
 FLAVOUR_SECONDS = 0.02
@@ -100,7 +102,10 @@ def measured_rates(device: torch.device) -> Rates:
 
 @dataclass(frozen=True)
 class Load:
-    """One layer's sizes: P = d_out d_in of one group, N examples of R positions with K columns."""
+    """One layer's sizes: P = d_out d_in of one group, N examples of R positions with K columns.
+
+    The columns of a layer may be `draws` where its factors are exact.
+    """
 
     spec: LayerSpec
     plan: LayerPlan
@@ -109,6 +114,7 @@ class Load:
     positions: int
     draws: bool
     itemsize: int
+    exact_factors: bool = False
 
 
 def estimate(loads: Sequence[Load], groups: int, passes: PassSeconds, rates: Rates) -> dict[str, float]:
@@ -146,17 +152,15 @@ def measure_seconds(load: Load, rates: Rates) -> float:
     factors = 0.0
     if not spec.exact_only:
         cubes = spec.groups * float(d_out**3 + d_in**3)
-        # extremes of the stored factors, then the eigenbasis that K-FAC and EKFAC share
-        factors = 2 * cubes / rates.eigenvalues + flavours * cubes / rates.eigenvectors
+        # extremes of the stored factors, the condition of expand's, then the eigenbasis that K-FAC and EKFAC share
+        factors = 3 * cubes / rates.eigenvalues + flavours * cubes / rates.eigenvectors
         factors += flavours * spec.groups * P / rates.sorted + LAYER_SECONDS + flavours * FLAVOUR_SECONDS
     if form is None:
         return factors
+    if load.draws:
+        return factors + spec.groups * drawn_seconds(load, flavours, rates)
     small = P if form == "formed" else NK
     block = small**3 / rates.eigenvalues + _gram(load, rates) + P / rates.sorted
-    if load.draws:
-        bases = (FOLD_BASES * d_out**3 + d_in**3) / rates.eigenvectors
-        folds = flavours * (_contraction(load, rates) + FOLD_ROTATIONS * _rotation(load, rates) + bases)
-        return factors + spec.groups * (_gram(load, rates) + (0.0 if spec.exact_only else folds))
     if spec.exact_only:
         return block + _damped(load, small, rates)
     # G and K-FAC times a vector, and that vector against all before, twice
@@ -165,6 +169,57 @@ def measure_seconds(load: Load, rates: Rates) -> float:
     every = flavours * (_rotation(load, rates) + P / rates.sorted + SPECTRAL_STEPS * step)
     each = block + every + _nearest(load, rates) + _damped(load, small, rates)
     return factors + spec.groups * each + (0.0 if spec.groups > 1 else _causes(load, small, rates))
+
+
+def drawn_seconds(load: Load, flavours: int, rates: Rates) -> float:
+    """What is measured of one group whose columns are draws, beside its factors' own spectra."""
+    d_out, d_in, P = _sizes(load)
+    K, small = load.columns, P if load.plan.form == "formed" else load.examples * load.columns
+    whole = _gram(load, rates) + _diagonals(load, rates)
+    # products of draws with draws, for every approximation and the trace
+    pairs = K * K * 2.0 * P * P / rates.product64 if load.plan.form == "formed" else 24.0 * small**2 / rates.bytes
+    if load.spec.exact_only:
+        return whole + 2 * pairs
+    bases = 1.0 if load.exact_factors else 0.0
+    spectra = 0.0
+    if not load.exact_factors:
+        # B of all draws and without each, with A once more
+        spectra = ((K + 1) * d_out**3 + d_in**3) / rates.eigenvalues
+        if K >= FOLD_DRAWS:
+            half = K - K // 2
+            bases = 2.0 * (FOLD_BASES + -(-half // -(-half // MOST_GROUPS)))
+    share = 1.0 if load.exact_factors else 0.5
+    ekfac = (bases * d_out**3 + d_in**3) / rates.eigenvectors + share * bases * _diagonals(load, rates, turned=True)
+    turn = _turned_inputs(load, rates) if bases else 0.0
+    each = _contraction(load, rates) + spectra + (ekfac + turn if bases else 0.0)
+    return whole + (2 * flavours + 2) * pairs + flavours * each
+
+
+def _turned_inputs(load: Load, rates: Rates) -> float:
+    """All draws with their inputs in a basis of A."""
+    _, d_in, P = _sizes(load)
+    N, NK = load.examples, load.examples * load.columns
+    if load.plan.form == "formed":
+        return load.columns * (2.0 * P * P * d_in / rates.product64 + 24.0 * P * P / rates.bytes)
+    if load.plan.form == "dense":
+        return 4.0 * NK * P * d_in / rates.skinny + 24.0 * NK * P / rates.bytes
+    return 2.0 * N * load.positions * d_in**2 / rates.product64
+
+
+def _diagonals(load: Load, rates: Rates, *, turned: bool = False) -> float:
+    """diag(G) of each of all draws; with outputs that are `turned` into another basis."""
+    d_out, _, P = _sizes(load)
+    NK, R = load.examples * load.columns, load.positions
+    if load.plan.form == "formed":
+        # the diagonal over the inputs, once for all
+        return load.columns * turned * (2.0 * P * d_out**2 / rates.product64 + 24.0 * P * d_out / rates.bytes)
+    # double precision: twice what single takes
+    if load.plan.form == "dense":
+        return turned * 4.0 * NK * P * d_out / rates.skinny + 24.0 * NK * P / rates.bytes
+    turn = turned * 2.0 * NK * R * d_out**2 / rates.product64 + 24.0 * NK * R * d_out / rates.bytes
+    if load.plan.form == "outer":
+        return turn + 2.0 * NK * P / rates.product64
+    return turn + 4.0 * NK * R * P / rates.skinny + 16.0 * NK * P / rates.bytes
 
 
 def _sizes(load: Load) -> tuple[int, int, int]:
@@ -292,6 +347,7 @@ def loads_of(
     columns: int,
     draws: bool,
     itemsize: int,
+    exact_factors: bool = False,
 ) -> list[Load]:
     """The sizes of all planned layers; `positions` are those of sites."""
     layers = plan.layers if isinstance(plan, Plan) else plan
@@ -304,6 +360,7 @@ def loads_of(
             1 if specs[name].exact_only else sum(positions[site.target] for site in specs[name].sites),
             draws,
             itemsize,
+            exact_factors,
         )
         for name, layer in layers.items()
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float64
@@ -55,16 +55,20 @@ def dead_outputs(layer: str, share: float, draws: Draws) -> StabilityRow:
     return sign_row("dead_outputs", share, layer=layer, low=0.0, high=share, status="estimated", reason=reason)
 
 
-def condition_of_B(layer: str, B: Tensor, B_draws: Tensor, draws: Draws) -> list[StabilityRow]:
+def condition_of_B(
+    layer: str, B: Tensor, B_draws: Tensor, draws: Draws, known: FactorOfDraws | None = None
+) -> list[StabilityRow]:
     """lambda_max / lambda_min of the worst group's B with its error, and the share that float32 does not resolve.
 
     Draws only add to B's range. Where the first half of them fills what all of them do, so does, but for draws that
-    all fell into it by chance, every further one.
+    all fell into it by chance, every further one. `known` are the eigenvalues of the draws, where they are.
     """
     condition, unresolved = "condition_B", "unresolved_B"
     refused = draws.refused if bool((B != 0).any()) else f"B is zero under {draws.words}"
     eps = torch.finfo(torch.float32).eps
-    found = None if refused else FactorOfDraws.of(B_draws, eps)
+    found = None
+    if not refused:
+        found = FactorOfDraws.of(B_draws, eps) if known is None else replace(known, eps=eps)
     if found is None:
         refused = refused or f"told of draws up to {WIDEST} outputs only"
         return [missing(name, refused, layer=layer) for name in (condition, unresolved)]

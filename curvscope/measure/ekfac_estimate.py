@@ -23,7 +23,7 @@ from torch import Tensor
 
 from curvscope.curvature.block import Block
 from curvscope.curvature.eigen import eigh
-from curvscope.measure.draws import diagonal_pairs, rotated, some_draws
+from curvscope.measure.draws import Turned
 from curvscope.measure.jackknife import MINIMUM_FOLD
 
 MINIMUM_DRAWS = 2 * MINIMUM_FOLD
@@ -68,15 +68,14 @@ def ekfac_pairs(
     draws = block.columns.count
     given = torch.zeros(draws, draws, dtype=torch.float64, device=block.device)
     change, moved = torch.zeros_like(given), torch.zeros_like(given[0])
-    U_A = eigh(A)[1]
+    turned = Turned(block, eigh(A)[1])
     weight = 0.0
     for fold in folds:
         others = sorted(set(range(draws)) - set(fold))
-        part, index = some_draws(block, fold), torch.tensor(list(fold), device=block.device)
+        index = torch.tensor(list(fold), device=block.device)
 
-        def products(basis: Sequence[int], part: Block = part) -> Tensor:
-            U_B = eigh(B_draws[list(basis)].mean(0))[1]
-            return diagonal_pairs(rotated(part, U_B, U_A))
+        def products(basis: Sequence[int], fold: Sequence[int] = fold) -> Tensor:
+            return turned.pairs(fold, eigh(B_draws[list(basis)].mean(0))[1])
 
         given[index[:, None], index] = mine = products(others or fold)
         if others:

@@ -16,6 +16,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from curvscope.curvature.eigen import eigvalsh
+from curvscope.extract.collector import Extract
 from curvscope.measure.jackknife import Estimate, of_positive
 from curvscope.measure.terms import Term
 from curvscope.records import NAN, SpectrumRow
@@ -33,17 +34,17 @@ TOO_FEW = "with one draw less B has another rank: too few draws to tell its smal
 
 @dataclass(frozen=True)
 class FactorOfDraws:
-    """Eigenvalues of B, ascending: [K + 1, groups, d], of all draws and then without each; `scale` the loss's unit."""
+    """Eigenvalues of B, ascending: [K + 1, groups, d], of all draws and then without each; zero is told with `eps`."""
 
     values: Float64[Tensor, "K+1 G d"]
     eps: float
 
     @classmethod
-    def of(cls, given: Tensor, eps: float, scale: float = 1.0) -> FactorOfDraws | None:
+    def of(cls, given: Tensor, eps: float) -> FactorOfDraws | None:
         """From B of every draw alone, [K, d, d] or [K, G, d, d], whose sum is B; None where it is too wide."""
         if given.shape[-1] > WIDEST or given.shape[0] < 2:
             return None
-        each = given.double().reshape(given.shape[0], -1, *given.shape[-2:]) * scale
+        each = given.double().reshape(given.shape[0], -1, *given.shape[-2:])
         draws, whole = each.shape[0], each.sum(0)
         less = torch.stack([eigvalsh((whole - one) * (draws / (draws - 1))) for one in each])
         return cls(torch.cat([eigvalsh(whole)[None], less]), eps)
@@ -51,6 +52,16 @@ class FactorOfDraws:
     def kept(self, values: Tensor) -> Tensor:
         """Which of the eigenvalues of several matrices count as nonzero."""
         return values > values.amax(-1, keepdim=True) * values.shape[-1] * self.eps
+
+    @classmethod
+    def every(cls, extract: Extract, eps: float) -> dict[tuple[str, str], FactorOfDraws | None]:
+        """Those of all factors of a layer that are made of draws, by role ("" where there is one) and flavour."""
+        found: dict[tuple[str, str], FactorOfDraws | None] = {}
+        for name, role in (extract.roles or {"": extract}).items():
+            for flavour, given in role.probe_B.items():
+                same = flavour == "reduce" and role.positions == 1 and (name, "expand") in found
+                found[name, flavour] = found[name, "expand"] if same else cls.of(given, eps)
+        return found
 
     @property
     def ranks(self) -> Tensor:
@@ -76,13 +87,11 @@ class FactorOfDraws:
         return of_positive(worst[0], worst[1:])[0] if positive else Estimate(float(worst[0, 0]), NAN)
 
 
-def spectrum_estimates(term: Term, eps: float) -> dict[str, Estimate] | None:
-    """NUMBERS of B (x) A with their errors, in the columns' unit; None where B is too wide.
+def spectrum_estimates(term: Term, B: FactorOfDraws | None) -> dict[str, Estimate] | None:
+    """NUMBERS of B (x) A with their errors, in the columns' unit; None where `B`, the term's own, is too wide.
 
     An eigenvalue of a factor counts as zero below the largest times n times eps, as in `approximation_spectrum`.
     """
-    assert term.draws is not None
-    B = FactorOfDraws.of(term.draws, eps)
     if B is None:
         return None
     A = eigvalsh(term.A.double()).reshape(-1, term.A.shape[-1])  # [G, d_in]
@@ -123,11 +132,13 @@ def _numbers(A: Tensor, B: Tensor, about: FactorOfDraws) -> Tensor:
     return torch.stack([high, least, high / least, (trace.log() - logs / trace).exp()])
 
 
-def factor_errors(B: Tensor, name: str, eps: float, scale: float) -> dict[str, float]:
-    """Standard errors of a factor's trace and extreme eigenvalues, as attributes of the layer beside their values."""
-    found = FactorOfDraws.of(B, eps, scale)
-    if found is None:
+def factor_errors(B: FactorOfDraws | None, name: str, scale: float) -> dict[str, float]:
+    """Standard errors of a factor's trace and extreme eigenvalues, as attributes of the layer beside their values.
+
+    `scale` brings them to the loss's unit; none where B is too wide.
+    """
+    if B is None:
         return {}
-    trace, most, least = found.extremes()
+    trace, most, least = B.extremes()
     named = {"trace": trace, "lambda_max": most, "lambda_min": least}
-    return {f"{name}/{key}_stderr": one.stderr for key, one in named.items() if one.stderr == one.stderr}
+    return {f"{name}/{key}_stderr": one.stderr * scale for key, one in named.items() if one.stderr == one.stderr}

@@ -21,7 +21,7 @@ from curvscope.measure.drawn_signs import Draws
 from curvscope.measure.draws import factors_of_draws
 from curvscope.measure.estimate import estimated_errors, estimated_spectra, no_bars
 from curvscope.measure.exact_layer import against_exact, blocks_of, eigenvectors_of, group_factors
-from curvscope.measure.factor_estimate import spectrum_estimates, with_errors
+from curvscope.measure.factor_estimate import FactorOfDraws, spectrum_estimates, with_errors
 from curvscope.measure.found import Found
 from curvscope.measure.layer_facts import (
     better_flavour,
@@ -65,7 +65,8 @@ def measure_layer(
     blocks = blocks_of(extract, wishes.piece_bytes)
     draws = _draws(extract, blocks, wishes)
     eps = torch.finfo(wishes.dtype).eps
-    found = Found(attributes=factor_facts(extract, scale, eps, bars=draws is None or not draws.refused), scale=scale)
+    drawn = {} if draws is not None and draws.refused else FactorOfDraws.every(extract, eps)
+    found = Found(attributes=factor_facts(extract, scale, drawn), scale=scale)
     eigenvectors: dict[str, Any] = {}
     kept: dict[str, Any] = {}
     built: Sequence[Mapping[str, Built]] = ()
@@ -79,7 +80,7 @@ def measure_layer(
     else:
         block: Block | GroupedBlock = blocks[0] if len(blocks) == 1 else GroupedBlock(blocks)
         if wishes.fisher in ("probe", "mc"):
-            better = _estimated(extract, blocks, wishes, found)
+            better = _estimated(extract, blocks, wishes, found, drawn)
             found.damping = not_assessed(spec.name, "steps need exact columns: an estimated block has few of them")
         else:
             built = against_exact(extract, blocks, block, wishes, found)
@@ -98,7 +99,7 @@ def measure_layer(
                     eigenvectors[f"{key}/{which}"] = eigh(factor.double())[1].cpu().numpy()
     if not extract.spec.exact_only and not found.sources:
         found.sources = no_sources(spec.name, why_no_columns or "the exact columns were not taken")
-    signs, examples = layer_signs(extract, blocks, found.errors, wishes.seed, draws)
+    signs, examples = layer_signs(extract, blocks, found.errors, wishes.seed, draws, drawn.get(("", "expand")))
     squares = extract.example_squares
     row = layer_row(extract, blocks[0].total_columns if blocks else 0, better, why_no_columns)
     return Layer(
@@ -194,7 +195,13 @@ def _factor_spectra(extract: Extract, wishes: Wishes, found: Found) -> None:
         )
 
 
-def _estimated(extract: Extract, blocks: list[Block], wishes: Wishes, found: Found) -> str:
+def _estimated(
+    extract: Extract,
+    blocks: list[Block],
+    wishes: Wishes,
+    found: Found,
+    of_B: Mapping[tuple[str, str], FactorOfDraws | None],
+) -> str:
     """All measures of a layer whose columns are draws; what comes back is the better K-FAC."""
     layer = extract.spec.name
     errors = estimated_errors(layer, wishes.fisher, extract, blocks)
@@ -203,9 +210,10 @@ def _estimated(extract: Extract, blocks: list[Block], wishes: Wishes, found: Fou
     known, refused = terms(extract), no_bars(extract, blocks[0].columns.count)
     for name, row in estimated_spectra(layer, extract, blocks, found.scale).items():
         if name in found.spectra:
-            given = known[name.removeprefix("kfac_")]
+            flavour = name.removeprefix("kfac_")
+            given = known[flavour]
             several = len(given) > 1 or bool(refused)
-            numbers = None if several else spectrum_estimates(given[0], torch.finfo(wishes.dtype).eps)
+            numbers = None if several else spectrum_estimates(given[0], of_B.get((given[0].role, flavour)))
             drawn = with_errors(found.spectra[name], numbers, found.scale)
             reason = "; ".join(filter(None, (refused, drawn.reason)))
             row = dataclasses.replace(drawn, trace_stderr=row.trace_stderr, reason=reason)

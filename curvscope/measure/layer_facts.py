@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from curvscope.curvature.eigen import eigvalsh
 from curvscope.extract.collector import Extract
-from curvscope.measure.factor_estimate import factor_errors
+from curvscope.measure.factor_estimate import FactorOfDraws, factor_errors
 from curvscope.measure.terms import FLAVOURS
 from curvscope.records import ErrorRow, KroneckerFactors, LayerRow
 
@@ -42,17 +43,19 @@ def in_loss_unit(tensor: Tensor, scale: float) -> Any:
     return (exact.to(tensor.dtype) if fits else exact).cpu().numpy()
 
 
-def factor_facts(extract: Extract, scale: float, eps: float, bars: bool) -> dict[str, Any]:
+def factor_facts(
+    extract: Extract, scale: float, drawn: Mapping[tuple[str, str], FactorOfDraws | None]
+) -> dict[str, Any]:
     """Trace and raw extreme eigenvalues of every factor, for the file's attributes.
 
-    A B made of draws has their number beside it, and standard errors where the draws tell them (`bars`).
+    A B made of draws has their number beside it, and standard errors where `drawn` has it, by role and flavour.
     """
     facts: dict[str, Any] = {}
     for key, flavour, role, pair in stored_factors(extract):
-        drawn = (extract.roles or {"": extract})[role].probe_B.get(flavour)
-        if drawn is not None:
-            facts[f"{key}/B/draws"] = len(drawn)
-            facts |= factor_errors(drawn, f"{key}/B", eps, scale) if bars else {}
+        each = (extract.roles or {"": extract})[role].probe_B.get(flavour)
+        if each is not None:
+            facts[f"{key}/B/draws"] = len(each)
+            facts |= factor_errors(drawn.get((role, flavour)), f"{key}/B", scale)
         for name, factor in zip("AB", pair, strict=True):
             exact = factor.double() * (scale if name == "B" else 1.0)
             # a vector is a diagonal

@@ -11,6 +11,7 @@ from curvscope.curvature.block import Block
 from curvscope.curvature.extremes import extremes
 from curvscope.extract.collector import Extract
 from curvscope.measure.drawn_signs import RESOLVED, TOP_DIRECTION, Draws, condition_of_B, dead_outputs, position_share
+from curvscope.measure.factor_estimate import FactorOfDraws
 from curvscope.measure.rows_kept import Rows, rows_of
 from curvscope.measure.signs import missing, sign_row
 from curvscope.measure.sources import LEAST_ERROR
@@ -30,13 +31,15 @@ def layer_signs(
     errors: Mapping[str, ErrorRow],
     seed: int,
     draws: Draws | None = None,
+    drawn_B: FactorOfDraws | None = None,
 ) -> tuple[list[StabilityRow], list[ExampleRow]]:
     """The layer's rows of tables/stability that need what the sweep extracted, and its rows of tables/examples.
 
     `draws` says how its columns were drawn, where they were: then what rests on them has an error, or is not assessed.
+    `drawn_B` are the eigenvalues of expand's B of them, where they are known.
     """
     name = extract.spec.name
-    rows = _factor_rows(extract, draws)
+    rows = _factor_rows(extract, draws, drawn_B)
     if extract.example_squares is not None and extract.gradient is not None:
         squared = float(extract.gradient.double().square().sum())
         rows += noise_rows(extract.example_squares, squared, layer=name)
@@ -76,7 +79,7 @@ def noise_rows(squares: Tensor, squared: float, *, layer: str = "", reason: str 
     ]
 
 
-def _factor_rows(extract: Extract, draws: Draws | None) -> list[StabilityRow]:
+def _factor_rows(extract: Extract, draws: Draws | None, drawn_B: FactorOfDraws | None) -> list[StabilityRow]:
     """What the diagonals and the extreme eigenvalues of expand's A and B say."""
     if "expand" not in extract.factors:
         return []
@@ -87,7 +90,7 @@ def _factor_rows(extract: Extract, draws: Draws | None) -> list[StabilityRow]:
     if draws is None or B_draws is None:
         rows = [sign_row("dead_outputs", dead, layer=name), *_condition(name, "B", B)]
     else:
-        rows = [dead_outputs(name, dead, draws), *condition_of_B(name, B, B_draws, draws)]
+        rows = [dead_outputs(name, dead, draws), *condition_of_B(name, B, B_draws, draws, drawn_B)]
     if A.ndim == 1:
         return rows + [missing(quantity, OF_TOKENS, layer=name) for quantity in ("mean_share", "unresolved_A")]
     inputs = A.diagonal(dim1=-2, dim2=-1)

@@ -124,11 +124,15 @@ def open_network(ready: Ready) -> tuple[Ready, Opened]:
     why = why_too_long(seconds, settings)
     count = kept_bytes(passes.graph, DTYPES[settings.dtype].itemsize)
     if not why and count > SHARE_OF_MEMORY * budget(settings):
-        why = f"what steps need of every layer, {size_in_words(count)}, exceeds a quarter of --memory: raise it"
-    if not why:
+        why = f"what steps need of every layer, {size_in_words(count)}, exceeds a quarter of what there is"
+    elif not why:
         reserved = ready.reserving(count)
         if reserved is None:
-            why = f"what steps need of every layer, {size_in_words(count)}, does not fit beside the columns: --memory"
-        else:
-            ready = reserved
+            why = f"what steps need of every layer, {size_in_words(count)}, does not fit beside the columns"
+        ready = reserved or ready
+    if why.startswith("what steps need"):
+        enough = ready.bound_reserving(count, SHARE_OF_MEMORY)
+        why += f" under --memory {size_in_words(budget(settings))}" + (
+            f": {size_in_words(enough)} would do" if enough else ""
+        )
     return ready, Opened(network, room, effort, seconds, why)

@@ -53,7 +53,9 @@ def random_factors(groups: int = 1) -> tuple[Tensor, Tensor]:
 def test_numbers_of_a_spectrum_are_those_of_the_formed_matrix(groups: int) -> None:
     A, B = random_factors(groups)
     given = (A[0], B[:, 0]) if groups == 1 else (A, B)
-    found = spectrum_estimates(Term("", given[0], given[1].sum(0), False, given[1], 1.0), 1e-12)
+    found = spectrum_estimates(
+        Term("", given[0], given[1].sum(0), False, given[1], 1.0), FactorOfDraws.of(given[1], 1e-12)
+    )
     assert found is not None
 
     def eigenvalues(mean: Tensor) -> Tensor:
@@ -79,7 +81,9 @@ def test_numbers_of_a_spectrum_are_those_of_the_formed_matrix(groups: int) -> No
 def test_the_smallest_eigenvalue_needs_draws_that_fill_the_range() -> None:
     A, _ = random_factors()
     g = torch.randn(DRAWS, DRAWS, 1, dtype=torch.float64)  # one direction a draw: rank 8 of 8, and 7 without any
-    found = spectrum_estimates(Term("", A[0], torch.zeros(8, 8), False, g @ g.mT, 1.0), 1e-12)
+    found = spectrum_estimates(
+        Term("", A[0], torch.zeros(8, 8), False, g @ g.mT, 1.0), FactorOfDraws.of(g @ g.mT, 1e-12)
+    )
     assert found is not None
     assert math.isnan(found["lambda_min_positive"].value) and math.isnan(found["condition"].value)
     assert found["lambda_max"].stderr > 0
@@ -112,7 +116,7 @@ def test_intervals_of_eigenvalues_hold_the_exact_ones(model: str, draws: int) ->
         for seed in range(repetitions):
             drawn = source.drawn("probe", seed, draws)[layer]
             term = Term("", A, drawn.factors["expand"][1], False, drawn.probe_B["expand"], 1.0)
-            found = spectrum_estimates(term, 1e-14)
+            found = spectrum_estimates(term, FactorOfDraws.of(drawn.probe_B["expand"], 1e-14))
             assert found is not None
             for name, number in want.items():
                 inside[name] += abs(found[name].value - number) <= t * found[name].stderr

@@ -51,7 +51,13 @@ def overview_section(
         if reasons:
             page.heading("damping of the better K-FAC")
             line = page.text(f"{page.dash} not assessed: ", "yellow")
-            line.append(page.safe(f"{reasons[0]}; --fisher exact gives it, for layers that are not too large"), "dim")
+            drawn = any(row.fisher in ("probe", "mc") for layer in layers for row in layer.errors.values())
+            more = (
+                "; --fisher exact gives it, for layers that are not too large"
+                if drawn and "--memory" not in reasons[0]
+                else ""
+            )
+            line.append(page.safe(reasons[0] + more), "dim")
             page.lines([line, *_concerns(page, optimizer)])
         return
     page.heading("damping of the better K-FAC")

@@ -179,7 +179,8 @@ def _not_assessed(page: Page, run: Run, layers: dict[str, Layer]) -> None:
             kinds.setdefault((status, tuple(approximations)), {}).setdefault(reason, []).append(layer)
     lines = []
     for (status, named), by_reason in kinds.items():
-        what = "everything" if len(named) > 5 else ", ".join(named)
+        every = "everything" if "ggn" in named else "the errors"
+        what = every if len(named) > 5 else ", ".join(named)
         names = [layer for concerned in by_reason.values() for layer in concerned]
         line = page.text(f"{page.dash} {STATUS_WORDS[status]}: ", "yellow")
         line.append(page.safe(f"{what} of {some(names, 'layer', most=1)}: {next(iter(by_reason))}"), style="dim")
