@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import statistics
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,10 +37,11 @@ damping for the whole network, which is the one that the report calls recommende
 `global_damping`: the lowest loss of all that it tried) and tells the best of those that are safe by the
 Levenberg-Marquardt rule (`safe_damping`), which the findings advise. It also tries a damping for each layer, its own best
 times a common factor that makes them safe together, and gives it (**set**, column `joint` of table `ranges`) only where
-that lowers the loss more than the recommended value does. Each is judged by the actual change of the loss (with the optimizer's L2 decay, which only graph_gnn has) after one step
-of all layers, a forward pass in float32: on the batch that it was found on (**same**) and, the mean over the other three
-batches of the sample, on data that had no part in it (**other**; batches are drawn with replacement of the whole, so
-that graph_gnn's 12 of 24 examples overlap by half, the others by under 5 %). Beside them stands the best of {fine}
+that lowers the loss more than the recommended value does; the rows show it either way. Each is judged by the actual
+change of the loss (with the optimizer's L2 decay, which only graph_gnn has) after one step of all layers, a forward pass
+in float32: on the batch that it was found on (**same**) and, the mean over the other three batches of the sample, on
+data that had no part in it (**other**; batches are drawn with replacement of the whole, so that graph_gnn's 12 of 24
+examples overlap by half, the others by under 5 %). Beside them stands the best of {fine}
 dampings, evenly spaced in log from {beyond} decades below the analysis' grid to {beyond} above it, on the same batch and,
 chosen by them, on the other ones; none of them is a value that the analysis tries, but by chance. Where every layer has
 one position an example, expand and reduce are the same and are listed once. torch {torch}. This page is written by
@@ -48,24 +50,25 @@ one position an example, expand and reduce are the same and are listed once. tor
 | value | within {within:.0%} of the best of {fine}, same batch | median lost, same | worst lost, same | lowers the loss on the other batches | median share of the best decrease there | worst change there, in units of the loss |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: |
 {summary}
-The aim was to have the recommended value within 5 % of the best in 9 of 10 runs: it is in {met}. **That is so nearly by
-construction**: the recommended value is the best of those that were tried, by actual losses on the same batch, and so is
-the fine grid's; what the figure shows is no more than that some {passes:.0f} passes (the median) find what {fine} values
-find, peaks beside the grid included. {reading}
+{reading}
 
 """
 READING = (
+    "The aim was to have the recommended value within 5 % of the best in 9 of 10 runs: it is in {met}. **That is so nearly "
+    "by construction**: the recommended value is the best of those that were tried, by actual losses on the same batch, "
+    "and so is the fine grid's; what the figure shows is no more than that some {passes:.0f} passes (the median) find what "
+    "{fine} values find, peaks beside the grid included.",
     "Why the recommended value need not be safe: of the fine grid's values with a predicted decrease (rho > 0 where the "
-    "loss falls) the best itself comes within 5 % of the best of all in no more than {predicted}, so a recommendation "
-    "restricted to them could not meet the aim. In {unsafe} of {total} runs the recommended value is not safe (rho under "
-    "1/4, most often negative: the model predicts a rise where the loss falls); report, findings and the row's reason say "
-    "so beside it. "
+    "loss falls) the best itself comes within 5 % of the best of all in {predicted} only: a recommendation restricted to "
+    "them would miss the aim. In {unsafe} of {total} runs the recommended value is not safe (rho under "
+    "1/4, most often negative: the model predicts a rise where the loss falls); the report and the row's reason say so beside "
+    "it, and the findings advise the safe one.",
     "On other batches of the same data the recommended value raises the loss in {bad_lowest} of {total} runs, the "
     "safe one in {bad_safe}, the dampings by layer, where they are set, in {bad_set} of {with_set}. They were "
     "tried in {with_layers} runs (exact blocks have none of their own), and withheld in {withheld}, where one value does "
-    "at least as well on the batch itself. One step on one batch of a trained network often harms other batches, whatever the damping, and by these "
-    "figures neither is clearly ahead there. The safe value (rho >= 1/4 and a predicted decrease) takes steps that the "
-    "quadratic model predicts, and is what the findings advise to set for a run that goes on; on the batch itself it "
+    "at least as well on the batch itself. One step on one batch of a trained network often harms other batches, whatever "
+    "the damping; by these figures neither of the first two is clearly ahead there, and dampings by layer fit their own "
+    "batch most. The safe value (rho >= 1/4 and a predicted decrease) takes steps that the quadratic model predicts, and is what the findings advise to set for a run that goes on; on the batch itself it "
     "reaches {share:.0%} (median) of the best decrease, but misses it by more than 5 % in many runs."
 )
 TITLES = (
@@ -212,15 +215,15 @@ def main() -> int:
         lines.append(table_row(cells))
         print(lines[-1], flush=True)
     summary, numbers = summarized(all_values)
+    numbers["fine"] = FINE
+    numbers["passes"] = statistics.median(values["facts"][1] for values in all_values)
     numbers["unsafe"] = sum(int(values["facts"][0]) for values in all_values)
     head = HEAD.format(
         fine=FINE,
         beyond=BEYOND,
-        met=numbers["met"],
-        passes=statistics.median(values["facts"][1] for values in all_values),
         within=WITHIN,
         summary=summary,
-        reading=READING.format(**numbers),
+        reading="\n\n".join(textwrap.fill(one.format(**numbers), 120, break_on_hyphens=False) for one in READING),
         torch=torch.__version__.partition("+")[0],
     )
     PAGE.write_text(head + "\n".join(lines) + "\n")

@@ -62,11 +62,11 @@ def test_a_recommended_value_that_is_not_safe_says_so_beside_it_everywhere() -> 
     words = " ".join(text.split())
     assert "K-FAC-reduce: recommended damping 10.0 (not safe, rho -0.600) for all layers" in words
     assert "lowest there at 100 (-0.0320), the one for many steps" in words
-    assert "K-FAC-expand 10.0 (-0.0300, not safe, rho -0.600)" in words
+    assert "other curvature (with rho where that is not safe): K-FAC-expand 10.0 (-0.0300, rho -0.600)" in words
     assert [line for line in text.splitlines() if "recommended, not safe" in line]
     # a value of which that is not known is not called safe, either
     run.tables["global_damping"] = [dataclasses.replace(row, rho=NAN) for row in run.tables["global_damping"]]
-    assert "damping 10.0 (safe or not is within rounding)" in " ".join(section(shown(run)).split())
+    assert "damping 10.0 (rho within rounding)" in " ".join(section(shown(run)).split())
 
 
 def test_steps_by_drawn_factors_say_so_on_the_first_page() -> None:

@@ -42,7 +42,8 @@ ENTRIES = (
         "The layers' best values of damping are far apart.",
         "One value for all is too small for some layers, or gradient descent for others.",
         "A factor of 100 between the recommended values (a choice), and no one value in the safe range of all; not "
-        "told where in a step of all layers (tables/global_damping) values of their own do no better than one for all.",
+        "told where in a step of all layers (tables/global_damping) values of their own are not safe together or do no "
+        "better than one for all.",
         SOURCE,
         "Set damping for each layer, or relative to the mean of its curvature.",
         "The layers want very different damping: from 2.1e-05 (head) to 0.31 (stem), a factor of "

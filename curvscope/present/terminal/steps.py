@@ -45,12 +45,13 @@ def steps_section(page: Page, run: Run) -> None:
             words = "The factors are made of draws: other draws, another step. Dampings by layer need exact columns."
             lines.append(page.text(words, "dim"))
         others = [
-            f"{_name(row)} {number(row.damping)} ({', '.join(filter(None, (_signed(row.change), _unsafe(row))))})"
+            f"{_name(row)} {number(row.damping)} ({_signed(row.change)}{_rho_of_unsafe(row, ', ')})"
             for row in summaries
             if _key(row) != _key(better) and not _copied(row) and not math.isnan(row.damping)
         ]
         if others:
-            lines.append(page.text(f"Recommended with other curvature: {', '.join(others)}.", "dim"))
+            what = "Recommended with other curvature (with rho where that is not safe)"
+            lines.append(page.text(f"{what}: {', '.join(others)}.", "dim"))
     else:
         lines.append(page.text(f"{page.dash} not assessed: ", "yellow").append(page.safe(min(reasons)), style="dim"))
     page.lines([*lines, *weights])
@@ -95,11 +96,17 @@ def _change(row: GlobalDampingRow) -> float:
     return math.inf if math.isnan(row.change) else row.change
 
 
-def _unsafe(row: GlobalDampingRow) -> str:
-    """That the recommended damping is not safe, or not known to be; empty where it is."""
+def _rho_of_unsafe(row: GlobalDampingRow, before: str = "") -> str:
+    """Rho of a recommended damping that is not safe; empty where it is."""
     if row.recommended_is_safe:
         return ""
-    return "safe or not is within rounding" if math.isnan(row.rho) else f"not safe, rho {number(row.rho)}"
+    return before + ("rho within rounding" if math.isnan(row.rho) else f"rho {number(row.rho)}")
+
+
+def _unsafe(row: GlobalDampingRow) -> str:
+    """That the recommended damping is not safe, or not known to be; empty where it is."""
+    rho = _rho_of_unsafe(row)
+    return rho if not rho or math.isnan(row.rho) else f"not safe, {rho}"
 
 
 def _signed(value: float) -> str:
