@@ -45,7 +45,7 @@ class Sizes:
 
     @property
     def small(self) -> int:
-        """The smaller side of the block; of draws always N K."""
+        """The smaller side of the block; of draws N K."""
         NK = self.examples * self.columns
         return NK if self.draws else min(self.parameters, NK)
 
@@ -59,7 +59,15 @@ def measure_bytes(form: Form, sizes: Sizes, slices: int) -> int:
     """Everything but damped steps, with `slices` bytes for what is worked on in slices."""
     # eigenvalues take two squares; G itself in EKFAC's basis as many, and one contraction
     alone = 2 * sizes.square + (8 * sizes.parameters * sizes.d_in if form == "formed" else 0)
-    return _stays(form, sizes) + max(0 if sizes.draws else alone, _in_slices(form, sizes, slices))
+    if sizes.draws:
+        alone = _of_formed_draws(sizes) if form == "formed" else 0
+    return _stays(form, sizes) + max(alone, _in_slices(form, sizes, slices))
+
+
+def _of_formed_draws(sizes: Sizes) -> int:
+    """G of all draws, products with a basis of A, and what these leave of every draw's G (two of its axes diagonal)."""
+    P = sizes.parameters
+    return 8 * (3 * P * P + sizes.columns * sizes.d_out * P)
 
 
 def damped_bytes(form: Form, sizes: Sizes, slices: int) -> int:
@@ -105,10 +113,12 @@ def dumped_bytes(sizes: Sizes, dump: Collection[str]) -> int:
 
 
 def _of_draws(form: Form, sizes: Sizes) -> int:
-    """B of each draw (both flavours, one of them in float64, half of that again), and half of the columns turned."""
+    """B of each draw (both flavours, one of them in float64, half of that again), and the columns turned."""
     factors = sizes.columns * sizes.d_out**2 * (_flavours(sizes) * sizes.itemsize + 12) if sizes.factored else 0
     half = (sizes.columns + 1) // 2
+    if form == "formed":
+        return factors
     if form == "dense":
-        return factors + half * sizes.examples * sizes.parameters * (sizes.itemsize + 24)
+        return factors + 8 * (sizes.columns + 2) * sizes.examples * sizes.parameters
     rows = sizes.examples * sizes.positions
-    return factors + rows * (sizes.d_in + half * sizes.d_out) * (sizes.itemsize + 8)
+    return factors + rows * (sizes.d_in * 16 + half * sizes.d_out * (sizes.itemsize + 16))

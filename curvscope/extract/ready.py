@@ -149,7 +149,18 @@ def get_ready(
         probes = Passes(graph, pieces, fisher="probe", samples=samples, seed=settings.seed)
         probes.settle(layouts.outputs)
         activations = pieces.activations()
-        estimated = probes, estimate_plan(graph, everything, samples, settings, without, activations=activations)
+        estimated = (
+            probes,
+            estimate_plan(
+                graph,
+                everything,
+                samples,
+                settings,
+                without,
+                activations=activations,
+                piece_share=pieces.share(),
+            ),
+        )
     if passes.shared and apart is not None:
         notes.append(shared_note(apart))
     notes += [reason] if reason else []
