@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from curvscope.extract.collector import Form
 
+# Rows kept beside columns of another form, in all.
+ROWS_BYTES = 64 * 2**20
 # A Lanczos basis has at least so many vectors; products and residuals beside it.
 LEAST_BASIS = 20
 VECTORS_BESIDE = 8
@@ -73,9 +75,10 @@ def _of_formed_draws(sizes: Sizes) -> int:
 def damped_bytes(form: Form, sizes: Sizes, slices: int) -> int:
     """The same with damped steps: eigenvectors, twice as they are sorted, and scales and sides in every basis."""
     scales = 8 * sizes.parameters * (4 * _flavours(sizes) + 11)
-    # steps of one matrix over the grid, and the products of all that are followed with the columns
+    # steps of one matrix over the grid, and the products of all that are followed with the columns (or with G)
     steps = GRID * sizes.parameters * sizes.itemsize if sizes.factored else 0
-    steps += 8 * GRID * FOLLOWED * _flavours(sizes) * sizes.examples * sizes.columns
+    products = sizes.parameters if form == "formed" else sizes.examples * sizes.columns
+    steps += 8 * GRID * FOLLOWED * _flavours(sizes) * products
     beside = 2 * sizes.square + scales + steps + _in_slices(form, sizes, slices)
     return _stays(form, sizes) + max(EIGENVECTORS * sizes.square, beside)
 
@@ -95,7 +98,9 @@ def _in_slices(form: Form, sizes: Sizes, slices: int) -> int:
     """The largest of what runs in slices: Lanczos, the splits and signs that read rows, draws."""
     P, rows = sizes.parameters, sizes.examples * sizes.positions
     vectors = 8 * P * VECTORS_BESIDE + max(slices, 8 * P * LEAST_BASIS)
-    of_rows = 0 if form == "dense" else 2 * sizes.itemsize * rows * sizes.d_in + 12 * rows * sizes.d_out
+    beside = form == "formed" and sizes.itemsize * rows * (sizes.d_in + sizes.columns * sizes.d_out) > ROWS_BYTES
+    none = form == "dense" or beside  # rows that large are not kept beside G
+    of_rows = 0 if none else 2 * sizes.itemsize * rows * sizes.d_in + 12 * rows * sizes.d_out
     return max(vectors, slices + of_rows, slices + _of_draws(form, sizes) if sizes.draws else 0)
 
 

@@ -15,10 +15,10 @@ from curvscope.extract.clock import now
 from curvscope.extract.collector import Extract, Form
 from curvscope.extract.cost import PassSeconds
 from curvscope.extract.footprint import release
+from curvscope.extract.layer_bytes import ROWS_BYTES
 from curvscope.extract.merge import Merged
 from curvscope.extract.padding import Judge
 from curvscope.extract.pieces import Piece, Pieces
-from curvscope.extract.plan import ROWS_BYTES
 from curvscope.extract.projected import Bases, ProjectedCollector
 from curvscope.extract.roots import Root, make_root, outputs_an_example
 from curvscope.extract.sweep import Progress, layers_with_rows, no_progress, sweep

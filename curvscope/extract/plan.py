@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from curvscope.extract.collector import Form
-from curvscope.extract.layer_bytes import Sizes, damped_bytes, dumped_bytes, measure_bytes
+from curvscope.extract.layer_bytes import ROWS_BYTES, Sizes, damped_bytes, dumped_bytes, measure_bytes
 from curvscope.graph.sites import LayerSpec
 
 # Slices of columns are worked on in pieces of this many bytes, or of less under a small bound, a few at once.
@@ -14,8 +14,6 @@ PIECE_BYTES = 64 * 2**20
 LEAST_PIECE_BYTES = 2 * 2**20
 PIECES_OF_THE_BOUND = 32
 PIECES_AT_ONCE = 4
-# Rows kept beside columns of another form, in all.
-ROWS_BYTES = 64 * 2**20
 # Of the bound, what the passes over one piece of the data may take beside the columns that are kept.
 ACTIVATIONS_SHARE = 1 / 4
 # Columns of a layer without factors (an embedding, say) are kept up to this many numbers.
