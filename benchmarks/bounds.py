@@ -25,7 +25,8 @@ def markdown(document: report.Document) -> str:
             "MiB, in three processes. Base: everything imported, a small model analyzed, the workload made. Own: what "
             "one training step adds. Analysis: what the analysis adds at its peak; it is within where that is at most "
             "bound + own. Planned: the peak that `--dry-run` prints. Not assessed: layers whose columns the bound "
-            "leaves no room for. gpt's layers are estimated from 8 probes.",
+            "leaves no room for. Refused: the bound is below what the factors of all layers take, and the error names "
+            "the least. gpt's layers are estimated from 8 probes.",
             report.memory_table(document["memory"]),
         ]
     )

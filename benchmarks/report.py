@@ -178,9 +178,10 @@ def memory_table(peaks: Sequence[Document]) -> str:
 
     def row(peak: Document) -> list[str]:
         mebibytes = [f"{peak[name] / 2**20:.0f}" for name in ("bound", "base", "step", "planned", "analysis")]
+        if peak.get("refused"):
+            return [peak["workload"], *mebibytes[:3], "–", mebibytes[4], "–", "refused"]
         left_out = f"{peak['not_assessed']} of {peak['layers']}"
-        verdict = "refused" if peak.get("refused") else "within" if peak["within"] else "above"
-        return [peak["workload"], *mebibytes, left_out, verdict]
+        return [peak["workload"], *mebibytes, left_out, "within" if peak["within"] else "above"]
 
     return table(
         ["workload", "bound", "base", "own", "planned", "analysis", "not assessed", "verdict"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import os
 import tempfile
@@ -27,7 +28,7 @@ from curvscope.load.importing import describe, random_state_kept
 from curvscope.load.loss import load_loss
 from curvscope.load.optimizer import as_optimizer_state
 from curvscope.load.problem import Batch, Inputs, Loss, OptimizerState
-from curvscope.load.targets import check_targets
+from curvscope.load.targets import CLASS_LOSSES, check_targets, class_indices
 from curvscope.load.vet import vetted_archive
 
 
@@ -72,6 +73,8 @@ def capture(
     """
     chosen = load_loss(loss)
     loaded = load_batch(batch)
+    if chosen.name in CLASS_LOSSES:
+        loaded = dataclasses.replace(loaded, targets=class_indices(loaded.targets))
     with random_state_kept():
         _try(model, loaded.inputs)
         index = None if example_index is None else str(example_index)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -118,7 +120,7 @@ def analyze(
 
     Sources: K-FAC arXiv:1503.05671; expand and reduce arXiv:2311.00636; EKFAC arXiv:1806.03884.
     """
-    return _with_fallback(
+    run = _with_fallback(
         _given(
             model,
             batch,
@@ -148,6 +150,14 @@ def analyze(
         ),
         _analyzed,
     )
+    run.sources = tuple(_file(given) for given in (model, batch))
+    return run
+
+
+def _file(given: Any) -> Path | None:
+    """The file or folder that was given, if it was one, wherever the process goes later."""
+    named = isinstance(given, (str, os.PathLike)) and os.path.exists(given)
+    return Path(given).resolve() if named else None
 
 
 def plan(model: Any, batch: Any = None, **options: Any) -> PlannedRun:
@@ -320,7 +330,7 @@ def _analyzed(given: _Given, run_on: torch.device) -> Run:
         of_network = None if stage is None else attempt(partial(stage.tables, measured))
     report("steps", "", 1, 1)
     if of_network is None:
-        of_network = no_tables(WHOLE_MEMORY, chosen)
+        of_network = no_tables(WHOLE_MEMORY, chosen, measured)
         notes.append(f"Tables steps and evidence are not assessed: {WHOLE_MEMORY}.")
     # what was kept of all layers for the steps
     del stage, wishes

@@ -20,9 +20,12 @@ class Run(records.Run):
 
     Attributes:
         path: the file it was read from or last saved to, None before.
+        sources: the files and folders it was made from, checkpoint and batch in this order, None for
+            what `analyze` was given as objects.
     """
 
     path: Path | None = None
+    sources: tuple[Path | None, ...] = ()
 
     @classmethod
     def of(cls, record: records.Run, path: Path | None = None) -> Run:
@@ -42,10 +45,15 @@ class Run(records.Run):
         """The path of the HDF5 file that now holds the run (schema 1.0).
 
         Raises:
-            OutputError: a file is there and `force` is false, or it can't be written; the old one is kept.
+            OutputError: a file is there and `force` is false, or it is one that the run is made from, or it can't be
+                written; the old one is kept.
         """
         from curvscope.present import hdf5
+        from curvscope.present.kept import check_kept, check_no_batch
 
+        check_kept(path, self.sources)
+        for source in self.sources[1:]:
+            check_no_batch(path, source)
         self.path = hdf5.write(self, path, force=force)
         return self.path
 

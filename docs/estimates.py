@@ -29,6 +29,8 @@ with the exact columns (`tests/measure/coverages.py`; written by `python -m docs
 
 """
 WITHHELD = 0.98
+# From here on the page is written by hand, and kept.
+BY_HAND = "## Again with more seeds"
 
 
 def shares(model: str, repetitions: int) -> list[dict[str, Any]]:
@@ -104,7 +106,9 @@ def main() -> None:
     parser.add_argument("given", nargs="*")
     parser.add_argument("--repetitions", type=int, default=500)
     parser.add_argument("--part", type=Path)
-    parser.add_argument("--certainty", type=float, nargs="*", help="factors on the outputs: print the table of mc alone")
+    parser.add_argument(
+        "--certainty", type=float, nargs="*", help="factors on the outputs: print the table of mc alone"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.certainty:
@@ -118,7 +122,8 @@ def main() -> None:
         rows = [row for file in options.given for row in json.loads(Path(file).read_text(encoding="utf-8"))]
     else:
         rows = [row for model in MODELS for row in shares(model, options.repetitions)]
-    PAGE.write_text(page(rows, options.repetitions), encoding="utf-8")
+    by_hand = BY_HAND + PAGE.read_text(encoding="utf-8").partition(BY_HAND)[2]
+    PAGE.write_text(page(rows, options.repetitions) + "\n" + by_hand, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -155,7 +155,8 @@ def _summaries() -> list[GlobalDampingRow]:
     rows = [
         GlobalDampingRow(
             name, form, 10.0, 909.0, NAN, -0.03 - 0.001 * index, -0.033, 0.91, 10.0, 10.0, -0.03 - 0.001 * index, 0.91,
-            10.0, 100.0, -0.02, -0.021, 1.05, 10.0, 0.1, 0.004, -0.6, 0.3, passes=70,
+            10.0, 100.0, -0.039, -0.04, 1.03, 10.0, 0.04 / (0.03 + 0.001 * index) - 1, 0.1, 0.004, -0.6, 0.3,
+            passes=70,
         )
         for index, (name, form) in enumerate(SERIES[:-1])
     ]  # fmt: skip

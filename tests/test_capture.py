@@ -302,3 +302,11 @@ def test_schedule_and_bound_travel_in_the_bundle(tmp_path: Path) -> None:
         curvscope.capture(tmp_path / "d.pt", model, batch, "cross_entropy", scheduler=scheduler)
     with pytest.raises(UsageError, match="positive number"):
         curvscope.capture(tmp_path / "d.pt", model, batch, "cross_entropy", optimizer=optimizer, clip_norm=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+def test_classes_in_any_integer_dtype(dtype: torch.dtype, model: Net, pair: Any, tmp_path: Path) -> None:
+    capture(tmp_path / "bundle.pt", model, (pair[0], pair[1].to(dtype)), "cross_entropy")
+    targets = load_problem(tmp_path / "bundle.pt").targets
+    assert targets.dtype == torch.int64
+    assert torch.equal(targets, pair[1])

@@ -1,4 +1,4 @@
-"""The `curvscope` command: its options, and `main`, which the console script calls."""
+"""The `curvscope` command: its options, and `main`, which `curvscope.__main__` calls."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from curvscope.cli.export import export
 from curvscope.cli.guard import drop_output, report, unprintable
 from curvscope.cli.show import show
 from curvscope.cli.usage import Commands
-from curvscope.errors import EXIT_INTERRUPTED, EXIT_OK
+from curvscope.errors import EXIT_OK
 
 app = typer.Typer(
     name="curvscope",
@@ -53,11 +53,13 @@ def curvscope(
 
 
 def main() -> None:
-    """Run the command line; exits with the codes of `curvscope.errors`."""
+    """Run the command line; exits with the codes of `curvscope.errors`.
+
+    Raises:
+        KeyboardInterrupt: where no command had begun.
+    """
     try:
         app()
-    except KeyboardInterrupt:
-        sys.exit(EXIT_INTERRUPTED)
     except SystemExit as end:
         # help and versions are printed by typer, which takes a reader that stops early for a failure
         cause = end.__context__
@@ -70,7 +72,3 @@ def main() -> None:
         told = unprintable(error)
         report(told.what, told.where, told.remedy)
         sys.exit(told.exit_code)
-
-
-if __name__ == "__main__":
-    main()

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from curvscope.diagnose.thresholds import SHIPPED, Thresholds
 from curvscope.diagnose.titles import finding
-from curvscope.records import DampingRow, FindingRow, GlobalDampingRow, Layer, RangeRow
+from curvscope.records import DampingRow, FindingRow, GlobalDampingRow, Layer, RangeRow, leading
 
 # Recommended values of the layers this far apart: one global value serves none of them well.
 SPREAD = 100.0
@@ -34,12 +34,14 @@ def of_layer(
     found: list[Ranked] = []
     standings = {row.standing for row in forms}
     first = forms[0]
+    whole = leading(joint)
+    to_set = _to_set(layer, whole)
     if standings == {"too_small"}:
         short = _short(layer, name, learning_rate, limits.trusted)
         size = 0.5 + min(0.4, math.log10(max(1.0, first.low / first.current)) / 20)
-        row = _too_small(layer, forms, joint, learning_rate if short else math.nan)
+        row = _too_small(layer, forms, whole, to_set, learning_rate if short else math.nan)
         found.append((2 if short else 1, size, row))
-    elif standings == {"too_large"} and first.gain > limits.lost and not first.joint >= first.current:
+    elif standings == {"too_large"} and first.gain > limits.lost and not to_set >= first.current:
         row = finding(
             "CS402",
             "warning",
@@ -48,8 +50,8 @@ def of_layer(
             f"{first.high:.2g} on so): its step reaches {1 - first.gain:.0%} of the decrease that damping "
             f"{first.recommended:.2g} gives in the exact quadratic model.",
             f"Lower the damping of this layer towards {first.recommended:.2g}, the best if only this layer moves."
-            if math.isnan(first.joint)
-            else f"Lower the damping of this layer towards {first.joint:.2g}, with all others at theirs (column set).",
+            if math.isnan(to_set)
+            else f"Lower the damping of this layer towards {to_set:.2g}, {_others(first, whole)}.",
         )
         found.append((1, 0.3 * min(1.0, first.gain), row))
     if first.form_gap > FORM_GAP:
@@ -94,11 +96,10 @@ def of_network(layers: Mapping[str, Layer], joint: Sequence[GlobalDampingRow] = 
     # one value that is safe for all layers serves them, however far their best ones are apart
     if not spread > SPREAD or (max(lows) <= min(highs) and len(lows) + len(highs) > 2):
         return []
-    series = (_better(layers), "eigenbasis")
-    whole = next((one for one in joint if (one.approximation, one.form) == series), None)
-    gain = math.nan if whole is None or not whole.change < 0 else whole.per_layer_change / whole.change - 1
-    if gain <= 0:
+    whole = leading(joint)
+    if whole is not None and not whole.by_layer:
         return []
+    gain = math.nan if whole is None else whole.per_layer_gain
     tried = "" if math.isnan(gain) else f" Tried together, values of their own lower the loss {gain:.0%} more than one."
     row = finding(
         "CS403",
@@ -111,7 +112,21 @@ def of_network(layers: Mapping[str, Layer], joint: Sequence[GlobalDampingRow] = 
     return [(2, min(1.0, math.log10(spread) / 10), row)]
 
 
-def _too_small(layer: Layer, forms: list[RangeRow], joint: Sequence[GlobalDampingRow], short_rate: float) -> FindingRow:
+def _to_set(layer: Layer, whole: GlobalDampingRow | None) -> float:
+    """The layer's value to set where all layers move by the leading K-FAC; NaN where there is none."""
+    series = None if whole is None else (whole.approximation, whole.form)
+    return next((row.joint for row in layer.ranges if (row.approximation, row.form) == series), math.nan)
+
+
+def _others(row: RangeRow, whole: GlobalDampingRow | None) -> str:
+    """What a value to set goes with."""
+    other = "" if whole is None or whole.approximation == row.approximation else whole.approximation
+    return "with all others at theirs (column set)" + (f" by {_words(other)}" if other else "")
+
+
+def _too_small(
+    layer: Layer, forms: list[RangeRow], whole: GlobalDampingRow | None, to_set: float, short_rate: float
+) -> FindingRow:
     row = forms[0]
     step = next((one for one in layer.damping if _same(one, row) and "current" in one.mark), None)
     words = f"With damping {row.current:.2g} {_words(row.approximation)} can't be trusted here"
@@ -130,18 +145,18 @@ def _too_small(layer: Layer, forms: list[RangeRow], joint: Sequence[GlobalDampin
         "warning" if math.isnan(short_rate) else "info",
         layer.name,
         words + ".",
-        _raise(row, joint),
+        _raise(row, whole, to_set),
     )
 
 
-def _raise(row: RangeRow, joint: Sequence[GlobalDampingRow]) -> str:
+def _raise(row: RangeRow, whole: GlobalDampingRow | None, to_set: float) -> str:
     """What to set: values that were tried in steps of all layers together, where there are any."""
-    one = next((found for found in joint if (found.approximation, found.form) == (row.approximation, row.form)), None)
     advice = []
-    if row.joint > row.current:
-        advice.append(f"of this layer to {row.joint:.2g}, with all others at theirs (column set)")
-    if one is not None and one.safe_damping > row.current:
-        advice.append(f"of all layers to {one.safe_damping:.2g}")
+    if to_set > row.current:
+        advice.append(f"of this layer to {to_set:.2g}, {_others(row, whole)}")
+    if whole is not None and whole.safe_damping > row.current:
+        by = "" if whole.approximation == row.approximation else f" ({_words(whole.approximation)})"
+        advice.append(f"of all layers to {whole.safe_damping:.2g}{by}")
     if advice:
         return f"Raise the damping {', or '.join(advice)}."
     return (

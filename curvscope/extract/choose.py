@@ -41,7 +41,6 @@ NAMED = 5
 NONE: Mapping[str, str] = MappingProxyType({})
 NO_DRAWS: Mapping[str, int] = MappingProxyType({})
 OVERHEAD_BYTES = 48 * 2**20
-FEWER = "raise it, or take fewer examples"
 
 
 class Choice(NamedTuple):
@@ -122,14 +121,20 @@ def choose(
         return Choice("probe", f"Exact columns were not taken: {why}. {draws} probes instead.")
     if not estimated:
         return Choice("exact")
-    named = [f"{name} ({why})" for name, why in estimated.items()]
-    more = f", and {len(named) - NAMED} more" if len(named) > NAMED else ""
-    count = "1 layer is" if len(named) == 1 else f"{len(named)} layers are"
-    return Choice(
-        "exact",
-        f"{count} estimated from {draws} probes, the others exact: {', '.join(named[:NAMED])}{more}.",
-        estimated,
-    )
+    count = "1 layer gets" if len(estimated) == 1 else f"{len(estimated)} layers get"
+    return Choice("exact", f"{count} {draws} probes in place of exact columns: {_named(estimated)}.", estimated)
+
+
+def _named(reasons: Mapping[str, str]) -> str:
+    """The layers, those of one reason together, and the reasons."""
+    groups: dict[str, list[str]] = {}
+    for name, why in reasons.items():
+        groups.setdefault(why, []).append(name)
+    said = []
+    for why, names in groups.items():
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        said.append(f"{', '.join(names[:NAMED])}{more} ({why})")
+    return "; ".join(said[:NAMED]) + ("; ..." if len(said) > NAMED else "")
 
 
 def _what(reason: str) -> str:
@@ -193,17 +198,17 @@ def make_plan(
     plans |= {name: LayerPlan(None, 0, 0, reason) for name, reason in without.items()}
     per_draw = {name: columns for name, layer in plans.items() if draws and keeps_draws(layer.form)}
     # rows may be kept beside columns of another form
-    stays = standing(graph, layouts, settings, per_draw) + rows_bytes(usable(settings))
+    rows = rows_bytes(usable(settings))
+    stays = standing(graph, layouts, settings, per_draw) + rows
     # while pieces are put together, each has factors beside those of all before
     passing = activations + (stays if piece_share > 0 else 0)
-    remedy = FEWER if draws else f"{FEWER}, or --fisher probe"
     return plan_sweeps(
         plans,
         usable(settings),
         standing=stays + beside,
         activations=passing,
         piece_share=piece_share,
-        remedy=remedy,
+        rows=rows if passing == activations else 2 * rows,
     )
 
 
@@ -221,9 +226,7 @@ def estimate_plan(
     plans = layer_plans(graph, layouts, columns, settings, draws=True, piece_share=piece_share)
     chosen = {name: plans[name] for name in plans if name in names}
     stays = standing(graph, layouts, settings)
-    return plan_sweeps(
-        chosen, usable(settings), standing=stays, activations=activations, piece_share=piece_share, remedy=FEWER
-    )
+    return plan_sweeps(chosen, usable(settings), standing=stays, activations=activations, piece_share=piece_share)
 
 
 def standing(graph: Graph, layouts: Layouts, settings: Settings, draws: Mapping[str, int] = NO_DRAWS) -> int:

@@ -106,11 +106,21 @@ class Pieces:
             return None
         with refusals(loaded):
             self.example_bytes = bytes_an_example(self.graph, taken(loaded, 0, few), few)
-        size = max(1, int(budget * ACTIVATIONS_SHARE) // max(1, self.example_bytes))
+        size = self._size_under(budget)
         if size >= loaded.examples and not self.many:
             return None
         self.size = size
         return max(2, size // VERIFYING)
+
+    def _size_under(self, budget: int) -> int:
+        return max(1, int(budget * ACTIVATIONS_SHARE) // max(1, self.example_bytes))
+
+    def under(self, budget: int) -> Pieces:
+        """The same data in the pieces that another budget allows; as they are where they were not cut by one."""
+        if self.size is None or not self.example_bytes:
+            return self
+        size = self._size_under(budget)
+        return self.sized(None if size >= self.survey.largest and not self.many else size)
 
     @property
     def largest(self) -> int:

@@ -18,6 +18,10 @@ PIECES_AT_ONCE = 4
 ACTIVATIONS_SHARE = 1 / 4
 # Columns of a layer without factors (an embedding, say) are kept up to this many numbers.
 EXACT_ONLY_ENTRIES = 2**25
+# Why something is left out for lack of memory; `enough.told` adds the bound, and the one that would do.
+NO_COLUMNS = "the columns do not fit under --memory"
+NO_DAMPING = "damped steps do not fit under --memory"
+NO_DUMP = "what --dump asks for does not fit under --memory"
 
 
 @dataclass(frozen=True)
@@ -170,19 +174,20 @@ def plan_sweeps(
     standing: int = 0,
     activations: int = 0,
     piece_share: float = 0.0,
-    remedy: str = "raise it, or --fisher probe",
+    rows: int = 0,
 ) -> Plan:
     """Groups of layers whose kept columns, with the largest layer's measuring, stay under `budget` bytes.
 
     `standing` bytes are there all the time, `activations` while a pass runs, and of the columns the `piece_share` that
-    one piece of the data makes stands beside those of all. What exceeds the budget for a layer alone is left out in
-    this order, the plan saying what it would take: what is kept for the file, damped steps, the columns.
+    one piece of the data makes stands beside those of all; `rows` bytes of both are for rows, which only stand beside
+    columns. What exceeds the budget for a layer alone is left out in this order, the plan saying so: what is kept for
+    the file, damped steps, the columns.
     """
     chosen: dict[str, LayerPlan] = {}
     groups: list[list[str]] = [[]]
-    kept, work, peak = 0, 0, standing + activations
+    kept, work, peak = 0, 0, standing + activations - rows
     for name, given in layers.items():
-        layer = _fitting(given, budget, standing, activations, piece_share, remedy)
+        layer = _fitting(given, budget, standing, activations, piece_share)
         chosen[name] = layer
         if layer.form is None:
             groups[0].append(name)
@@ -206,30 +211,25 @@ def _measuring(layer: LayerPlan, activations: int) -> int:
     return max(max(layer.measure_bytes, layer.damped_bytes) + 2 * layer.dump_bytes, activations)
 
 
-def _fitting(
-    layer: LayerPlan, budget: int, standing: int, activations: int, piece_share: float, remedy: str
-) -> LayerPlan:
+def _fitting(layer: LayerPlan, budget: int, standing: int, activations: int, piece_share: float) -> LayerPlan:
     """The layer with as much as fits, alone, under the budget."""
 
     def need() -> int:
         return int(layer.kept_bytes * (1 + piece_share)) + _measuring(layer, activations) + standing
 
-    def told(what: str) -> str:
-        return f"{what} {size_in_words(need())} in all and --memory leaves {size_in_words(budget)}"
-
     if layer.form is not None and need() > budget and layer.dump_bytes:
-        layer = replace(layer, dump_bytes=0, no_dump=told("with what is dumped it takes"))
+        layer = replace(layer, dump_bytes=0, no_dump=NO_DUMP)
     if layer.form is not None and need() > budget and layer.damped_bytes:
-        layer = replace(layer, damped_bytes=0, no_damping=f"{told('damped steps take')}: raise it")
+        layer = replace(layer, damped_bytes=0, no_damping=NO_DAMPING)
     if layer.form is not None and need() > budget:
-        return LayerPlan(None, 0, 0, f"{told('its columns take')}: {remedy}")
+        return LayerPlan(None, 0, 0, NO_COLUMNS)
     return layer
 
 
 def size_in_words(count: float) -> str:
     """Bytes as people read them."""
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
+        if count < 999.5 or unit == "GiB":
             return f"{count:.3g} {unit}"
         count /= 1024
     return ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,6 +13,7 @@ import torch
 from curvscope.extract import cost
 from curvscope.extract.choose import (
     DTYPES,
+    NONE,
     OVERHEAD_BYTES,
     PROBES,
     budget,
@@ -25,9 +26,10 @@ from curvscope.extract.choose import (
     with_budget,
 )
 from curvscope.extract.clock import now
+from curvscope.extract.enough import least_bound, nothing_left_out, told
 from curvscope.extract.passes import Passes
 from curvscope.extract.pieces import Pieces
-from curvscope.extract.plan import LayerPlan, Plan, rows_bytes
+from curvscope.extract.plan import NO_COLUMNS, Plan, rows_bytes, size_in_words
 from curvscope.extract.positionwise import independent_positions, shared_note
 from curvscope.extract.sweep import Progress
 from curvscope.graph.functional import Graph
@@ -52,7 +54,7 @@ class Ready:
         fisher, reason, samples: what is taken, why `auto` chose it, and the draws.
         passes, plan: what runs, and what it keeps.
         estimated: passes over probes, and their plan, for layers that are estimated though the others are exact.
-        plan_beside: the plan again, with so many bytes kept beside it.
+        plan_beside: the plan again, with so many bytes kept beside it, under this bound or another.
         notes: sentences for the report.
     """
 
@@ -67,7 +69,7 @@ class Ready:
     plan: Plan
     notes: list[str]
     estimated: tuple[Passes, Plan] | None = None
-    plan_beside: Callable[[int], Plan] | None = None
+    plan_beside: Callable[..., Plan] | None = None
 
     @property
     def outputs(self) -> list[int]:
@@ -82,11 +84,30 @@ class Ready:
         """The same with `count` bytes kept beside the plan; None where that would cost a layer anything."""
         assert self.plan_beside is not None
         plan = self.plan_beside(count)
+        if _kept(plan) != _kept(self.plan):
+            return None
+        # the same is left out, for the same reasons
+        layers = {
+            name: dataclasses.replace(
+                plan.layers[name], reason=layer.reason, no_damping=layer.no_damping, no_dump=layer.no_dump
+            )
+            for name, layer in self.plan.layers.items()
+        }
+        return dataclasses.replace(self, plan=dataclasses.replace(plan, layers=layers))
 
-        def kept(layers: Mapping[str, LayerPlan]) -> dict[str, tuple[object, ...]]:
-            return {name: (one.form, one.damped_bytes, one.dump_bytes) for name, one in layers.items()}
+    def bound_reserving(self, count: int, share: float) -> int | None:
+        """The least --memory tried of which `count` is at most a share, and under which reserving it costs nothing."""
+        plan_beside = self.plan_beside
+        assert plan_beside is not None
 
-        return dataclasses.replace(self, plan=plan) if kept(plan.layers) == kept(self.plan.layers) else None
+        aside = () if self.estimated is None else self.estimated[1].layers
+
+        def fits(bound: int) -> bool:
+            plan = plan_beside(count, bound)
+            kept = _kept(plan) == _kept(plan_beside(0, bound))
+            return kept and count <= share * bound and nothing_left_out(plan, aside)
+
+        return least_bound(fits, budget(self.settings))
 
 
 def get_ready(
@@ -143,30 +164,30 @@ def get_ready(
     passes.rows_bytes = rows_bytes(usable(settings))
     passes.settle(layouts.outputs)
     plan_beside = partial(_plan_beside, graph, everything, passes, settings, without, apart if passes.shared else None)
-    plan = plan_beside(0)
+    plan = told(plan_beside(0), partial(plan_beside, 0), budget(settings), without)
+    if NO_COLUMNS in reason:
+        exact_beside = partial(
+            _plan_beside, graph, everything, exact, settings, NONE, apart if exact.shared else None, 0
+        )
+        enough = least_bound(lambda bound: nothing_left_out(exact_beside(bound)), budget(settings))
+        reason += f" All exact columns fit under --memory {size_in_words(enough)}." if enough else ""
     estimated = None
     if without:
         probes = Passes(graph, pieces, fisher="probe", samples=samples, seed=settings.seed)
         probes.settle(layouts.outputs)
-        activations = pieces.activations()
-        estimated = (
-            probes,
-            estimate_plan(
-                graph,
-                everything,
-                samples,
-                settings,
-                without,
-                activations=activations,
-                piece_share=pieces.share(),
-            ),
-        )
+        under = partial(_estimate_under, graph, everything, pieces, samples, settings, without)
+        estimated = probes, told(under(budget(settings)), under, budget(settings))
+    drawn = estimated[1] if estimated else plan
+    lacking = sum(layer.reason.startswith(NO_COLUMNS) for layer in drawn.layers.values())
+    if reason and lacking:
+        reason += f" For {lacking} of {len(drawn.layers)} layers those of probes do not fit either."
     if passes.shared and apart is not None:
         notes.append(shared_note(apart))
     notes += [reason] if reason else []
     whole = [name for name, layer in plan.layers.items() if layer.no_dump]
     if whole:
-        notes.append(f"--memory leaves no room for what --dump asks of {', '.join(whole)}: it is not in the file.")
+        why = plan.layers[whole[0]].no_dump
+        notes.append(f"Not in the file, of {', '.join(whole)}: {why}.")
     return Ready(
         problem, settings, device, everything, fisher, reason, samples, passes, plan, notes, estimated, plan_beside
     )
@@ -180,19 +201,50 @@ def _plan_beside(
     without: Mapping[str, str],
     apart: Independent | None,
     beside: int,
+    bound: int | None = None,
 ) -> Plan:
+    """The plan with so many bytes kept beside it; under another bound in the pieces that this one allows."""
+    settings, pieces = _under(settings, passes.pieces, bound)
     return make_plan(
         graph,
         layouts,
         passes.fisher,
         passes.columns,
         settings,
-        activations=passes.pieces.activations(),
-        piece_share=passes.pieces.share(),
+        activations=pieces.activations(),
+        piece_share=pieces.share(),
         without=without,
         apart=apart,
         beside=beside,
     )
+
+
+def _estimate_under(
+    graph: Graph,
+    layouts: Layouts,
+    pieces: Pieces,
+    samples: int,
+    settings: Settings,
+    names: Collection[str],
+    bound: int,
+) -> Plan:
+    """The plan of the layers that are estimated though the others are exact, under a bound."""
+    settings, pieces = _under(settings, pieces, bound)
+    activations, share = pieces.activations(), pieces.share()
+    return estimate_plan(graph, layouts, samples, settings, names, activations=activations, piece_share=share)
+
+
+def _under(settings: Settings, pieces: Pieces, bound: int | None) -> tuple[Settings, Pieces]:
+    """Settings and pieces under another bound; as they are without one, or with their own."""
+    if bound is None or bound == budget(settings):
+        return settings, pieces
+    settings = dataclasses.replace(settings, memory_bytes=bound)
+    return settings, pieces.under(usable(settings))
+
+
+def _kept(plan: Plan) -> dict[str, tuple[object, ...]]:
+    """What is kept of each layer."""
+    return {name: (one.form, one.damped_bytes, one.dump_bytes) for name, one in plan.layers.items()}
 
 
 def describe_plan(ready: Ready) -> PlannedRun:

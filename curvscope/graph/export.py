@@ -21,6 +21,7 @@ from curvscope.graph.graph_inputs import batch_vector, edge_lists
 from curvscope.graph.lookups import rescaling, settle
 from curvscope.graph.reading import Replayed, numbers_read
 from curvscope.graph.shadow import shadow
+from curvscope.graph.widening import Widened
 from curvscope.load.problem import Inputs
 
 
@@ -180,16 +181,19 @@ def output_tensor(output: Any) -> Tensor:
 class _Flat(nn.Module):
     """The model behind flat tensor arguments; shares the model's children, so parameter names stay its own."""
 
-    def __init__(self, model: nn.Module, flat: FlatInputs) -> None:
+    def __init__(self, model: nn.Module, flat: FlatInputs, widen: torch.dtype | None = None) -> None:
         super().__init__()
         self.__dict__["inner"] = model
+        self.__dict__["widen"] = widen
         self.__dict__["flat"] = flat
         for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             self.__dict__[registry] = getattr(model, registry)
 
     def forward(self, *tensors: Tensor) -> Tensor:
         args, kwargs = self.__dict__["flat"].rebuild(tensors)
-        return output_tensor(self.__dict__["inner"](*args, **kwargs))
+        widen = self.__dict__["widen"]
+        with contextlib.nullcontext() if widen is None else Widened(widen):
+            return output_tensor(self.__dict__["inner"](*args, **kwargs))
 
 
 def export_model(
@@ -201,6 +205,7 @@ def export_model(
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
     free_axes: Mapping[str, Collection[int]] | None = None,
+    widen: torch.dtype | None = None,
 ) -> Exported:
     """The model in eval mode as a functional program with a dynamic example axis.
 
@@ -208,6 +213,7 @@ def export_model(
     axes of inputs whose sizes differ between batches; where they can't be dynamic, the example axis alone is. Where
     that fails, too, a static export is made and said to be. `model` itself is never touched (see `shadow`). Graphs are
     exported at the size they have, and numbers that the model reads off them (how many graphs there are) are fixed.
+    The model's own casts to narrower types than `widen` give that one (see `widening`).
 
     Raises:
         ExportFailure: torch.export refuses the model either way (data-dependent control flow, ...).
@@ -229,7 +235,7 @@ def export_model(
             t if axis is None else torch.cat([t, t], dim=axis) for t, axis in zip(tensors, axes, strict=True)
         )
     wrapper: nn.Module = _Flat(
-        twin, dataclasses.replace(flat, leaves=tuple(_detached(leaf) for leaf in flat.leaves))
+        twin, dataclasses.replace(flat, leaves=tuple(_detached(leaf) for leaf in flat.leaves)), widen
     ).eval()
     if graphs:
         read = numbers_read(lambda: wrapper(*tensors))

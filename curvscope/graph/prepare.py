@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from curvscope.errors import BatchError, CurvscopeError
 from curvscope.graph.eager import build_eager
 from curvscope.graph.export import ExportFailure, FlatInputs, example_axes_of, export_model, flatten_inputs
 from curvscope.graph.functional import Graph, build
@@ -16,6 +17,7 @@ from curvscope.graph.graph_inputs import edge_lists
 from curvscope.graph.lookups import lookup_notes, rescaling, settle
 from curvscope.graph.shadow import moved, shadow
 from curvscope.graph.trial import check_sizes, try_forward
+from curvscope.graph.widening import Widened, casts_in, own_casts
 from curvscope.load.problem import Problem
 from curvscope.settings import Settings
 
@@ -69,10 +71,11 @@ def prepare(
     if not isinstance(problem.model, nn.Module):
         dynamic = bool(problem.model.range_constraints)
         graph = build(problem.model, device=device, dtype=dtype, dynamic=dynamic, **options)
+        notes += _cast_notes(casts_in(problem.model.graph), dtype)
         return Prepared(graph, flat, axes, examples, dynamic and index is None, False, notes, index)
     twin = shadow(problem.model, device=device, dtype=dtype)
     tensors = tuple(moved(tensor, device, dtype) for tensor in flat.tensors)
-    try_forward(twin, flat, tensors)
+    widen = _tried(twin, flat, tensors, dtype)
     model = problem.model
     if rescaling(twin):
         for batch in problem.batches or ():
@@ -89,13 +92,35 @@ def prepare(
             device=device,
             dtype=dtype,
             free_axes=free_axes,
+            widen=None if widen is None else dtype,
         )
     except ExportFailure as failure:
+        if widen is not None:
+            raise own_casts(widen, dtype) from failure
         graph = build_eager(twin, flat, tensors, str(failure), **options)
         told = f"torch.export refused the model, so only its own linear modules are seen: {failure}"
         return Prepared(graph, flat, axes, examples, index is None, index is None, (*notes, told), index)
     graph = build(exported.program, device=device, dtype=dtype, dynamic=exported.dynamic, **options)
+    notes += _cast_notes(("narrower types",) if widen is not None else casts_in(exported.program.graph), dtype)
     return Prepared(graph, flat, axes, examples, exported.dynamic, exported.free, (*notes, *exported.notes), index)
+
+
+def _tried(twin: nn.Module, flat: FlatInputs, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> BatchError | None:
+    """Tries a forward pass: None where it runs; what it raised where it runs once its own casts are widened only.
+
+    Raises:
+        BatchError, ModelError: as `try_forward`.
+    """
+    try:
+        try_forward(twin, flat, tensors)
+    except BatchError as refusal:
+        try:
+            with Widened(dtype):
+                try_forward(twin, flat, tensors)
+        except CurvscopeError:
+            raise refusal from refusal.__cause__
+        return refusal
+    return None
 
 
 def source_dtype(problem: Problem, dtype: torch.dtype) -> str:
@@ -119,6 +144,16 @@ def _precision_notes(problem: Problem, dtype: torch.dtype) -> tuple[str, ...]:
     if wide:
         notes.append(f"Weights stored as {', '.join(wide)} are rounded to {_name(dtype)}; --dtype float64 keeps them.")
     return tuple(notes)
+
+
+def _cast_notes(kinds: Sequence[str], dtype: torch.dtype) -> tuple[str, ...]:
+    """Says so where the forward pass itself (or autocast) casts to a lower precision."""
+    if not kinds:
+        return ()
+    return (
+        f"The forward pass casts to {', '.join(kinds)}; here all of it is computed in {_name(dtype)}, and what such "
+        "casts round is not in these numbers.",
+    )
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import traceback
+
 import torch
 from torch import Tensor, nn
 
 from curvscope.errors import BatchError, CurvscopeError, ModelError, out_of_memory
 from curvscope.graph.export import FlatInputs, output_tensor
+
+# What torch says of an operation on two dtypes.
+MIXED = ("same dtype", "expected scalar type", "to have the dtype", "Input type")
 
 
 def try_forward(twin: nn.Module, flat: FlatInputs, tensors: tuple[Tensor, ...]) -> None:
@@ -30,7 +36,7 @@ def try_forward(twin: nn.Module, flat: FlatInputs, tensors: tuple[Tensor, ...]) 
     except Exception as error:
         if out_of_memory(error):
             raise
-        raise refused(error, flat) from error
+        raise refused(error, flat, twin) from error
     if output.shape != again.shape or not torch.allclose(output, again, rtol=1e-3, atol=1e-5, equal_nan=True):
         raise ModelError(
             "The model is random: two passes over the same batch, in eval mode, differ.",
@@ -66,15 +72,32 @@ def check_sizes(flat: FlatInputs, dtype: torch.dtype) -> None:
             )
 
 
-def refused(error: Exception, flat: FlatInputs) -> BatchError:
-    """The error for a batch on which the model raises, with the shapes and dtypes of its inputs."""
+def refused(error: Exception, flat: FlatInputs, model: nn.Module | None = None) -> BatchError:
+    """The error for a batch on which the model raises, with the shapes and dtypes of its inputs, and where it does."""
     shapes = ", ".join(
         f"{name}: {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
         for name, tensor in zip(flat.names, flat.tensors, strict=True)
     )
     first = (str(error).strip().splitlines() or [""])[0]
+    mixed = any(words in first for words in MIXED)
+    cast = "Its forward pass meets two dtypes: let it cast to a weight's own, x.to(self.weight.dtype), or "
+    inputs = "ive the inputs with the shapes, dtypes and keywords that the model's forward pass takes."
     return BatchError(
         f"The model refuses the batch: {type(error).__name__}: {first}",
-        where=f"inputs {shapes}",
-        remedy="Give the inputs with the shapes, dtypes and keywords that the model's forward pass takes.",
+        where=f"inputs {shapes}{'' if model is None else _place(error, model)}",
+        remedy=f"{cast}g{inputs}" if mixed else f"G{inputs}",
     )
+
+
+def _place(error: Exception, model: nn.Module) -> str:
+    """The innermost module that was running, and the innermost line that is not torch's own."""
+    names = {id(module): name for name, module in model.named_modules()}
+    module, line = "", ""
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        own = frame.f_locals.get("self")
+        if names.get(id(own)):
+            module = f"; module {names[id(own)]} ({type(own).__name__})"
+        name = frame.f_globals.get("__name__", "")
+        if name.partition(".")[0] not in ("torch", "curvscope"):
+            line = f"; {os.path.basename(frame.f_code.co_filename)}, line {number}"
+    return module + line

@@ -9,6 +9,8 @@ from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
+from curvscope.graph.widening import widened
+
 aten = torch.ops.aten
 
 # Shape and metadata checks that would pin the traced batch size, dtype or device.
@@ -100,16 +102,13 @@ def _attach(root: nn.Module, path: str, tensor: Tensor) -> None:
 
 
 def tidy(graph: fx.Graph, device: torch.device, dtype: torch.dtype) -> None:
-    """Drop checks, move baked-in devices and too narrow dtypes, and make every view a reshape.
+    """Drop checks, move baked-in devices and too narrow dtypes (casts to these go), and make every view a reshape.
 
     Look-ups lose what torch.nn does to their gradients alone: division by the tokens' counts, and sparse tensors.
     """
-    width = torch.finfo(dtype).bits
 
     def retarget(item: Any) -> Any:
-        if isinstance(item, torch.dtype) and item.is_floating_point and torch.finfo(item).bits < width:
-            return dtype
-        return device if isinstance(item, torch.device) else item
+        return device if isinstance(item, torch.device) else widened(item, dtype)
 
     for node in list(graph.nodes):
         if node.op != "call_function":
@@ -128,4 +127,15 @@ def tidy(graph: fx.Graph, device: torch.device, dtype: torch.dtype) -> None:
             node.target = aten.reshape.default
         node.args = pytree.tree_map(retarget, tuple(node.args), is_leaf=lambda x: isinstance(x, fx.Node))
         node.kwargs = pytree.tree_map(retarget, dict(node.kwargs), is_leaf=lambda x: isinstance(x, fx.Node))
+        if _casts_nothing(node, dtype):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
     graph.eliminate_dead_code()
+
+
+def _casts_nothing(node: fx.Node, dtype: torch.dtype) -> bool:
+    """Whether the node casts what has `dtype` already: a weight behind such a cast is the weight itself."""
+    if node.target is not aten._to_copy.default or node.kwargs != {"dtype": dtype}:
+        return False
+    source = node.args[0].meta.get("val") if isinstance(node.args[0], fx.Node) else None
+    return isinstance(source, Tensor) and widened(source.dtype, dtype) is dtype

@@ -23,7 +23,7 @@ from curvscope.load.optimizer import as_optimizer_state
 from curvscope.load.optimizer_options import check_options, optimizer_options
 from curvscope.load.problem import Batch, Problem
 from curvscope.load.state_dict import Factory, build_model, check_weights
-from curvscope.load.targets import check_targets, class_indices
+from curvscope.load.targets import CLASS_LOSSES, check_targets, class_indices
 
 __all__ = ["check_targets", "check_weights", "load_problem"]
 
@@ -104,7 +104,7 @@ def load_problem(
             axes = {str(names.index(name)) if name in names else name: axis for name, axis in axes.items()}
             index = str(names.index(index)) if index in names else index
 
-    if chosen.name in ("cross_entropy", "causal_lm"):
+    if chosen.name in CLASS_LOSSES:
         opened = opened.changed(lambda given: dataclasses.replace(given, targets=class_indices(given.targets)))
     first = opened.first()
     return Problem(

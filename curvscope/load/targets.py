@@ -13,6 +13,9 @@ from curvscope.load.importing import describe
 from curvscope.load.loss import named_loss
 from curvscope.load.problem import Loss
 
+# Losses whose targets are indices of classes.
+CLASS_LOSSES = ("cross_entropy", "causal_lm")
+
 
 def check_targets(loss: Loss, outputs: Tensor, targets: Any) -> Loss:
     """The loss, with the class axis that its outputs and targets have settled; refuses targets that do not suit it.

@@ -24,6 +24,8 @@ PLAIN = 0.1
 NOISY_DIMENSION = 0.9
 NOISY_ALPHA = 0.25
 UNUSABLE = "no damping of the grid lowers the exact quadratic model"
+NO_SERIES = "steps of all layers are not taken with this approximation"
+NO_OWN = "no value of its own, it takes the one for all layers"
 Series = tuple[str, str]
 
 
@@ -162,13 +164,28 @@ def own_dampings(layers: Mapping[str, Layer]) -> dict[Series, dict[str, float]]:
     return found
 
 
-def with_joint(rows: Sequence[RangeRow], summaries: Sequence[GlobalDampingRow]) -> list[RangeRow]:
-    """The rows with `joint`, the damping to set where all layers step together, from tables/global_damping."""
-    factors = {(row.approximation, row.form): row.per_layer_factor for row in summaries}
-    return [
-        dataclasses.replace(row, joint=row.recommended * factors.get((row.approximation, row.form), NAN))
-        for row in rows
-    ]
+def with_joint(
+    rows: Sequence[RangeRow], summaries: Sequence[GlobalDampingRow], withheld: Mapping[Series, str]
+) -> list[RangeRow]:
+    """The rows with `joint`, the damping to set where all layers step together, from tables/global_damping.
+
+    Where it is withheld (for the reason given by approximation and form) or steps were not taken, the row's reason says
+    why.
+    """
+    known = {(row.approximation, row.form): row for row in summaries}
+    found = []
+    for row in rows:
+        series = row.approximation, row.form
+        why = withheld.get(series, "" if series in known else NO_SERIES)
+        if series in known and known[series].status == "not_assessed":
+            why = known[series].reason
+        if not why and math.isnan(row.recommended):
+            why = NO_OWN
+        if why:
+            found.append(dataclasses.replace(row, reason="; ".join(filter(None, (row.reason, f"joint: {why}")))))
+        else:
+            found.append(dataclasses.replace(row, joint=row.recommended * known[series].per_layer_factor))
+    return found
 
 
 def _decrease_at(curve: Curve, damping: float) -> float:

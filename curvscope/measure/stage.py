@@ -65,8 +65,8 @@ class NetworkStage:
             steps, summaries = whole.no_steps(self.why_no_steps)
         else:
             steps, summaries = self.found.finish(own_dampings(layers))
-            for layer in layers.values():
-                layer.ranges = with_joint(layer.ranges, summaries)
+        for layer in layers.values():
+            layer.ranges = with_joint(layer.ranges, summaries, {} if self.found is None else self.found.withheld)
         survey, targets = self.network.examples.pieces.survey, self.problem.targets
         found = likelihood(
             self.problem.loss,
@@ -81,9 +81,11 @@ class NetworkStage:
         return {"steps": list(steps), "global_damping": list(summaries), "evidence": list(evidence)}
 
 
-def no_tables(reason: str, fisher: str) -> dict[str, list[Row]]:
-    """The same tables, not assessed for a reason."""
+def no_tables(reason: str, fisher: str, layers: Mapping[str, Layer]) -> dict[str, list[Row]]:
+    """The same tables, not assessed for a reason, which the layers' ranges get, too."""
     steps, summaries = whole.no_steps(reason)
+    for layer in layers.values():
+        layer.ranges = with_joint(layer.ranges, summaries, {})
     evidence = evidence_rows([], {}, Likelihood(reason=reason), fisher=fisher)
     return {"steps": list(steps), "global_damping": list(summaries), "evidence": list(evidence)}
 
@@ -122,11 +124,15 @@ def open_network(ready: Ready) -> tuple[Ready, Opened]:
     why = why_too_long(seconds, settings)
     count = kept_bytes(passes.graph, DTYPES[settings.dtype].itemsize)
     if not why and count > SHARE_OF_MEMORY * budget(settings):
-        why = f"what steps need of every layer, {size_in_words(count)}, exceeds a quarter of --memory: raise it"
-    if not why:
+        why = f"what steps need of every layer, {size_in_words(count)}, exceeds a quarter of what there is"
+    elif not why:
         reserved = ready.reserving(count)
         if reserved is None:
-            why = f"what steps need of every layer, {size_in_words(count)}, does not fit beside the columns: --memory"
-        else:
-            ready = reserved
+            why = f"what steps need of every layer, {size_in_words(count)}, does not fit beside the columns"
+        ready = reserved or ready
+    if why.startswith("what steps need"):
+        enough = ready.bound_reserving(count, SHARE_OF_MEMORY)
+        why += f" under --memory {size_in_words(budget(settings))}" + (
+            f": {size_in_words(enough)} would do" if enough else ""
+        )
     return ready, Opened(network, room, effort, seconds, why)

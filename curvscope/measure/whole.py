@@ -13,13 +13,12 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from curvscope.measure import per_layer
 from curvscope.measure.parts import EXACT, Keeper, LayerPart, parameters_of
 from curvscope.measure.recommend import GRADIENT_COSINE, LOWER, RAISE, holds_from, lowest, lowest_safe
 from curvscope.measure.series import EXTRA_DECADES, SERIES
 from curvscope.measure.steps import NOISE_FACTOR, Objective, Step, joint_step
 from curvscope.records import NAN, GlobalDampingRow, StepRow
-
-FACTORS = (0.1, 1.0, 10.0, 100.0, 1000.0)
 
 
 @dataclass
@@ -34,6 +33,9 @@ class WholeNetwork:
         keeper: what takes each layer's share while the layers are measured.
         fisher: how the loss Hessian's root was taken.
         why_no_steps: why no steps are taken; empty where they are.
+        own: the damping that each layer's own block recommends, by approximation and form.
+        rows, summaries: of tables/steps and tables/global_damping, once finished.
+        withheld: why the layers get no damping each though steps were taken, by approximation and form.
     """
 
     objective: Objective
@@ -44,6 +46,7 @@ class WholeNetwork:
     fisher: str
     why_no_steps: str = ""
     own: Mapping[tuple[str, str], Mapping[str, float]] = field(default_factory=dict)
+    withheld: dict[tuple[str, str], str] = field(default_factory=dict)
     rows: list[StepRow] = field(default_factory=list)
     summaries: list[GlobalDampingRow] = field(default_factory=list)
 
@@ -75,7 +78,7 @@ class WholeNetwork:
         self.own = dict(own or {})
         if self.why_no_steps:
             return no_steps(self.why_no_steps)
-        self.rows, self.summaries = [], []
+        self.rows, self.summaries, self.withheld = [], [], {}
         for approximation, form in SERIES:
             reason = self._refusal(approximation)
             twin = approximation.replace("reduce", "expand")
@@ -88,6 +91,8 @@ class WholeNetwork:
                 self.rows += [dataclasses.replace(row, approximation=approximation, passes=0) for row in rows]
                 whole = [row for row in self.summaries if (row.approximation, row.form) == (twin, form)]
                 self.summaries += [dataclasses.replace(row, approximation=approximation, passes=0) for row in whole]
+                if (twin, form) in self.withheld:
+                    self.withheld[approximation, form] = self.withheld[twin, form]
             else:
                 self._series(approximation, form)
         return self.rows, self.summaries
@@ -233,6 +238,8 @@ class WholeNetwork:
                 predicted_change=bottom.predicted,
                 rho=self._rho(bottom),
             )
+            if self._audible(bottom) and not lowest_at >= row.safe_from:
+                reasons.append(f"the recommended damping is not safe (rho {bottom.rho:.3g}), see safe_damping")
         else:
             reasons.append("no damping tried lowers the objective")
         if math.isnan(best):
@@ -249,38 +256,46 @@ class WholeNetwork:
                 current_rho=self._rho(now),
                 current_alpha_star=now.alpha_star,
             )
-        own = self.own.get((approximation, form), {})
-        if own:
-            factor, together = self._per_layer(approximation, form, lowest_at if math.isnan(best) else best, own)
-            if together is None:
-                reasons.append(f"dampings of each layer's own are not safe together, up to {factor:g} times themselves")
-            else:
-                row = dataclasses.replace(
-                    row,
-                    per_layer_predicted=together.predicted,
-                    per_layer_change=together.actual,
-                    per_layer_rho=together.rho,
-                    per_layer_factor=factor,
-                )
+        around = lowest_at if math.isnan(best) else best
+        row, withheld = self._with_own(row, around, judged[around].linear)
+        if withheld:
+            self.withheld[approximation, form] = withheld
+            reasons.append(withheld)
         passes = self.objective.network.passes - start
         return dataclasses.replace(row, passes=passes, reason="; ".join(reasons))
 
-    def _per_layer(
-        self, approximation: str, form: str, best: float, own: Mapping[str, float]
-    ) -> tuple[float, Step | None]:
-        """The safe common factor on the layers' own dampings with the lowest objective (from `FACTORS`), and its step.
+    def _with_own(self, row: GlobalDampingRow, damping: float, reference: float) -> tuple[GlobalDampingRow, str]:
+        """The row with the step of the layers' own dampings, and why these are not to be set; empty where they are.
 
-        Layers without a value of their own take `best`. The largest factor tried and None where none is safe.
+        Layers without one take `damping`, whose step for all has R . delta = `reference`.
         """
-        judged: dict[float, Step] = {}
-
-        def judge(factor: float) -> tuple[bool | None, float]:
-            given = {part.spec.name: best for part in self.parts} | {name: d * factor for name, d in own.items()}
-            judged[factor] = self.objective.judged(self._joint(approximation, form, given))
-            return self._verdict(judged[factor])
-
-        _, factor = lowest_safe(FACTORS, judge, halvings=2)
-        return (max(judged), None) if math.isnan(factor) else (factor, judged[factor])
+        series = row.approximation, row.form
+        own = self.own.get(series, {})
+        if not own:
+            return row, ""
+        found = per_layer.search(
+            self.parts,
+            own,
+            damping,
+            lambda dampings: self.objective.judged(self._joint(*series, dampings)),
+            self._verdict,
+            self.objective.right,
+            reference,
+        )
+        if found.step is None:
+            return row, found.why
+        row = dataclasses.replace(
+            row,
+            per_layer_predicted=found.step.predicted,
+            per_layer_change=found.step.actual,
+            per_layer_rho=found.step.rho,
+            per_layer_factor=found.factor,
+            per_layer_gain=found.step.actual / row.change - 1 if row.change < 0 else NAN,
+        )
+        if row.by_layer:
+            return row, ""
+        less = f"{row.per_layer_change:.3g} by one step, one for all {row.change:.3g}"
+        return row, f"dampings of each layer's own do no better together than one for all: {less}"
 
     def _rho(self, step: Step) -> float:
         """Rho, NaN where the changes are within rounding of the loss."""

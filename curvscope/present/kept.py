@@ -41,7 +41,7 @@ def check_no_batch(path: str | os.PathLike[str], folder: str | os.PathLike[str] 
         raise OutputError(
             "Every file of the batch folder is read as a batch, and the result would be one of them.",
             where=str(path),
-            remedy="Name another place with -o.",
+            remedy="Name another place (-o).",
         )
 
 
@@ -62,7 +62,7 @@ def _is_run(path: Path) -> bool:
 def _needed(target: Path, source: Path) -> OutputError:
     what = "It is what the result is made from" if target == source else f"It belongs to {source}"
     return OutputError(
-        f"{what}, and is kept even with --force.",
+        f"{what}, and is kept, whatever --force says.",
         where=str(target),
-        remedy="Name another place with -o.",
+        remedy="Name another place (-o).",
     )

@@ -98,8 +98,9 @@ MEANINGS: dict[str, dict[str, str]] = {
         "current value is unknown",
         "form_gap": "1 - smaller / larger decrease of the two forms of a K-FAC at the current damping (unknown: at the "
         "one recommended for the eigenbasis form); more than 1: one of them does harm",
-        "joint": "the damping to set where all layers step together: recommended times per_layer_factor of the table "
-        "global_damping; NaN where joint steps were not taken or none of these is safe",
+        "joint": "the damping to set where all layers step together by this approximation: recommended times "
+        "per_layer_factor of the table global_damping; NaN where that was not tried, is not safe or does no better "
+        "than one value for all: the reason says which",
     },
     "steps": {
         "approximation": WHOLE,
@@ -126,7 +127,8 @@ MEANINGS: dict[str, dict[str, str]] = {
     "global_damping": {
         "approximation": WHOLE,
         "form": FORM,
-        "damping": "the recommended damping: the lowest objective after one step, of all tried, safe or not",
+        "damping": "the recommended damping: the lowest objective after one step, of all tried, safe or not; below "
+        "safe_from it is not, and the reason says so",
         "relative_damping": "the same over the mean eigenvalue of the network's exact GGN",
         "change": "actual change of the objective there, in units of the loss",
         "predicted_change": "change by the quadratic model there, in units of the loss",
@@ -143,6 +145,8 @@ MEANINGS: dict[str, dict[str, str]] = {
         "per_layer_rho": "per_layer_change / per_layer_predicted, dimensionless",
         "per_layer_factor": "the common factor on those dampings with the lowest objective, of those tried from which "
         "on rho >= 1/4 and a decrease is predicted",
+        "per_layer_gain": "per_layer_change / change - 1: how much more than by one value for all; 0 or less: the "
+        "column joint of the table ranges is withheld",
         "current": "the optimizer's own damping; NaN where the checkpoint has none",
         "current_change": "actual change of the objective by the whole step there, in units of the loss",
         "current_rho": "rho there, dimensionless",

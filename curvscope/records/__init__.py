@@ -3,7 +3,7 @@
 A row's `status` is ok, estimated, skipped, not_converged or not_assessed; its `reason` says why.
 """
 
-from curvscope.records.damping import DampingRow, EvidenceRow, GlobalDampingRow, RangeRow, StepRow
+from curvscope.records.damping import DampingRow, EvidenceRow, GlobalDampingRow, RangeRow, StepRow, leading
 from curvscope.records.layers import NAN, CoverageRow, ErrorRow, LayerRow, SourceRow, SpectrumRow
 from curvscope.records.run import CONVENTIONS, SCHEMA_VERSION, Array, KroneckerFactors, Layer, ModelInfo, Run, RunInfo
 from curvscope.records.tables import TABLES, Row, row_values
@@ -34,5 +34,6 @@ __all__ = [
     "SpectrumRow",
     "StabilityRow",
     "StepRow",
+    "leading",
     "row_values",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from curvscope.records.layers import NAN
@@ -50,7 +52,10 @@ class RangeRow:
     largest decrease of the exact quadratic model, `decrease`; `gain` = 1 - (decrease at `current`) / `decrease`.
     Below `noise_below` noise is amplified: effective_dimension >= 0.9 min(P, N K) and alpha_star < 1/4. `standing` is
     where the current value is: too_small, safe, too_large, or empty. `form_gap` = 1 - smaller / larger decrease of the
-    forms eigenbasis and factored, at the current value (unknown: at the one recommended for the eigenbasis).
+    forms eigenbasis and factored, at the current value (unknown: at the one recommended for the eigenbasis). `joint`
+    is the value to set where all layers step together by this approximation, `recommended` times the factor of
+    `GlobalDampingRow`; NaN where their step does no better than that of one value for all, or is not known: the clause
+    of the reason that begins with "joint:" says why.
     """
 
     layer: str
@@ -77,8 +82,9 @@ class StepRow:
     predicted_change = R . delta + delta^T (G + w) delta / 2 with the exact GGN of the whole network; actual_change by a
     forward pass; rho = actual_change / predicted_change; length factors are multiples of the step, `alpha_star` =
     -R . delta / delta^T (G + w) delta the one at which the model is lowest. `role` is grid, current (the optimizer's
-    own damping), recommended (as in `GlobalDampingRow`), lowest, or boundary (tried to find where the safe range
-    begins); relative_damping is damping over the mean eigenvalue of G, with a standard error where that is estimated.
+    own damping), recommended and safest (`damping` and `safe_damping` of `GlobalDampingRow`), or boundary (tried to
+    find where the safe range begins); relative_damping is damping over the mean eigenvalue of G, with a standard error
+    where that is estimated.
     """
 
     approximation: str
@@ -106,11 +112,13 @@ class GlobalDampingRow:
     """What the steps of one approximation and form say of damping: one value for all layers, or one for each.
 
     Changes are those of the objective by one step. `damping`, the recommended one, has the lowest objective of all
-    tried, safe or not. Every damping judged from `safe_from` on has rho >= 1/4 and a predicted decrease (the
-    Levenberg-Marquardt rule); safe_*: that of them with the lowest objective. From
-    `lowerable_from` on rho > 3/4; from `gradient_from` on the step points within 18 degrees of the negative gradient.
+    tried, safe or not (`recommended_is_safe`; the reason says so where it is not). Every damping judged from
+    `safe_from` on has rho >= 1/4 and a predicted decrease (the Levenberg-Marquardt rule); safe_*: that of them with the
+    lowest objective. From `lowerable_from` on rho > 3/4; from `gradient_from` on the step points within 18 degrees of
+    the negative gradient.
     per_layer_*: every layer at the damping that its own block recommends (`RangeRow.recommended`), all times
-    `per_layer_factor`, chosen by the same rule. current_*: at the optimizer's own damping.
+    `per_layer_factor`, chosen by the same rule; per_layer_gain = per_layer_change / change - 1, the share by which that
+    lowers the objective more than one value does. current_*: at the optimizer's own damping.
     """
 
     approximation: str
@@ -131,6 +139,7 @@ class GlobalDampingRow:
     per_layer_change: float = NAN
     per_layer_rho: float = NAN
     per_layer_factor: float = NAN
+    per_layer_gain: float = NAN
     current: float = NAN
     current_change: float = NAN
     current_rho: float = NAN
@@ -138,6 +147,29 @@ class GlobalDampingRow:
     passes: int = 0
     status: str = "ok"
     reason: str = ""
+
+    @property
+    def recommended_is_safe(self) -> bool:
+        """Whether the recommended damping is in the safe range."""
+        return self.damping >= self.safe_from
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether a damping for each layer lowers the objective more than the recommended one for all."""
+        return self.per_layer_gain > 0 or (math.isnan(self.damping) and self.per_layer_change < 0)
+
+
+def leading(rows: Sequence[GlobalDampingRow]) -> GlobalDampingRow | None:
+    """The K-FAC (eigenbasis form) that report and findings speak of: recommended with the lowest objective of both.
+
+    None where no K-FAC took steps.
+    """
+    known = [
+        row
+        for row in rows
+        if row.form == "eigenbasis" and row.approximation.startswith("kfac") and row.status in ("ok", "estimated")
+    ]
+    return min(known, key=lambda row: math.inf if math.isnan(row.change) else row.change, default=None)
 
 
 @dataclass(frozen=True)

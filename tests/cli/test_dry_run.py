@@ -211,3 +211,17 @@ def test_a_callable_of_batches(bundle: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert result.exit_code == 0, result.output
     document = json.loads(result.stdout)
     assert (document["examples"], document["batches"]) == (12, 3)
+
+
+@pytest.mark.parametrize(("memory", "fisher"), [("60MiB", "auto"), ("64MiB", "exact"), ("57MiB", "probe")])
+def test_the_bound_that_would_do_does(memory: str, fisher: str) -> None:
+    planned = pipeline.plan(SAMPLES / "digits_mlp.pt", memory=memory, fisher=fisher)
+    assert planned.peak_bytes <= planned.budget_bytes
+    said = " ".join([*(layer.reason for layer in planned.layers), *planned.notes])
+    named = re.findall(r"(?:fit under --memory |: )([\d.]+) MiB(?: would do|\.)", said)
+    assert named, said
+    enough = pipeline.plan(SAMPLES / "digits_mlp.pt", memory=f"{max(map(float, named))}MiB", fisher=fisher)
+    wanted = "estimated" if fisher == "probe" else "exact"
+    assert [(layer.treatment, layer.reason) for layer in enough.layers] == [(wanted, "")] * 6
+    if fisher == "exact":  # of these the steps of the whole network are one
+        assert not any("steps" in note for note in enough.notes), enough.notes

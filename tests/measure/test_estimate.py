@@ -300,7 +300,7 @@ def test_auto_estimates_only_the_layers_that_are_too_large(monkeypatch: pytest.M
     run = curvscope.analyze(model, batch, loss="cross_entropy", dtype="float64", seed=2)
     assert (run.info.fisher, run.info.samples) == ("exact", 8)
     assert list(run.layers) == list(exact.layers)
-    note = "1 layer is estimated from 8 probes, the others exact: 2 (min(P, N K) = 117 exceeds 100)."
+    note = "1 layer gets 8 probes in place of exact columns: 2 (min(P, N K) = 117 exceeds 100)."
     assert note in run.notes
     for name, row in exact.layers["0"].errors.items():
         assert run.layers["0"].errors[name].fisher == "exact"
@@ -337,4 +337,4 @@ def test_auto_estimates_the_layers_that_would_take_too_long(monkeypatch: pytest.
     monkeypatch.setattr(choose, "measure_seconds", lambda load, rates: 1e9 if load.spec.name == "2" else 0.0)
     run = curvscope.analyze(model, batch, loss="cross_entropy")
     assert run.info.fisher == "exact"
-    assert any("1 layer is estimated" in note and "2 (measuring its 12 columns" in note for note in run.notes)
+    assert any("1 layer gets 8 probes" in note and "2 (measuring its 12 columns" in note for note in run.notes)

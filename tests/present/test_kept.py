@@ -84,3 +84,19 @@ def test_tables_replace_tables_only(tmp_path: Path) -> None:
         export(make_run(), folder, "csv", force=True)
     assert sorted(os.listdir(tmp_path)) == ["tables"]
     assert (folder / "notes.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("batch", "target"), [(None, "net.pt"), (None, "hard.pt"), ("batch.pt", "batch.pt"), ("many", "many/run.h5")]
+)
+def test_save_keeps_what_the_run_is_made_from(
+    files: Path, batch: str | None, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = curvscope.analyze("net.pt", batch, loss="cross_entropy", fisher="mc", samples=1, skip="nothing")
+    target = os.path.abspath(target)
+    monkeypatch.chdir("/")
+    before = {path: path.read_bytes() for path in files.rglob("*") if path.is_file()}
+    with pytest.raises(OutputError):
+        run.save(target, force=True)
+    assert {path: path.read_bytes() for path in files.rglob("*") if path.is_file()} == before
+    run.save(files / "run.h5")

@@ -11,7 +11,11 @@ from curvscope.present.names import shorten, some
 from curvscope.present.numbers import number
 from curvscope.present.strip import strip
 from curvscope.present.terminal.page import GAP, STATUS_WORDS, Column, Page
-from curvscope.records import DampingRow, Layer, RangeRow
+from curvscope.present.terminal.steps import NAMES
+from curvscope.records import DampingRow, GlobalDampingRow, Layer, RangeRow, leading
+
+# the clause of a row's reason that says why it has no value to set
+JOINT = "joint: "
 
 STANDING_WORDS = {"too_small": "too small", "safe": "safe", "too_large": "too large", "": ""}
 STANDING_STYLES = {"too_small": "red", "safe": "green", "too_large": "yellow", "": "dim"}
@@ -33,8 +37,13 @@ def chosen(layer: Layer) -> str:
     return f"kfac_{'reduce' if layer.row.better_flavour == 'reduce' else 'expand'}"
 
 
-def overview_section(page: Page, layers: Sequence[Layer], optimizer: str = "") -> None:
-    """A strip for each layer: safe range, best value, and where the optimizer (its name; empty: unknown) stands."""
+def overview_section(
+    page: Page, layers: Sequence[Layer], optimizer: str = "", together: Sequence[GlobalDampingRow] = ()
+) -> None:
+    """A strip for each layer: safe range, best value, and where the optimizer (its name; empty: unknown) stands.
+
+    `together` are the rows of tables/global_damping: the values to set are those of their leading K-FAC in every layer.
+    """
     found = [(layer, _range(layer, chosen(layer), "eigenbasis")) for layer in layers]
     known = [(layer, row) for layer, row in found if row is not None]
     if not known:
@@ -42,7 +51,13 @@ def overview_section(page: Page, layers: Sequence[Layer], optimizer: str = "") -
         if reasons:
             page.heading("damping of the better K-FAC")
             line = page.text(f"{page.dash} not assessed: ", "yellow")
-            line.append(page.safe(f"{reasons[0]}; --fisher exact gives it, for layers that are not too large"), "dim")
+            drawn = any(row.fisher in ("probe", "mc") for layer in layers for row in layer.errors.values())
+            more = (
+                "; --fisher exact gives it, for layers that are not too large"
+                if drawn and "--memory" not in reasons[0]
+                else ""
+            )
+            line.append(page.safe(reasons[0] + more), "dim")
             page.lines([line, *_concerns(page, optimizer)])
         return
     page.heading("damping of the better K-FAC")
@@ -55,8 +70,12 @@ def overview_section(page: Page, layers: Sequence[Layer], optimizer: str = "") -
     if standing:
         places = [(STANDING_WORDS[row.standing], STANDING_STYLES[row.standing]) for _, row in known]
         columns.append(Column("\nnow", places, 6, left=True))
-    if any(not math.isnan(row.joint) for _, row in known):
-        columns.append(Column("all move:\nset", [(page.measured(row.joint), "bold") for _, row in known], 9))
+    whole = leading(together)
+    series = (whole.approximation, whole.form) if whole is not None else ("", "")
+    to_set = [_range(layer, *series) for layer, _ in known]
+    joint = [math.nan if row is None else row.joint for row in to_set]
+    if not all(map(math.isnan, joint)):
+        columns.append(Column("all move:\nset", [(page.measured(value), "bold") for value in joint], 9))
     names = [page.safe(layer.name) for layer, _ in known]
     longest = max(len(name) for name in names)
     columns = page.fitting(columns, page.width - 2 - GAP - min(longest, max(12, page.width // 4)))
@@ -68,9 +87,9 @@ def overview_section(page: Page, layers: Sequence[Layer], optimizer: str = "") -
     words += "; [ ] the safe range, above which the step is plain gradient descent"
     if standing:
         words += "; now: one step of this layer alone, which says nothing of many steps (CS5xx) or of all layers"
-    if any(not math.isnan(row.joint) for _, row in known):
-        words += "; set: best times a common factor, that of a step of all layers by the row's own K-FAC"
-        plain = [layer.name for layer, row in known if row.joint > row.high]
+    if whole is not None and not all(map(math.isnan, joint)):
+        words += f"; set: where all move by {NAMES[whole.approximation]}, its best times a common factor"
+        plain = [row.layer for row in to_set if row is not None and row.joint > row.high]
         if plain:
             words += f", which leaves {some(plain, 'layer')} with plain gradient steps"
     now = {row.current for _, row in known if not math.isnan(row.current)}
@@ -78,7 +97,8 @@ def overview_section(page: Page, layers: Sequence[Layer], optimizer: str = "") -
         words += f"; | the optimizer's damping, {number(now.pop())}"
     elif now:
         words += "; | the optimizer's damping"
-    page.lines([page.text(words + ".", "dim"), *_left_out(page, found), *_concerns(page, optimizer)])
+    unset = _unset(page, [layer for layer, _ in known], series) if whole is not None else []
+    page.lines([page.text(words + ".", "dim"), *_left_out(page, found), *unset, *_concerns(page, optimizer)])
 
 
 def _left_out(page: Page, found: Sequence[tuple[Layer, RangeRow | None]]) -> list[Text]:
@@ -94,6 +114,22 @@ def _left_out(page: Page, found: Sequence[tuple[Layer, RangeRow | None]]) -> lis
     for reason, layers in names.items():
         line = page.text(f"{page.dash} not assessed: ", "yellow")
         lines.append(line.append(page.safe(": ".join(filter(None, (some(layers, "layer"), reason)))), style="dim"))
+    return lines
+
+
+def _unset(page: Page, layers: Sequence[Layer], series: tuple[str, str]) -> list[Text]:
+    """The layers without a value to set, and why: a line a reason."""
+    names: dict[str, list[str]] = {}
+    for layer in layers:
+        row = _range(layer, *series)
+        if row is None or math.isnan(row.joint):
+            reason = next((one for one in (row.reason if row else "").split("; ") if one.startswith(JOINT)), "")
+            names.setdefault(reason.removeprefix(JOINT), []).append(layer.name)
+    lines = []
+    for reason, concerned in names.items():
+        who = "" if len(concerned) == len(layers) else f" of {some(concerned, 'layer')}"
+        line = page.text(f"{page.dash} no value to set{who}: ", "yellow")
+        lines.append(line.append(page.safe(f"{NAMES[series[0]]}: {reason}"), style="dim"))
     return lines
 
 

@@ -118,11 +118,12 @@ def _fisher_words(run: Run) -> str:
     layers = kronecker_layers(run)
     for layer in layers.values():
         row = layer.errors.get("kfac_expand")
-        unknown = row is None or row.status in ("not_assessed", "skipped")
-        key = "" if row is None or unknown else row.fisher
+        key = "" if row is None or layer.row.status == "not_assessed" else row.fisher
         per_layer[key] = per_layer.get(key, 0) + 1
-    if not per_layer or set(per_layer) == {""}:
-        per_layer = {run.info.fisher: len(layers)} | per_layer
+    if per_layer and set(per_layer) == {""}:
+        return f"no layer's {block_name(run)} block is assessed"
+    if not per_layer:
+        per_layer = {run.info.fisher: 0}
     words = []
     for fisher, concerned in sorted(per_layer.items(), key=lambda item: -item[1]):
         if fisher:

@@ -31,7 +31,7 @@ def overview(page: Page, run: Run) -> None:
     left_out = _layer_table(page, run, list(layers.values()))
     _legend(page, run, layers, left_out)
     _not_assessed(page, run, layers)
-    overview_section(page, list(layers.values()), run.model.optimizer)
+    overview_section(page, list(layers.values()), run.model.optimizer, run.tables.get("global_damping", []))
     stability_section(page, run)
     _coverage(page, run)
     steps_section(page, run)
@@ -179,7 +179,8 @@ def _not_assessed(page: Page, run: Run, layers: dict[str, Layer]) -> None:
             kinds.setdefault((status, tuple(approximations)), {}).setdefault(reason, []).append(layer)
     lines = []
     for (status, named), by_reason in kinds.items():
-        what = "everything" if len(named) > 5 else ", ".join(named)
+        every = "everything" if "ggn" in named else "the errors"
+        what = every if len(named) > 5 else ", ".join(named)
         names = [layer for concerned in by_reason.values() for layer in concerned]
         line = page.text(f"{page.dash} {STATUS_WORDS[status]}: ", "yellow")
         line.append(page.safe(f"{what} of {some(names, 'layer', most=1)}: {next(iter(by_reason))}"), style="dim")

@@ -73,7 +73,7 @@ def _of_treatment(layers: Sequence[PlannedLayer]) -> list[str]:
 def size(count: float) -> str:
     """Bytes with a unit."""
     unit = 0
-    while count >= 1024 and unit < len(BINARY) - 1:
+    while count >= 999.5 and unit < len(BINARY) - 1:
         count, unit = count / 1024, unit + 1
     return f"{count:.3g} {BINARY[unit]}"
 

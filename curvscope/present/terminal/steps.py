@@ -6,9 +6,9 @@ import math
 
 from rich.text import Text
 
-from curvscope.present.numbers import count, number
+from curvscope.present.numbers import count, number, whole_percent
 from curvscope.present.terminal.page import STATUS_WORDS, Column, Page
-from curvscope.records import EvidenceRow, GlobalDampingRow, Run, StepRow
+from curvscope.records import EvidenceRow, GlobalDampingRow, Run, StepRow, leading
 
 NAMES = {
     "kfac_expand": "K-FAC-expand",
@@ -37,13 +37,12 @@ def steps_section(page: Page, run: Run) -> None:
     page.heading("one damped step of all layers")
     lines: list[Text] = []
     if summaries:
-        products = [row for row in summaries if row.form == "eigenbasis" and row.approximation.startswith("kfac")]
-        better = min(products or summaries, key=_change)
+        better = leading(summaries) or min(summaries, key=_change)
         rows = [row for row in run.tables["steps"] if _key(row) == _key(better)]
         _table(page, rows, better, wanted=SECTION_COLUMNS)
         lines += [*_words(page, better), *_repeated(page, run)]
         others = [
-            f"{_name(row)} {number(row.damping)} ({_signed(row.change)})"
+            f"{_name(row)} {number(row.damping)} ({', '.join(filter(None, (_signed(row.change), _unsafe(row))))})"
             for row in summaries
             if _key(row) != _key(better) and not _copied(row) and not math.isnan(row.damping)
         ]
@@ -93,6 +92,13 @@ def _change(row: GlobalDampingRow) -> float:
     return math.inf if math.isnan(row.change) else row.change
 
 
+def _unsafe(row: GlobalDampingRow) -> str:
+    """That the recommended damping is not safe, or not known to be; empty where it is."""
+    if row.recommended_is_safe:
+        return ""
+    return "safe or not is within rounding" if math.isnan(row.rho) else f"not safe, rho {number(row.rho)}"
+
+
 def _signed(value: float) -> str:
     return ("+" if value > 0 else "") + number(value)
 
@@ -105,10 +111,7 @@ def _table(page: Page, rows: list[StepRow], summary: GlobalDampingRow, wanted: t
         return [(page.dash if math.isnan(v) else _signed(v) if signed else number(v), "") for v in values]
 
     safe = [not math.isnan(summary.safe_from) and row.damping >= summary.safe_from for row in rows]
-    marks = [
-        (", ".join(filter(None, ("safe" if inside else "", ROLE_WORDS.get(row.role, row.role)))), "")
-        for row, inside in zip(rows, safe, strict=True)
-    ]
+    marks = [(_mark(row, inside), "") for row, inside in zip(rows, safe, strict=True)]
     columns = {
         "predicted": Column("predicted\nchange", cells("predicted_change", True), worth=8),
         "actual": Column("actual\nchange", cells("actual_change", True), worth=10),
@@ -127,22 +130,32 @@ def _table(page: Page, rows: list[StepRow], summary: GlobalDampingRow, wanted: t
     )
 
 
+def _mark(row: StepRow, safe: bool) -> str:
+    """What a damping is: safe, and why it was tried."""
+    role = ROLE_WORDS.get(row.role, row.role)
+    if row.role == "recommended":
+        return f"safe, {role}" if safe else f"{role}, not safe"
+    return ", ".join(filter(None, ("safe" if safe else "", role)))
+
+
 def _words(page: Page, row: GlobalDampingRow) -> list[Text]:
     """The recommendation, the safe range, the gain of dampings a layer, the optimizer's own."""
     lines = []
     if math.isnan(row.damping):
         lines.append(page.text("No damping that was tried lowers the loss.", "yellow"))
     else:
-        words = f"{_name(row)}: recommended damping {number(row.damping)} for all layers, {_signed(row.change)} by one "
-        lines.append(page.text(words + "full step, the lowest loss of all tried.", "bold"))
+        beside = f" ({_unsafe(row)})" if _unsafe(row) else ""
+        words = (
+            f"{_name(row)}: recommended damping {number(row.damping)}{beside} for all layers, {_signed(row.change)} by "
+        )
+        lines.append(page.text(words + "one full step, the lowest loss of all tried.", "bold"))
     if math.isnan(row.safe_damping):
         lines.append(page.text("No damping that was tried is safe (a decrease predicted, rho at least 1/4).", "yellow"))
     else:
         words = f"Safe from {number(row.safe_from)} on (a decrease predicted, rho at least 1/4)"
         if row.safe_damping != row.damping:
             words += (
-                f"; lowest there at {number(row.safe_damping)} ({_signed(row.safe_change)}). The model does not "
-                f"predict the recommended step (rho {number(row.rho)}): for many steps take the safe value"
+                f"; lowest there at {number(row.safe_damping)} ({_signed(row.safe_change)}), the one for many steps"
             )
         lines.append(page.text(words + "."))
     if not math.isnan(row.gradient_from):
@@ -152,16 +165,20 @@ def _words(page: Page, row: GlobalDampingRow) -> list[Text]:
     if not math.isnan(row.current):
         words = f"The optimizer's own damping is {number(row.current)}: {_signed(row.current_change)} by the full step."
         lines.append(page.text(words, "bold" if row.current < row.safe_from or math.isnan(row.safe_from) else ""))
-    if not math.isnan(row.per_layer_change) and row.change < 0:
-        gain = row.per_layer_change / row.change - 1
-        words = (
-            "A damping for each layer (set, above, where this K-FAC is the better: its own best times "
-            f"{number(row.per_layer_factor)}): "
-        )
-        words += f"{_signed(row.per_layer_change)}, {abs(gain):.0%} {'more' if gain > 0 else 'less'} than one for all"
-        words += "." if gain >= 0 else ": set one value for all."
-        lines.append(page.text(words, "dim"))
+    lines += _by_layer(page, row)
     return lines
+
+
+def _by_layer(page: Page, row: GlobalDampingRow) -> list[Text]:
+    """What a damping for each layer gains over one for all."""
+    if math.isnan(row.per_layer_change):
+        return []
+    words = f"A damping for each layer, its own best times {number(row.per_layer_factor)}"
+    words += f" (set): {_signed(row.per_layer_change)}" if row.by_layer else f": {_signed(row.per_layer_change)}"
+    if not math.isnan(row.per_layer_gain):
+        more = "more" if row.per_layer_gain > 0 else "less"
+        words += f", {whole_percent(abs(row.per_layer_gain))} {more} than one for all"
+    return [page.text(words + ("." if row.by_layer else ": set one value for all."), "dim")]
 
 
 def _repeated(page: Page, run: Run) -> list[Text]:
