@@ -16,8 +16,9 @@ from curvscope.measure.ranges import (
     safe_range,
     standing,
     with_form_gaps,
+    with_joint,
 )
-from curvscope.records import DampingRow, RangeRow
+from curvscope.records import DampingRow, GlobalDampingRow, RangeRow
 
 NAN = math.nan
 GRID = 10.0 ** np.arange(-4.0, 5.0)
@@ -154,3 +155,32 @@ def test_form_gaps_are_of_the_two_forms() -> None:
     left, right = (float(curves["kfac_expand", form].decrease[4]) for form in ("eigenbasis", "factored"))
     assert first.form_gap == second.form_gap == pytest.approx(1 - right / left)
     assert math.isnan(third.form_gap)
+
+
+@pytest.mark.parametrize(
+    ("gain", "damping", "by_layer"),
+    [(0.01, 1.0, True), (0.0, 1.0, False), (-0.1, 1.0, False), (math.nan, math.nan, True), (math.nan, 1.0, False)],
+)
+def test_dampings_by_layer_pay_where_they_lower_the_loss_more(gain: float, damping: float, by_layer: bool) -> None:
+    row = GlobalDampingRow("kfac_expand", "eigenbasis", damping=damping, per_layer_change=-1.0, per_layer_gain=gain)
+    assert row.by_layer == by_layer
+
+
+def test_values_to_set_are_withheld_with_the_reason() -> None:
+    names = ("kfac_expand", "kfac_reduce", "ekfac_expand", "diag")
+    rows = [RangeRow("one", name, "eigenbasis", recommended=2.0, reason="limited") for name in names]
+    rows.append(RangeRow("one", "kfac_expand", "eigenbasis", status="not_assessed", reason="nothing lowers"))
+    summaries = [
+        GlobalDampingRow("kfac_expand", "eigenbasis", per_layer_factor=5.0),
+        GlobalDampingRow("kfac_reduce", "eigenbasis", per_layer_factor=5.0),
+        GlobalDampingRow("ekfac_expand", "eigenbasis", status="not_assessed", reason="these are draws"),
+    ]
+    found = with_joint(rows, summaries, {("kfac_reduce", "eigenbasis"): "no better"})
+    assert [row.joint for row in found] == pytest.approx([10.0, *[math.nan] * 4], nan_ok=True)
+    assert [row.reason for row in found] == [
+        "limited",
+        "limited; joint: no better",
+        "limited; joint: these are draws",
+        "limited; joint: steps of all layers are not taken with this approximation",
+        "nothing lowers; joint: no value of its own, it takes the one for all layers",
+    ]
