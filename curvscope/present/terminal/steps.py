@@ -41,6 +41,9 @@ def steps_section(page: Page, run: Run) -> None:
         rows = [row for row in run.tables["steps"] if _key(row) == _key(better)]
         _table(page, rows, better, wanted=SECTION_COLUMNS)
         lines += [*_words(page, better), *_repeated(page, run)]
+        if better.status == "estimated":
+            words = "The factors are made of draws: other draws, another step. Dampings by layer need exact columns."
+            lines.append(page.text(words, "dim"))
         others = [
             f"{_name(row)} {number(row.damping)} ({', '.join(filter(None, (_signed(row.change), _unsafe(row))))})"
             for row in summaries
