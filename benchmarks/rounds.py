@@ -54,7 +54,8 @@ def run(name: str, repeats: int, device: str, analysis: bool) -> dict[str, Any]:
 def agreement(workload: Workload, ours: Ours, peer: bool) -> dict[str, Any]:
     """The largest relative difference of any layer's product to factors straight from the definitions.
 
-    With mc the peer's labels are the reference's, and ours are others: there ours is compared in A alone.
+    With mc the peer's labels are the reference's, and ours are others: there ours is compared in A alone. Layers that
+    only we have (embeddings) are not compared.
     """
     reference = peers.naive_factors(workload)
     found: dict[str, Any] = {}
@@ -63,7 +64,7 @@ def agreement(workload: Workload, ours: Ours, peer: bool) -> dict[str, Any]:
     factors = ours.factors()
     if workload.fisher == "mc":
         factors = {
-            flavour: {name: (A, reference[flavour][name][1]) for name, (A, _) in layers.items()}
+            flavour: {name: (layers[name][0], B) for name, (_, B) in reference[flavour].items()}
             for flavour, layers in factors.items()
         }
     found["ours"] = peers.worst_difference(factors, reference)

@@ -97,7 +97,8 @@ def analyzed(name: str, recipe: Recipe, batch: Any) -> tuple[curvscope.Run, Whol
 
     with mock.patch.object(pipeline, "NetworkStage", recording):
         path = f"sample_models/{name}.pt"
-        run = curvscope.analyze(path, batch, measure="steps", example_index=recipe.example_index)
+        # auto would estimate where the machine is slow
+        run = curvscope.analyze(path, batch, fisher="exact", measure="steps", example_index=recipe.example_index)
     assert stages[0].found is not None
     return run, stages[0].found, grids[0]
 

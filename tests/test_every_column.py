@@ -13,8 +13,12 @@ import torch
 from torch import Tensor, nn
 
 import curvscope
+from curvscope.extract import plan
+from curvscope.extract.collector import Columns, Extract
 from curvscope.graph.export import export_model
 from curvscope.load.problem import Inputs
+from curvscope.measure import layers
+from curvscope.measure.layer import measure_layer
 from tests.extract.test_many_batches import cnn
 from tests.many import Tokens, cut, repeats, tokens
 
@@ -67,12 +71,14 @@ def exported(model: nn.Module, *args: Tensor, **kwargs: Tensor) -> Any:
     return export_model(model, Inputs(args, kwargs), {}).program
 
 
-def analyzed(name: str, fisher: str, sizes: list[int] | None) -> Any:
+@cache
+def analyzed(name: str, fisher: str, *sizes: int) -> Any:
+    """The run over batches of these sizes; of none, over all examples at once."""
     model, batch, loss = problem(name)
     whole = name == "regression"  # what is of the whole network: tests/measure/test_in_pieces.py has more of it
     return curvscope.analyze(
         model,
-        batch if sizes is None else cut(batch, sizes),
+        cut(batch, list(sizes)) if sizes else batch,
         loss=loss,
         fisher=fisher,
         measure=("split", "damping", "kron_best", *(["steps", "stability"] if whole else [])),
@@ -163,7 +169,7 @@ def same(one: Any, other: Any, column: str, tolerance: float) -> bool:
     ],
 )
 def test_every_column(name: str, fisher: str) -> None:
-    one, many = analyzed(name, fisher, None), analyzed(name, fisher, SIZES)
+    one, many = analyzed(name, fisher), analyzed(name, fisher, *SIZES)
     assert differences(one, many, layers_only=name != "regression") == []
     if name == "tokens":  # the numbers are there, and not alike for want of them
         rows = {row.quantity for row in many.tables["stability"] if row.layer == "qkv" and row.status == "ok"}
@@ -171,3 +177,33 @@ def test_every_column(name: str, fisher: str) -> None:
         assert rows >= ({"mean_share", "position_share", "example_share"} if fisher == "exact" else {"mean_share"})
         if fisher == "exact":
             assert {row.status for row in many.layers["qkv"].sources.values()} == {"ok"}
+
+
+@pytest.mark.parametrize(
+    ("name", "fisher"), [("images", "probe"), ("padded tokens", "probe"), ("tied and recurrent", "mc")]
+)
+def test_draws_summed_one_by_one_are_those_kept_as_columns(
+    name: str, fisher: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Groups, several roles, look-ups and parameters without factors among them."""
+    forms = {}
+
+    def forced(form: str) -> None:
+        monkeypatch.setattr(plan, "_bytes", lambda layer: (layer.form == "formed") != (form == "formed"))
+
+    def kept(columns: Columns | list[Columns] | None) -> set[tuple[str, int]]:
+        each = columns if isinstance(columns, list) else [] if columns is None else [columns]
+        return {(one.form, 0 if one.block is None else one.block.ndim) for one in each}
+
+    def noted(extract: Extract, *args: Any, **options: Any) -> Any:
+        forms[extract.spec.name] = kept(extract.columns)
+        return measure_layer(extract, *args, **options)
+
+    monkeypatch.setattr(layers, "measure_layer", noted)
+    forced("columns")
+    one = analyzed.__wrapped__(name, fisher)
+    assert not any("formed" in form for each in forms.values() for form, _ in each)
+    forced("formed")
+    many = analyzed.__wrapped__(name, fisher, *SIZES)
+    assert set.union(*forms.values()) == {("formed", 3)}
+    assert differences(one, many, layers_only=True) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -78,7 +79,7 @@ def choose(
         columns = apart.columns
     elif columns is None:
         columns = exact_columns(problem.loss, layouts.outputs, layouts.output, targets)
-    plans = layer_plans(graph, layouts, columns, settings, keep_draws=False, apart=apart)
+    plans = layer_plans(graph, layouts, columns, settings, draws=False, apart=apart)
     draws = settings.samples or PROBES
     estimated = {name: _what(layer.reason) for name, layer in plans.items() if layer.form is None}
     each = apart.positions if apart else 1
@@ -147,10 +148,14 @@ def layer_plans(
     columns: int,
     settings: Settings,
     *,
-    keep_draws: bool,
+    draws: bool,
     apart: Independent | None = None,
+    piece_share: float = 0.0,
 ) -> dict[str, LayerPlan]:
-    """The form of every chosen layer's columns; positions that are kept `apart` count as examples."""
+    """The form of every chosen layer's columns; positions that are kept `apart` count as examples.
+
+    The largest piece of the data holds `piece_share` of the examples; 0: there is one piece.
+    """
     each = apart.positions if apart else 1
     return {
         spec.name: plan_layer(
@@ -159,8 +164,9 @@ def layer_plans(
             columns,
             site_positions(layouts.positions, [site.target for site in spec.sites]) // each,
             itemsize=DTYPES[settings.dtype].itemsize,
-            keep_draws=keep_draws or "columns" in settings.dump,
+            draws=draws,
             limit=settings.max_columns,
+            at_once=math.ceil(layouts.examples * each * piece_share),
             tokens=layouts.tokens[spec.name].numel() if spec.name in layouts.tokens else None,
             slices=working_bytes(usable(settings)),
             dump=settings.dump,
@@ -188,7 +194,7 @@ def make_plan(
     are kept of the layers for later stages.
     """
     draws = fisher in ("probe", "mc")
-    plans = layer_plans(graph, layouts, columns, settings, keep_draws=draws, apart=apart)
+    plans = layer_plans(graph, layouts, columns, settings, draws=draws, apart=apart, piece_share=piece_share)
     plans |= {name: LayerPlan(None, 0, 0, reason) for name, reason in without.items()}
     per_draw = {name: columns for name, layer in plans.items() if draws and keeps_draws(layer.form)}
     # rows may be kept beside columns of another form
@@ -207,13 +213,20 @@ def make_plan(
 
 
 def estimate_plan(
-    graph: Graph, layouts: Layouts, columns: int, settings: Settings, names: Collection[str], *, activations: int = 0
+    graph: Graph,
+    layouts: Layouts,
+    columns: int,
+    settings: Settings,
+    names: Collection[str],
+    *,
+    activations: int = 0,
+    piece_share: float = 0.0,
 ) -> Plan:
     """The same for a sweep over draws that serves some layers only."""
-    plans = layer_plans(graph, layouts, columns, settings, keep_draws=True)
+    plans = layer_plans(graph, layouts, columns, settings, draws=True, piece_share=piece_share)
     chosen = {name: plans[name] for name in plans if name in names}
     stays = standing(graph, layouts, settings)
-    return plan_sweeps(chosen, usable(settings), standing=stays, activations=activations)
+    return plan_sweeps(chosen, usable(settings), standing=stays, activations=activations, piece_share=piece_share)
 
 
 def standing(graph: Graph, layouts: Layouts, settings: Settings, draws: Mapping[str, int] = NO_DRAWS) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from curvscope.extract.counts import RowCounts
 from curvscope.extract.rows import SiteRows
-from curvscope.extract.symmetric import ONE_BLOCK, GramSum, gram, input_gram
+from curvscope.extract.symmetric import ONE_BLOCK, BlockSum, GramSum, gram, input_gram
 from curvscope.graph.sites import LayerSpec
 from curvscope.graph.verify import Layouts
 
@@ -157,7 +157,8 @@ class Collector:
         self.keeps_rows = False
         self.gradients: Tensor | None = None
         self.values: Tensor | None = None
-        self.block: GramSum | None = None
+        self.block: BlockSum | None = None
+        self.formed_draws = 0
         self.undecided = False
         self._joined: Tensor | None = None
         self.present: dict[str, Tensor] = {}
@@ -266,10 +267,11 @@ class Collector:
             column = g.new_empty(shape)
         self._fill(column, g, total)
         if self.form == "formed":
-            flat = column.reshape(self.examples, -1).double()
+            flat = column.reshape(self.examples, -1)
             if self.block is None:
-                self.block = GramSum(flat.shape[1], dtype=flat.dtype, device=flat.device)
-            self.block.add(flat)
+                self.block = BlockSum(flat.shape[1], self.formed_draws, flat.device)
+            assert self.column is not None
+            self.block.add(self.column, flat)
 
     def _width(self) -> int:
         """The inputs that the columns run over."""

@@ -14,7 +14,8 @@ import torch
 
 from curvscope.extract.clock import seconds_of
 from curvscope.extract.collector import Form
-from curvscope.extract.plan import ROWS_BYTES, LayerPlan, Plan
+from curvscope.extract.layer_bytes import ROWS_BYTES
+from curvscope.extract.plan import LayerPlan, Plan
 from curvscope.graph.sites import LayerSpec
 
 # Lanczos steps that the largest eigenvalue of G - M and the nearest Kronecker product take as a rule.

@@ -63,7 +63,12 @@ class GroupedCollector(Collector):
         if self.form == "formed":
             flat = column.flatten(2).double()
             product = torch.bmm(flat.transpose(1, 2), flat)
-            self._blocks = product if self._blocks is None else self._blocks.add_(product)
+            if self._blocks is None:
+                # those of one group's draws side by side
+                draws = [self.formed_draws] if self.formed_draws else []
+                self._blocks = product.new_zeros(groups, *draws, *product.shape[1:])
+            own = self._blocks[:, self.column] if self.formed_draws else self._blocks
+            own += product
             return
         if self.values is None:
             self.values = column.new_empty(groups, self.count, *column.shape[1:])

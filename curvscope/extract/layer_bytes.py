@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from curvscope.extract.collector import Form
 
+# Rows kept beside columns of another form, in all.
+ROWS_BYTES = 64 * 2**20
 # A Lanczos basis has at least so many vectors; products and residuals beside it.
 LEAST_BASIS = 20
 VECTORS_BESIDE = 8
@@ -45,7 +47,7 @@ class Sizes:
 
     @property
     def small(self) -> int:
-        """The smaller side of the block; of draws always N K."""
+        """The smaller side of the block; of draws N K."""
         NK = self.examples * self.columns
         return NK if self.draws else min(self.parameters, NK)
 
@@ -59,15 +61,24 @@ def measure_bytes(form: Form, sizes: Sizes, slices: int) -> int:
     """Everything but damped steps, with `slices` bytes for what is worked on in slices."""
     # eigenvalues take two squares; G itself in EKFAC's basis as many, and one contraction
     alone = 2 * sizes.square + (8 * sizes.parameters * sizes.d_in if form == "formed" else 0)
-    return _stays(form, sizes) + max(0 if sizes.draws else alone, _in_slices(form, sizes, slices))
+    if sizes.draws:
+        alone = _of_formed_draws(sizes) if form == "formed" else 0
+    return _stays(form, sizes) + max(alone, _in_slices(form, sizes, slices))
+
+
+def _of_formed_draws(sizes: Sizes) -> int:
+    """G of all draws, products with a basis of A, and what these leave of every draw's G (two of its axes diagonal)."""
+    P = sizes.parameters
+    return 8 * (3 * P * P + sizes.columns * sizes.d_out * P)
 
 
 def damped_bytes(form: Form, sizes: Sizes, slices: int) -> int:
     """The same with damped steps: eigenvectors, twice as they are sorted, and scales and sides in every basis."""
     scales = 8 * sizes.parameters * (4 * _flavours(sizes) + 11)
-    # steps of one matrix over the grid, and the products of all that are followed with the columns
+    # steps of one matrix over the grid, and the products of all that are followed with the columns (or with G)
     steps = GRID * sizes.parameters * sizes.itemsize if sizes.factored else 0
-    steps += 8 * GRID * FOLLOWED * _flavours(sizes) * sizes.examples * sizes.columns
+    products = sizes.parameters if form == "formed" else sizes.examples * sizes.columns
+    steps += 8 * GRID * FOLLOWED * _flavours(sizes) * products
     beside = 2 * sizes.square + scales + steps + _in_slices(form, sizes, slices)
     return _stays(form, sizes) + max(EIGENVECTORS * sizes.square, beside)
 
@@ -87,7 +98,9 @@ def _in_slices(form: Form, sizes: Sizes, slices: int) -> int:
     """The largest of what runs in slices: Lanczos, the splits and signs that read rows, draws."""
     P, rows = sizes.parameters, sizes.examples * sizes.positions
     vectors = 8 * P * VECTORS_BESIDE + max(slices, 8 * P * LEAST_BASIS)
-    of_rows = 0 if form == "dense" else 2 * sizes.itemsize * rows * sizes.d_in + 12 * rows * sizes.d_out
+    beside = form == "formed" and sizes.itemsize * rows * (sizes.d_in + sizes.columns * sizes.d_out) > ROWS_BYTES
+    none = form == "dense" or beside  # rows that large are not kept beside G
+    of_rows = 0 if none else 2 * sizes.itemsize * rows * sizes.d_in + 12 * rows * sizes.d_out
     return max(vectors, slices + of_rows, slices + _of_draws(form, sizes) if sizes.draws else 0)
 
 
@@ -105,10 +118,12 @@ def dumped_bytes(sizes: Sizes, dump: Collection[str]) -> int:
 
 
 def _of_draws(form: Form, sizes: Sizes) -> int:
-    """B of each draw (both flavours, one of them in float64, half of that again), and half of the columns turned."""
+    """B of each draw (both flavours, one of them in float64, half of that again), and the columns turned."""
     factors = sizes.columns * sizes.d_out**2 * (_flavours(sizes) * sizes.itemsize + 12) if sizes.factored else 0
     half = (sizes.columns + 1) // 2
+    if form == "formed":
+        return factors
     if form == "dense":
-        return factors + half * sizes.examples * sizes.parameters * (sizes.itemsize + 24)
+        return factors + 8 * (sizes.columns + 2) * sizes.examples * sizes.parameters
     rows = sizes.examples * sizes.positions
-    return factors + rows * (sizes.d_in + half * sizes.d_out) * (sizes.itemsize + 8)
+    return factors + rows * (sizes.d_in * 16 + half * sizes.d_out * (sizes.itemsize + 16))

@@ -15,14 +15,14 @@ from curvscope.extract.clock import now
 from curvscope.extract.collector import Extract, Form
 from curvscope.extract.cost import PassSeconds
 from curvscope.extract.footprint import release
+from curvscope.extract.layer_bytes import ROWS_BYTES
 from curvscope.extract.merge import Merged
 from curvscope.extract.padding import Judge
 from curvscope.extract.pieces import Piece, Pieces
-from curvscope.extract.plan import ROWS_BYTES
 from curvscope.extract.projected import Bases, ProjectedCollector
 from curvscope.extract.roots import Root, make_root, outputs_an_example
 from curvscope.extract.sweep import Progress, layers_with_rows, no_progress, sweep
-from curvscope.extract.symmetric import GramSum
+from curvscope.extract.symmetric import BlockSum
 from curvscope.graph.functional import Graph
 from curvscope.graph.verify import Independent
 
@@ -233,7 +233,7 @@ class Passes:
             limit=self.rows_bytes,
         )
         judge = Judge() if self.pieces.in_pieces() else None
-        blocks: dict[str, GramSum] = {}
+        blocks: dict[str, BlockSum] = {}
         for piece in self.pieces:
             release()  # what the piece before took
             with self.pieces.named(piece.name):
@@ -250,6 +250,7 @@ class Passes:
                     progress=self._told(progress, piece),
                     judge=judge,
                     blocks=blocks,
+                    formed_draws=self.columns if self.fisher in ("probe", "mc") else 0,
                     rows=rows,
                 )
                 for name in list(extracts):

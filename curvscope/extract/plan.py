@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from curvscope.extract.collector import Form
-from curvscope.extract.layer_bytes import Sizes, damped_bytes, dumped_bytes, measure_bytes
+from curvscope.extract.layer_bytes import ROWS_BYTES, Sizes, damped_bytes, dumped_bytes, measure_bytes
 from curvscope.graph.sites import LayerSpec
 
 # Slices of columns are worked on in pieces of this many bytes, or of less under a small bound, a few at once.
@@ -14,8 +14,6 @@ PIECE_BYTES = 64 * 2**20
 LEAST_PIECE_BYTES = 2 * 2**20
 PIECES_OF_THE_BOUND = 32
 PIECES_AT_ONCE = 4
-# Rows kept beside columns of another form, in all.
-ROWS_BYTES = 64 * 2**20
 # Of the bound, what the passes over one piece of the data may take beside the columns that are kept.
 ACTIVATIONS_SHARE = 1 / 4
 # Columns of a layer without factors (an embedding, say) are kept up to this many numbers.
@@ -107,52 +105,66 @@ def plan_layer(
     positions: int,
     *,
     itemsize: int,
-    keep_draws: bool,
+    draws: bool,
     limit: int,
+    at_once: int = 0,
     tokens: int | None = None,
     slices: int = 0,
     dump: Collection[str] = (),
 ) -> LayerPlan:
     """The cheapest form of one layer's columns; those of an embedding run over the `tokens` that occur.
 
-    G itself where P <= N K (not where single draws are needed); inputs and gradients for R = 1; otherwise the smaller
-    of inputs with gradients and the columns themselves; for groups, several roles and parameters without factors the
-    columns themselves. None where min(P, N K) is over `limit`. Measures work in `slices` bytes beside what is counted.
+    G itself where P <= N K, of `draws` that of each where it takes fewer bytes than their columns; inputs and gradients
+    for R = 1; otherwise the smaller of inputs with gradients and the columns themselves; for groups, several roles and
+    parameters without factors the columns themselves, as for all where they are dumped. None where the smaller side is
+    over `limit`. Measures work in `slices` bytes beside what is counted, passes on `at_once` examples (0: all).
     """
     d_in = spec.d_in if spec.exact_only else tokens or spec.d_in + (spec.bias is not None)
     d_out = 1 if spec.exact_only else spec.d_out // spec.groups
     positions = 1 if spec.exact_only else positions
-    sizes = Sizes(d_out, d_in, examples, columns, positions, itemsize, not spec.exact_only, keep_draws)
-    P, NK, small = sizes.parameters, examples * columns, sizes.small
-    if small > limit:
-        return LayerPlan(None, 0, 0, _too_large(small, limit, keep_draws))
-    if spec.exact_only and NK * P > EXACT_ONLY_ENTRIES and (keep_draws or NK < P):
-        return LayerPlan(None, 0, 0, f"its {NK} columns of {P} numbers are too many for a layer without factors")
+    whole = "columns" in dump
+    sizes = Sizes(d_out, d_in, examples, columns, positions, itemsize, not spec.exact_only, draws or whole)
+    P, NK = sizes.parameters, examples * columns
+
+    def planned(form: Form, kept: int) -> LayerPlan:
+        # one column of the examples of a pass, while it is added to G
+        column = (at_once or examples) * P * (itemsize + 8) if form == "formed" else 0
+        # groups are worked on one after the other, in the same slices
+        each, beside = (slices, column) if spec.groups == 1 else (0, column + slices)
+        return LayerPlan(
+            form,
+            spec.groups * kept,
+            spec.groups * measure_bytes(form, sizes, each) + beside,
+            inputs=tokens or 0,
+            damped_bytes=0 if sizes.draws else spec.groups * damped_bytes(form, sizes, each) + beside,
+            dump_bytes=spec.groups * dumped_bytes(sizes, dump),
+        )
+
+    formed = planned("formed", 8 * P * P * (columns if draws else 1))
+    fits = limit >= P and not whole
+    if fits and NK >= P and not draws:
+        return formed
     factored, dense = examples * positions * (d_in + columns * d_out), NK * P
-    form: Form = "dense"
-    kept = dense * itemsize
-    if NK >= P and not keep_draws:
-        form, kept = "formed", 8 * P * P
-    elif spec.groups == 1 and not spec.exact_only and not spec.roles and (positions == 1 or factored < dense):
-        form, kept = "outer" if positions == 1 else "factored", factored * itemsize
-    # one column of all examples, while it is added to G
-    column = examples * P * (itemsize + 8) if form == "formed" else 0
-    # groups are worked on one after the other, in the same slices
-    each, beside = (slices, column) if spec.groups == 1 else (0, column + slices)
-    return LayerPlan(
-        form,
-        spec.groups * kept,
-        spec.groups * measure_bytes(form, sizes, each) + beside,
-        inputs=tokens or 0,
-        damped_bytes=0 if keep_draws else spec.groups * damped_bytes(form, sizes, each) + beside,
-        dump_bytes=spec.groups * dumped_bytes(sizes, dump),
-    )
+    kept = planned("dense", dense * itemsize)
+    if spec.groups == 1 and not spec.exact_only and not spec.roles and (positions == 1 or factored < dense):
+        kept = planned("outer" if positions == 1 else "factored", factored * itemsize)
+    if fits and draws and (limit < NK or _bytes(formed) < _bytes(kept)):
+        return formed
+    if limit < NK:
+        return LayerPlan(None, 0, 0, _too_large(NK if whole else min(P, NK), limit, draws, whole))
+    if spec.exact_only and NK * P > EXACT_ONLY_ENTRIES:
+        return LayerPlan(None, 0, 0, f"its {NK} columns of {P} numbers are too many for a layer without factors")
+    return kept
 
 
-def _too_large(small: int, limit: int, draws: bool) -> str:
-    if draws:
-        return f"N K = {small} exceeds {limit}: use fewer examples, or fewer draws with --samples"
-    return f"min(P, N K) = {small} exceeds {limit}: use fewer examples, --fisher probe or --fisher mc"
+def _bytes(plan: LayerPlan) -> int:
+    return plan.kept_bytes + plan.measure_bytes
+
+
+def _too_large(small: int, limit: int, draws: bool, whole: bool) -> str:
+    what = "N K" if whole else "min(P, N K)"
+    fewer = "fewer draws with --samples" if draws else "--fisher probe or --fisher mc"
+    return f"{what} = {small} exceeds {limit}: use fewer examples, or {fewer}"
 
 
 def plan_sweeps(

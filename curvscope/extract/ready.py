@@ -230,7 +230,8 @@ def _estimate_under(
 ) -> Plan:
     """The plan of the layers that are estimated though the others are exact, under a bound."""
     settings, pieces = _under(settings, pieces, bound)
-    return estimate_plan(graph, layouts, samples, settings, names, activations=pieces.activations())
+    activations, share = pieces.activations(), pieces.share()
+    return estimate_plan(graph, layouts, samples, settings, names, activations=activations, piece_share=share)
 
 
 def _under(settings: Settings, pieces: Pieces, bound: int | None) -> tuple[Settings, Pieces]:

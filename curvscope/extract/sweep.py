@@ -22,7 +22,7 @@ from curvscope.extract.plan import site_positions
 from curvscope.extract.positionwise import PositionwiseCollector, PositionwiseTapCollector
 from curvscope.extract.projected import ProjectedCollector
 from curvscope.extract.roots import Root
-from curvscope.extract.symmetric import GramSum
+from curvscope.extract.symmetric import BlockSum
 from curvscope.extract.taps import TapCollector
 from curvscope.extract.tied import TiedCollector
 from curvscope.graph.functional import Graph
@@ -48,7 +48,8 @@ def sweep(
     gradient_only: Sequence[str] = (),
     progress: Progress = no_progress,
     judge: Judge | None = None,
-    blocks: dict[str, GramSum] | None = None,
+    blocks: dict[str, BlockSum] | None = None,
+    formed_draws: int = 0,
     projected: Mapping[str, ProjectedCollector] | None = None,
     rows: Collection[str] = (),
 ) -> dict[str, Extract]:
@@ -68,6 +69,7 @@ def sweep(
         projected: collectors of layers that are to be squared in given bases, instead of those of `forms`.
         rows: layers that keep their rows beside columns of another form, see `layers_with_rows`.
         blocks: sums that formed columns are added to, and where those that are begun here are put.
+        formed_draws: how many draws there are, where columns that are formed are summed for each draw; else 0.
     """
     wanted: dict[str, Form | None] = {**forms, **dict.fromkeys(gradient_only)}
     collectors: dict[str, Collector | TapCollector | TiedCollector] = {}
@@ -98,6 +100,7 @@ def sweep(
             kind = _collector(spec, taken)
             made = collectors[name] = kind(spec, layouts, form, factors and listed, listed and name in per_draw)
             made.block = (blocks or {}).get(name)
+            made.formed_draws = formed_draws
             made.undecided = judge is not None
         collectors |= projected or {}
         for collector in collectors.values():

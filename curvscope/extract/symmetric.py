@@ -46,6 +46,28 @@ class GramSum:
         return self.sum
 
 
+class BlockSum:
+    """G as its columns come in, in float64: one matrix [n, n], or one of each draw [K, n, n]."""
+
+    def __init__(self, size: int, draws: int, device: torch.device) -> None:
+        shape = (draws, size, size) if draws else (size, size)
+        self.block = torch.empty(shape, dtype=torch.float64, device=device)
+        self.sums = [
+            GramSum(size, dtype=torch.float64, device=device, out=out)
+            for out in (self.block if draws else [self.block])
+        ]
+
+    def add(self, column: int, rows: Float[Tensor, "N n"]) -> None:
+        """The columns of all examples of one pass."""
+        self.sums[column if len(self.sums) > 1 else 0].add(rows.double())
+
+    def result(self) -> Float[Tensor, "*K n n"]:
+        """What there is so far."""
+        for each in self.sums:
+            each.result()
+        return self.block
+
+
 def gram(piece: Float[Tensor, "rows n"]) -> Float[Tensor, "n n"]:
     """X^T X of one piece [rows, n]."""
     total = GramSum(piece.shape[1], dtype=piece.dtype, device=piece.device)

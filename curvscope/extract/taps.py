@@ -11,7 +11,7 @@ from torch import Tensor
 from curvscope.extract.collector import Columns, Extract, Form
 from curvscope.extract.counts import RowCounts
 from curvscope.extract.replayed import Replayed
-from curvscope.extract.symmetric import GramSum
+from curvscope.extract.symmetric import BlockSum
 from curvscope.graph.layout import Layout
 from curvscope.graph.sites import LayerSpec
 from curvscope.graph.tap import Tap
@@ -39,7 +39,8 @@ class TapCollector:
         self.kept: list[Tensor] = []
         self.squares: Tensor | None = None
         self.whole_examples = layouts.examples
-        self.block: GramSum | None = None
+        self.block: BlockSum | None = None
+        self.formed_draws = 0
         self.undecided = False
 
     def begin(self, stored: Mapping[str, Any], columns: int) -> None:
@@ -90,8 +91,8 @@ class TapCollector:
             self.squares = each.square().sum(1, dtype=torch.float64)
         elif self.form == "formed":
             if self.block is None:
-                self.block = GramSum(self.sum.shape[1], dtype=torch.float64, device=self.sum.device)
-            self.block.add(self.sum.double())
+                self.block = BlockSum(self.sum.shape[1], self.formed_draws, self.sum.device)
+            self.block.add(self.column, self.sum)
         elif self.form is not None:
             self.kept.append(self.sum)
 

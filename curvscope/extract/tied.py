@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from curvscope.extract.collector import Collector, Columns, Extract, Form
 from curvscope.extract.counts import side_by_side
 from curvscope.extract.embedding import EmbeddingCollector
-from curvscope.extract.symmetric import GramSum
+from curvscope.extract.symmetric import BlockSum
 from curvscope.graph.sites import LayerSpec
 from curvscope.graph.verify import Layouts
 
@@ -38,7 +37,8 @@ class TiedCollector:
             self.parts[name] = EmbeddingCollector(*given, whole=True) if lookup else Collector(*given)
         self.owners = {site.target: site.role for site in spec.sites}
         self.values: Tensor | None = None
-        self.block: GramSum | None = None
+        self.block: BlockSum | None = None
+        self.formed_draws = 0
         self.undecided = False
 
     def begin(self, stored: Mapping[str, Any], columns: int) -> None:
@@ -76,8 +76,8 @@ class TiedCollector:
             column += found.transpose(1, 2) if self.spec.roles[name] else found
         if self.form == "formed":
             if self.block is None:
-                self.block = GramSum(self.spec.parameters, dtype=torch.float64, device=column.device)
-            self.block.add(column.flatten(1).double())
+                self.block = BlockSum(self.spec.parameters, self.formed_draws, column.device)
+            self.block.add(self.column, column.flatten(1))
 
     def result(self, masks: Mapping[str, Tensor]) -> Extract:
         """Every role's sums, and the columns of the whole."""

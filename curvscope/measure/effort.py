@@ -30,12 +30,14 @@ FORMS_A_SERIES = 20
 STEP_SECONDS = 1.5e-4
 # Products with H and with G that the ends of the spectrum take as a rule: without an optimizer; with one also on both
 # halves, preconditioned, and by layer.
-PLAIN_PRODUCTS = 26
+PLAIN_PRODUCTS = 36
 JUDGED_PRODUCTS = 80
-# A product with H in products v^T G v, and the vectors of the basis that it is made orthogonal to, twice.
-HESSIAN_FORMS = 1.5
+# A product with H (or G) in products v^T G v: backward through the gradient's graph and through that of the forward
+# pass, where v^T G v takes the first alone.
+HESSIAN_FORMS = 2.0
 # A product v^T G v in forward passes, where none was timed.
 FORM_FORWARDS = 3.0
+# Vectors of the basis that a product is made orthogonal to, twice.
 BASIS_VECTORS = 12
 # Timed products; the first one builds the graph.
 TIMED = 2

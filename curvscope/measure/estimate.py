@@ -88,8 +88,6 @@ def estimated_errors(layer: str, fisher: str, extract: Extract, blocks: Sequence
     reason = no_bars(extract, draws)
     if not reason and sum(block.trace for block in blocks) == 0.0:
         reason = "the block is zero in every draw: no curvature reaches the layer"
-    elif not reason and blocks[0].columns.form == "formed":
-        reason = "the draws of this layer were summed, not kept"
     if reason:
         return DrawnErrors(
             {name: ErrorRow(layer, name, fisher, status="not_assessed", reason=reason) for name in APPROXIMATIONS}
@@ -176,9 +174,7 @@ def estimated_spectra(layer: str, extract: Extract, blocks: Sequence[Block], sca
     """
     draws = blocks[0].columns.count
     refused = no_bars(extract, draws)
-    traces: dict[str, Tensor] = {}
-    if blocks[0].columns.form != "formed":
-        traces["ggn"] = sum((block_pairs(block)[1] for block in blocks), torch.zeros(()))
+    traces: dict[str, Tensor] = {"ggn": sum((block_pairs(block)[1] for block in blocks), torch.zeros(()))}
     for flavour, given in terms(extract).items():
         if any(term.draws is not None for term in given):
             traces[f"kfac_{flavour}"] = torch.stack([term.traces(draws) for term in given]).sum(0)

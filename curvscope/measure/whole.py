@@ -20,6 +20,8 @@ from curvscope.measure.series import EXTRA_DECADES, FACTORS, SERIES
 from curvscope.measure.steps import NOISE_FACTOR, Objective, Step, joint_step
 from curvscope.records import NAN, GlobalDampingRow, StepRow
 
+NO_OWN = "no dampings by layer: no layer's own step is assessed with this approximation"
+
 
 @dataclass
 class WholeNetwork:
@@ -272,7 +274,7 @@ class WholeNetwork:
         series = row.approximation, row.form
         own = self.own.get(series, {})
         if not own:
-            return row, ""
+            return row, "" if row.approximation == EXACT else NO_OWN
         found = per_layer.search(
             self.parts,
             own,

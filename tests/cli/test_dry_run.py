@@ -161,7 +161,7 @@ def test_long_names_and_reasons_are_not_cut(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_what_draws_can_not_do_is_not_advised() -> None:
     spec = LayerSpec("a", "linear", "a.weight", None, 4, 3, None)
-    planned = plan_layer(spec, 8, 4, 1, itemsize=4, keep_draws=True, limit=10)
+    planned = plan_layer(spec, 8, 4, 1, itemsize=4, draws=True, limit=10)
     assert planned.form is None
     assert "--samples" in planned.reason
     assert "probe" not in planned.reason

@@ -174,6 +174,26 @@ def test_together_advises_what_was_safe_together() -> None:
     assert "raises the loss by 0.01;" in row.evidence
 
 
+def test_what_to_set_is_of_the_flavour_with_the_lower_loss() -> None:
+    """The layer's better K-FAC is expand; all together reduce has the lower loss, and its values go together."""
+    ranges = [
+        found_range(standing="too_small", joint=0.2),
+        found_range(approximation="kfac_reduce", joint=0.7, standing="safe"),
+    ]
+    summaries = [joint_row(), joint_row(approximation="kfac_reduce", change=-0.03, safe_damping=0.9)]
+    [(_, _, row)] = damping.of_layer(layer(ranges), joint=summaries)
+    assert row.remedy == (
+        "Raise the damping of this layer to 0.7, with all others at theirs (column set) by K-FAC-reduce, or of all "
+        "layers to 0.9 (K-FAC-reduce)."
+    )
+    # withheld values are not advised
+    ranges[1] = dataclasses.replace(ranges[1], joint=NAN)
+    [(_, _, row)] = damping.of_layer(layer(ranges), joint=summaries)
+    assert row.remedy == "Raise the damping of all layers to 0.9 (K-FAC-reduce)."
+    [(_, _, row)] = damping.of_layer(layer(ranges), joint=summaries[:1])
+    assert "of this layer to 0.2, with all others at theirs (column set), or of all layers to 0.5." in row.remedy
+
+
 MODEL = ModelInfo("Net", "net.pt", "mse", 1.0, 1.0, 100, 1.0, 4, "[4, 2]")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 import curvscope
 from curvscope.extract import choose, plan
 from curvscope.extract.plan import LayerPlan, plan_sweeps
+from curvscope.graph.sites import LayerSpec
 from tests import models
 
 
@@ -127,3 +129,28 @@ def test_dense_and_factored_columns_agree() -> None:
         for approximation, row in layer.errors.items():
             got = results["factored"].layers[name].errors[approximation]
             assert got.rel_frobenius == pytest.approx(row.rel_frobenius, rel=1e-9), (name, approximation)
+
+
+@pytest.mark.parametrize("kind", ["linear", "grouped", "exact only"])
+@pytest.mark.parametrize("draws", [True, False])
+def test_what_a_layer_of_few_parameters_takes_does_not_grow_with_the_examples(kind: str, draws: bool) -> None:
+    """8 draws, or columns, of 20 inputs (with the bias) and 6 outputs, passes over 32 examples; no rows so many."""
+    spec = LayerSpec("a", "linear", "a.weight", "a.bias", 19, 6, None)
+    if kind == "grouped":
+        spec = replace(spec, groups=2)
+    if kind == "exact only":
+        spec = replace(spec, exact_only=True, bias=None, d_in=120, d_out=1)
+
+    def planned(examples: int, **options: Any) -> LayerPlan:
+        given = {"itemsize": 4, "draws": draws, "limit": 8192, "at_once": 32, "slices": 2**21, **options}
+        return plan.plan_layer(spec, examples, 8, 3, **given)
+
+    few, many, more = planned(5), planned(1_000_000), planned(10_000_000)
+    assert few.form != "formed"
+    assert many == more
+    assert many.form == "formed"
+    parameters = spec.groups * 8 * (spec.parameters // spec.groups) ** 2
+    assert many.kept_bytes == (8 if draws else 1) * parameters
+    kept = planned(1000, dump=("columns",))
+    assert kept.form != "formed"  # the file is to have them
+    assert planned(100_000, dump=("columns",)).reason.startswith("N K = 800000 exceeds 8192")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,12 @@ from torch import Tensor, nn
 import curvscope
 from curvscope import pipeline
 from curvscope.curvature.inverse import between
+from curvscope.measure import per_layer
 from curvscope.measure.begin import PROBES
 from curvscope.measure.recommend import holds_from, lowest
 from curvscope.measure.steps import Step, _model_length
 from curvscope.measure.whole import SERIES, WholeNetwork
+from curvscope.records import GlobalDampingRow
 from tests import models
 from tests.measure.test_network import CASES, dense
 from tests.whole import places, with_network
@@ -190,14 +193,94 @@ def test_per_layer_dampings_minimise_each_layers_own_model() -> None:
         assert model(damping) == pytest.approx(-row.decrease, rel=1e-7)
         mean = float(block.trace()) / len(where)
         assert row.decrease > 0.99 * max(-model(mean * 10.0**place) for place in np.linspace(-8, 4, 200))
-        summary = next(r for r in found.run.tables["global_damping"] if r.approximation == "kfac_reduce")
-        if math.isnan(summary.per_layer_factor):
-            assert math.isnan(row.joint)
-            assert "not safe together, up to 1000 times themselves" in summary.reason
+
+
+def by_layer(setting: Setting, summary: GlobalDampingRow, factor: float) -> dict[str, float]:
+    """The dampings of a step of all layers by their own values times a factor."""
+    series = (summary.approximation, summary.form)
+    others = summary.damping if math.isnan(summary.safe_damping) else summary.safe_damping
+    own = {layer: damping * factor for layer, damping in setting.whole.own[series].items()}
+    return dict.fromkeys(setting.places, others) | own
+
+
+def dense_step(setting: Setting, summary: GlobalDampingRow, dampings: Mapping[str, float]) -> Tensor:
+    """The step of all layers, each at its own damping, by dense solves."""
+    found = torch.zeros_like(setting.theta)
+    for layer, place in setting.places.items():
+        where = place.flatten()
+        matrix = setting.matrix(layer, summary.approximation, summary.form, dampings[layer])
+        found[where] = -torch.linalg.solve(matrix, setting.right[where])
+    return found
+
+
+def test_dampings_by_layer_are_set_where_their_dense_step_lowers_the_loss_more(setting: Setting) -> None:
+    base = setting.objective(setting.theta)
+    for summary in setting.run.tables["global_damping"]:
+        series = (summary.approximation, summary.form)
+        rows = {
+            row.layer: row
+            for row in setting.run.tables["ranges"]
+            if (row.approximation, row.form) == series and not math.isnan(row.recommended)
+        }
+        if not rows:
+            assert summary.approximation == "ggn"
             continue
-        assert row.joint == damping * summary.per_layer_factor
-        assert summary.per_layer_change < 0
+        given = by_layer(setting, summary, summary.per_layer_factor)
+        change = setting.objective(setting.theta + dense_step(setting, summary, given)) - base
+        # layers without factors take exact steps that are interpolated between kept ones
+        assert summary.per_layer_change == pytest.approx(change, rel=1e-5)
         assert summary.per_layer_rho >= 0.25
+        assert summary.per_layer_predicted < 0
+        assert summary.per_layer_gain == summary.per_layer_change / summary.change - 1
+        for layer, row in rows.items():
+            if change < summary.change:
+                assert row.joint == given[layer]
+                assert "joint:" not in row.reason
+            else:
+                assert math.isnan(row.joint)
+                assert "joint: dampings of each layer's own do no better together than one for all" in row.reason
+                assert "do no better together" in summary.reason
+
+
+def test_the_search_for_a_factor_ends_where_a_larger_one_only_shortens_or_does_nothing(setting: Setting) -> None:
+    """The largest factor tried, and a tenth of it, by dense solves: only the first is past all that is worth trying."""
+    whole = setting.whole
+    for summary in setting.run.tables["global_damping"]:
+        series = (summary.approximation, summary.form)
+        own = whole.own.get(series, {})
+        if not own or series[0].startswith("ekfac"):
+            continue
+        tried: list[dict[str, float]] = []
+
+        def judged(dampings: Mapping[str, float], series: Any = series, tried: Any = tried) -> Step:
+            tried.append(dict(dampings))
+            return whole.objective.judged(whole._joint(*series, dampings))
+
+        others = summary.damping if math.isnan(summary.safe_damping) else summary.safe_damping
+        reference = float(setting.right @ dense_step(setting, summary, dict.fromkeys(setting.places, others)))
+        chosen = per_layer.search(whole.parts, own, others, judged, whole._verdict, whole.objective.right, reference)
+        assert chosen.factor == summary.per_layer_factor
+        first = next(iter(own))
+        factors = sorted(given[first] / own[first] for given in tried)
+        assert chosen.factor <= factors[-1] * (1 + 1e-9)
+
+        def past(factor: float, summary: Any = summary, own: Any = own, reference: float = reference) -> bool:
+            """Whether there is nothing to gain beyond: gradient steps that are safe, or hardly any."""
+            given = by_layer(setting, summary, factor)
+            step = dense_step(setting, summary, given)
+            where = torch.cat([setting.places[layer].flatten() for layer in own])
+            scaled = torch.cat([given[layer] * step[setting.places[layer].flatten()] for layer in own])
+            curved = setting.right @ step + 0.5 * step @ (setting.G @ step + setting.decay * step)
+            change = setting.objective(setting.theta + step) - setting.objective(setting.theta)
+            plain = float((scaled + setting.right[where]).norm() / setting.right[where].norm()) < 0.1
+            hardly = abs(float(setting.right[where] @ step[where])) < 0.01 * abs(reference)
+            return hardly or (plain and float(curved) < 0 and change / float(curved) >= 0.25)
+
+        change = setting.objective(
+            setting.theta + dense_step(setting, summary, by_layer(setting, summary, factors[-1]))
+        ) - setting.objective(setting.theta)
+        assert past(factors[-1]) or change > summary.per_layer_change
+        assert factors[-1] < 11 or not past(factors[-1] / 10)
 
 
 def test_grouped_convolutions_take_the_step_of_each_group() -> None:
@@ -283,6 +366,32 @@ def test_draws_give_kfac_steps_but_no_exact_ones() -> None:
     for name in ("ekfac_expand", "ekfac_reduce", "ggn"):
         assert status[name, "eigenbasis"][0] == "not_assessed"
         assert "draws" in status[name, "eigenbasis"][1]
+    for name in ("kfac_expand", "kfac_reduce"):
+        assert "factors made of draws" in status[name, "eigenbasis"][1]
+        assert "no dampings by layer" in status[name, "eigenbasis"][1]
+
+
+def test_steps_by_drawn_factors_are_dense_solves_with_these_factors() -> None:
+    torch.manual_seed(0)
+    model, x, y = models.mlp(4, 5, 3).double(), torch.randn(6, 4).double(), torch.randint(3, (6,))
+    run, _ = with_network(model, (x, y), "cross_entropy", fisher="probe", samples=4)
+    loss = nn.functional.cross_entropy(model(x), y)
+    gradients = dict(
+        zip(dict(model.named_parameters()), torch.autograd.grad(loss, list(model.parameters())), strict=True)
+    )
+    rows = [row for row in run.tables["steps"] if (row.approximation, row.form) == ("kfac_expand", "eigenbasis")]
+    assert len(rows) >= 7
+    for row in rows:
+        moved = {key: p.detach().clone() for key, p in model.named_parameters()}
+        for name, layer in run.layers.items():
+            pair = layer.factors["expand"]
+            g = torch.cat([gradients[f"{name}.weight"], gradients[f"{name}.bias"][:, None]], 1)
+            M = torch.kron(torch.as_tensor(pair.B), torch.as_tensor(pair.A))
+            step = torch.linalg.solve(M + row.damping * torch.eye(len(M), dtype=M.dtype), -g.flatten()).view_as(g)
+            moved[f"{name}.weight"] += step[:, :-1]
+            moved[f"{name}.bias"] += step[:, -1]
+        after = nn.functional.cross_entropy(torch.func.functional_call(model, moved, (x,)), y)
+        assert row.actual_change == pytest.approx(float((after - loss).detach()), rel=1e-7, abs=1e-12)
 
 
 def test_layers_that_are_left_out_stay_where_they_are() -> None:

@@ -182,9 +182,43 @@ def test_layers_that_the_joint_value_leaves_with_plain_steps_are_named(joint: fl
     better = f"kfac_{'reduce' if layer.row.better_flavour == 'reduce' else 'expand'}"
     for other in run.layers.values():
         other.ranges = []
-    layer.ranges = [dataclasses.replace(row, layer=name, approximation=better)]
+    layer.ranges = [dataclasses.replace(row, layer=name, approximation=one) for one in {better, "kfac_reduce"}]
     text = io.StringIO()
     render(run, Console(file=text, width=120))
     words = " ".join(text.getvalue().split())
     assert "above which the step is plain gradient descent" in words
     assert (f"which leaves {name} with plain gradient steps" in words) == told
+
+
+def test_values_to_set_are_of_one_flavour_and_those_without_say_why() -> None:
+    """kfac_reduce has the lower loss in the steps of all layers: its values stand in every row."""
+    run = make_run()
+    found = [layer for layer in run.layers.values() if layer.ranges]
+    assert {layer.row.better_flavour for layer in found} >= {"expand", "reduce"}
+    for number, layer in enumerate(found):
+        layer.ranges = [
+            dataclasses.replace(row, joint=777.0 + number if row.approximation == "kfac_reduce" else 1e-3)
+            for row in layer.ranges
+        ]
+    own = found[-1]
+    why = "at every damping of the grid; joint: no value of its own, it takes the one for all layers"
+    own.ranges = [dataclasses.replace(row, joint=math.nan, reason=why) for row in own.ranges]
+    lines = section(page(run, width=140), "damping of", "parameters")
+    rows = [line.split()[-1] for line in lines if "[" in line and "[ ]" not in line]
+    assert rows[:-1] == [f"{777 + number}" for number in range(len(found) - 1)]
+    words = " ".join(" ".join(lines).split())
+    assert "set: where all move by K-FAC-reduce, its best times a common factor" in words
+    assert (
+        f"– no value to set of {own.name}: K-FAC-reduce: no value of its own, it takes the one for all layers" in words
+    )
+
+
+def test_values_that_are_withheld_have_no_column_but_a_reason() -> None:
+    run = make_run()
+    why = "joint: dampings of each layer's own do no better together than one for all"
+    for layer in run.layers.values():
+        layer.ranges = [dataclasses.replace(row, joint=math.nan, reason=why) for row in layer.ranges]
+    lines = section(page(run, width=140), "damping of", "parameters")
+    assert "all move:" not in " ".join(lines)
+    [told] = [line for line in lines if "no value to set" in line]
+    assert told == f" – no value to set: K-FAC-reduce: {why.removeprefix('joint: ')}"

@@ -35,12 +35,47 @@ def test_the_first_page_has_the_better_kfac_and_a_line_for_the_others(width: int
     assert "K-FAC-reduce: recommended damping 10.0 for all layers, -0.0320 by one full step" in words
     assert "Safe from 10.0 on (a decrease predicted, rho at least 1/4)" in words
     assert "The optimizer's own damping is 0.100: +0.00400 by the full step." in words
-    assert "-0.0210, 34% less than one for all: set one value for all." in words
+    assert "its own best times 10.0 (set): -0.0400, 25% more than one for all." in words
     assert "K-FAC-expand 10.0 (-0.0300)" in words
     assert "EKFAC-expand 10.0" in words
     assert "0.00280 (K-FAC-expand, EKFAC-reduce)" in words
     assert "lowest loss" in text
     assert "the optimizer's" in text
+
+
+def test_values_by_layer_that_do_no_better_are_told_with_what_they_lose() -> None:
+    run = make_run()
+    run.tables["global_damping"] = [
+        dataclasses.replace(row, per_layer_change=-0.021, per_layer_gain=-0.34) for row in run.tables["global_damping"]
+    ]
+    words = " ".join(section(shown(run)).split())
+    assert "its own best times 10.0: -0.0210, 34% less than one for all: set one value for all." in words
+    assert "(set)" not in words
+
+
+def test_a_recommended_value_that_is_not_safe_says_so_beside_it_everywhere() -> None:
+    run = make_run()
+    run.tables["global_damping"] = [
+        dataclasses.replace(row, rho=-0.6, safe_from=100.0, safe_damping=100.0) for row in run.tables["global_damping"]
+    ]
+    text = section(shown(run))
+    words = " ".join(text.split())
+    assert "K-FAC-reduce: recommended damping 10.0 (not safe, rho -0.600) for all layers" in words
+    assert "lowest there at 100 (-0.0320), the one for many steps" in words
+    assert "K-FAC-expand 10.0 (-0.0300, not safe, rho -0.600)" in words
+    assert [line for line in text.splitlines() if "recommended, not safe" in line]
+    # a value of which that is not known is not called safe, either
+    run.tables["global_damping"] = [dataclasses.replace(row, rho=NAN) for row in run.tables["global_damping"]]
+    assert "damping 10.0 (safe or not is within rounding)" in " ".join(section(shown(run)).split())
+
+
+def test_steps_by_drawn_factors_say_so_on_the_first_page() -> None:
+    run = make_run()
+    run.tables["global_damping"] = [
+        dataclasses.replace(row, status="estimated") for row in run.tables["global_damping"][:4]
+    ]
+    assert "The factors are made of draws: other draws, another step." in " ".join(section(shown(run)).split())
+    assert "made of draws" not in section(shown(make_run()))
 
 
 def test_a_run_without_steps_says_why_once() -> None:

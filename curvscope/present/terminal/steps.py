@@ -41,7 +41,9 @@ def steps_section(page: Page, run: Run) -> None:
         better = leading(summaries) or min(summaries, key=_change)
         rows = [row for row in run.tables["steps"] if _key(row) == _key(better)]
         _table(page, rows, better, wanted=SECTION_COLUMNS)
-        lines += [*_words(page, better), *_of_draws(page, run, better.status), *_repeated(page, run)]
+        lines += [*_words(page, better), *_repeated(page, run)]
+        if better.status == "estimated":
+            lines += [*_of_draws(page, run), page.text("Dampings by layer need exact columns.", "dim")]
         others = [
             f"{_name(row)} {number(row.damping)} ({', '.join(filter(None, (_signed(row.change), _unsafe(row))))})"
             for row in summaries
@@ -204,12 +206,10 @@ def _repeated(page: Page, run: Run) -> list[Text]:
     return [page.text(words + "(CS501): both hold.", "yellow")]
 
 
-def _of_draws(page: Page, run: Run, status: str) -> list[Text]:
-    """Says that steps (or the evidence) come from draws, and that their error is not known."""
-    if status != "estimated":
-        return []
+def _of_draws(page: Page, run: Run) -> list[Text]:
+    """Says that steps or the evidence come from draws, and that their error is not known."""
     drawn = count(run.info.samples, *SAMPLE_WORDS.get(run.info.fisher, ("draw", "")))
-    words = f"~ by factors made of {drawn}: how far those of other draws would differ is not assessed."
+    words = f"By factors made of {drawn}: how far those of other draws would differ is not assessed."
     return [page.text(words, "yellow")]
 
 
@@ -223,7 +223,7 @@ def _evidence_line(page: Page, run: Run) -> list[Text]:
         values.setdefault(number(row.weight_decay), []).append(NAMES.get(row.approximation, row.approximation))
     each = ", ".join(f"{value} ({', '.join(names)})" for value, names in values.items())
     line = page.text(f"Laplace evidence is highest at an L2 weight decay (not AdamW's) of {each}.")
-    return [line, *_of_draws(page, run, best[0].status)]
+    return [line, *(_of_draws(page, run) if best[0].status == "estimated" else [])]
 
 
 def _evidence(page: Page, rows: list[EvidenceRow]) -> None:
