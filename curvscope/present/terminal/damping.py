@@ -87,7 +87,9 @@ def overview_section(
     short = [(name, "") for name in shorten(names, width, page.ellipsis)]
     page.table([Column("\nlayer", short, worth=100, left=True), *columns])
     cross = "x" if page.ascii_only else "×"
-    words = f"strip: how much the exact quadratic model loses by K-FAC's step, a factor of 10 a step; {cross}: it grows"
+    empirical = any(row.fisher == "empirical" for layer, _ in known for row in layer.errors.values())
+    model = "quadratic model with the empirical Fisher" if empirical else "exact quadratic model"
+    words = f"strip: how much the {model} loses by K-FAC's step, a factor of 10 a step; {cross}: it grows"
     words += "; [ ] the safe range, above which the step is plain gradient descent"
     if standing:
         words += "; now: one step of this layer alone, which says nothing of many steps (CS5xx) or of all layers"
