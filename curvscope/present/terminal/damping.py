@@ -219,7 +219,7 @@ def _bounded(page: Page, value: float) -> str:
     """A number up to a million either way: beyond it is far outside of what a model of the step describes."""
     if abs(value) <= BEYOND:
         return page.measured(value)
-    return page.dash if math.isnan(value) else f"<-{BEYOND:.0e}" if value < 0 else f">{BEYOND:.0e}"
+    return page.dash if math.isnan(value) else f"<-{number(BEYOND, 1)}" if value < 0 else f">{number(BEYOND, 1)}"
 
 
 def _reason(page: Page, who: str, row: DampingRow | RangeRow) -> Text:
