@@ -27,6 +27,8 @@ RELATIVE, ABSOLUTE = 1e-9, 1e-12
 # Shares of an error are sums of larger ones; and numbers that are rounding stand in no finding but for their size.
 OF_SHARES = 1e-10
 ROUNDING = re.compile(r"\d\.\de-[23]\d")
+# What is left out for its time says how much that is, as timed.
+SECONDS = re.compile(r"about \S+ s\b")
 # An iteration over the whole network stops where it is good enough, after passes that depend on rounding.
 COSTS = ("passes",)
 SHARES = ("spread", "mean", "cross")
@@ -147,7 +149,8 @@ def same(one: Any, other: Any, column: str, tolerance: float) -> bool:
     if column == "reason" and math.isinf(tolerance):
         return True  # it may state the numbers
     if isinstance(one, str):
-        return ROUNDING.sub("0", one) == ROUNDING.sub("0", other)
+        one, other = (SECONDS.sub("", ROUNDING.sub("0", words)) for words in (one, other))
+        return one == other
     if not isinstance(one, float) or math.isnan(one):
         return one == other or (isinstance(one, float) and math.isnan(other))
     if "degrees" in column:  # near 0 an angle has its cosine's digits

@@ -16,9 +16,9 @@ def _number(help: str) -> Any:
 Optimizer = Annotated[
     str | None,
     typer.Option(
-        metavar="NAME[:KEY=VALUE,...]",
+        metavar="NAME[:KEY=X]",
         help="sgd, adam, adamw, nadam, rmsprop, adagrad, kfac or shampoo; or with its numbers, as in "
-        "kfac:lr=1,damping=0.01,flavour=reduce.",
+        "sgd:lr=0.1 or kfac:lr=1,damping=1.",
         rich_help_panel=OPTIMIZER,
     ),
 ]

@@ -325,16 +325,19 @@ def _betas(rows: Rows) -> list[Found]:
     return [found("CS507", "warning", "", evidence, remedy, size=row.value, confidence=0.9)]
 
 
+def _as_long(ratio: float) -> str:
+    words = f"{ratio:.2g}"
+    return "as long" if words == "1" else f"{words} times as long"
+
+
 def _step(rows: Rows, limits: Thresholds) -> list[Found]:
     row = next(iter(_above(rows, "update_ratio", network=True)), None)
     if row is None:
         return []
-    evidence = (
-        f"The next step is {row.value:.2g} times as long as the weights themselves (threshold {row.threshold:g})."
-    )
+    evidence = f"The next step is {_as_long(row.value)} as the weights themselves (threshold {row.threshold:g})."
     worst = max(_above(rows, "update_ratio"), key=lambda one: one.value, default=None)
     if worst is not None and worst.value > row.value:
-        evidence = evidence[:-1] + f"; in {worst.layer} {worst.value:.2g} times."
+        evidence = evidence[:-1] + f"; in {worst.layer} {_as_long(worst.value)}."
     bears = any(one.scope == "network" and one.verdict == "below" for one in rows.get("preconditioned_sharpness", []))
     if bears:
         evidence += " The sharpness bears this rate here: it is trouble if the loss is not quadratic that far."

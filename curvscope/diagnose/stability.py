@@ -72,11 +72,12 @@ def _what_is_missing(reason: str) -> str:
     """What would let stability be assessed, by the reason why it was not."""
     if "no optimizer" in reason or "state" in reason or "moment" in reason:
         return (
-            "Name the optimizer and its numbers (--optimizer, --lr, ...); one whose step rests on moments, such as "
-            "Adam, needs its state: analyze a checkpoint that holds it, or capture one with optimizer=."
+            "Name the optimizer and its numbers (--optimizer sgd --lr 0.1; from Python optimizer=, itself or words "
+            "such as 'sgd:lr=0.1'). One whose step rests on moments, such as Adam, needs its state: from the live "
+            "optimizer, or from a checkpoint or capture that holds it."
         )
     if "learning rate" in reason or " lr" in reason:
-        return "Give the learning rate of the next step (--lr)."
+        return "Give the learning rate of the next step (--lr; from Python optimizer='sgd:lr=0.1')."
     if "memory" in reason:
         return "Give it more memory (--memory), or a smaller batch."
     return "The sharpness of the Hessian in table stability stands without a verdict."

@@ -106,7 +106,10 @@ def choose(
     costs = {load.spec.name: keep_seconds(load, rates) + measure_seconds(load, rates) for load in loads}
     for name, seconds in sorted(costs.items(), key=lambda item: item[1]):
         if name not in estimated and seconds > left:
-            estimated[name] = f"measuring its {columns} columns an example would take about {seconds:.0f} s"
+            estimated[name] = (
+                f"measuring its {columns} columns an example would take about {seconds:.0f} s, more than is left of "
+                f"--time {settings.time_seconds:g}"
+            )
         elif name not in estimated:
             left -= seconds
     exact = {name: layer for name, layer in plans.items() if name not in estimated}

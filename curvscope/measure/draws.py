@@ -102,7 +102,7 @@ class Turned:
 
 def _squares(columns: Float64[Tensor, "N o i"]) -> Float64[Tensor, "o i"]:
     """The sum of squares over the columns."""
-    return torch.linalg.vector_norm(columns, dim=0).square()
+    return torch.linalg.vecdot(columns, columns, dim=0)  # of three axes far faster than vector_norm
 
 
 def _inner_diagonal(G: Float64[Tensor, "o i o i"], U_A: Float64[Tensor, "i i"] | None) -> Float64[Tensor, "o o i"]:

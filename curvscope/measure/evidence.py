@@ -24,6 +24,7 @@ from curvscope.graph.matrix import to_matrix
 from curvscope.load.problem import Loss
 from curvscope.measure.network import Vector
 from curvscope.measure.parts import KRONECKER, LayerPart
+from curvscope.measure.series import FACTORS
 from curvscope.records import EvidenceRow
 
 DECADES = range(-4, 5)
@@ -148,7 +149,7 @@ def evidence_rows(
             reason = "no curvature, or parameters of zero: the evidence has no maximum"
             rows.append(EvidenceRow(name, "maximum", status="not_assessed", reason=reason))
             continue
-        notes = [found.assumed, "factors of the empirical Fisher" if fisher == "empirical" else ""]
+        notes = [found.assumed, FACTORS.get(fisher, "")]
         for decade in DECADES:
             precision = best * 10.0**decade
             rows.append(

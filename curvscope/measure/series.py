@@ -22,6 +22,9 @@ EXTRA_DECADES = 2
 # Tokens of a large vocabulary that a batch is taken to look up, for the estimates of time and memory.
 TOKENS = 4096
 SHARE_OF_MEMORY = 0.25
+# What limits steps and evidence by how the factors were made.
+DRAWN = "factors made of draws: how far those of other draws would differ is not assessed"
+FACTORS = {"empirical": "factors of the empirical Fisher", "probe": DRAWN, "mc": DRAWN}
 
 
 def kept_bytes(graph: Graph, itemsize: int) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 from curvscope.measure import per_layer
 from curvscope.measure.parts import EXACT, Keeper, LayerPart, parameters_of
 from curvscope.measure.recommend import GRADIENT_COSINE, LOWER, RAISE, holds_from, lowest, lowest_safe
-from curvscope.measure.series import EXTRA_DECADES, SERIES
+from curvscope.measure.series import EXTRA_DECADES, FACTORS, SERIES
 from curvscope.measure.steps import NOISE_FACTOR, Objective, Step, joint_step
 from curvscope.records import NAN, GlobalDampingRow, StepRow
 
@@ -310,10 +310,8 @@ class WholeNetwork:
     def _reasons(self, approximation: str, form: str, damping: float, step: Step) -> list[str]:
         """What limits a step, a clause each."""
         reasons = []
-        if self.fisher == "empirical":
-            reasons.append("factors of the empirical Fisher")
-        elif self.fisher in ("probe", "mc"):
-            reasons.append("the changes are those of a step by factors made of draws: other draws, another step")
+        if self.fisher in FACTORS:
+            reasons.append(FACTORS[self.fisher])
         parameters = self.objective.network.parameters
         still = sum(p.numel() for name, p in parameters.items() if name not in step.vector)
         if still:

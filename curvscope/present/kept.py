@@ -41,7 +41,7 @@ def check_no_batch(path: str | os.PathLike[str], folder: str | os.PathLike[str] 
         raise OutputError(
             "Every file of the batch folder is read as a batch, and the result would be one of them.",
             where=str(path),
-            remedy="Name another place (-o).",
+            remedy="Name another place with -o (from Python: another path).",
         )
 
 
@@ -64,5 +64,5 @@ def _needed(target: Path, source: Path) -> OutputError:
     return OutputError(
         f"{what}, and is kept, whatever --force says.",
         where=str(target),
-        remedy="Name another place (-o).",
+        remedy="Name another place with -o (from Python: another path).",
     )

@@ -22,9 +22,12 @@ def number(value: float, digits: int = 3) -> str:
 def with_stderr(value: float, stderr: float, sign: str = "±") -> str:
     """A value to the place of its standard error's first digit, and that error, e.g. 0.92±.04, 1,230±40, 1.2e-5±3e-6.
 
-    The value has at most 4 digits where its error is far smaller; `number` stands for both where one is not finite.
+    The value has at most 4 digits where its error is far smaller; `number` stands for both where one is not finite, and
+    for the value alone where its error is 0.
     """
-    if not (math.isfinite(value) and math.isfinite(stderr)) or stderr == 0:
+    if stderr == 0:
+        return number(value)
+    if not (math.isfinite(value) and math.isfinite(stderr)):
         return f"{number(value)}{sign}{number(stderr, 1)}"
     error = number(stderr, 1)
     place = math.floor(math.log10(float(f"{stderr:.0e}")))

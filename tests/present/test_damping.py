@@ -145,10 +145,10 @@ def test_layers_without_a_strip_are_named_with_the_reason() -> None:
 def test_layer_page_names_the_columns_it_has_no_room_for(width: int, named: bool) -> None:
     lines = section(page(make_run(), "stem.conv", width=width), "damping", "factors")
     header = " ".join(lines)
-    assert ("no room for" in header) == named
+    assert ("No room here for" in header) == named
     assert all(cell_len(line) <= width for line in lines)
     words = " ".join(header.split())
-    assert not named or "condition" in words.partition("no room for")[2]
+    assert not named or "condition" in words.partition("No room here for")[2]
 
 
 def test_layer_page_has_every_form_and_value() -> None:

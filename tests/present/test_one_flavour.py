@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import math
 
 import pytest
+from rich.console import Console
 
 from curvscope.present.names import spoken
 from curvscope.present.numbers import whole_percent
+from curvscope.present.terminal.damping import _bounded
 from curvscope.present.terminal.page import Column, Page
 from curvscope.records import Run, StabilityRow
 from tests.present.test_terminal import page
@@ -32,6 +36,35 @@ def test_one_column_and_one_row_for_both_flavours(same: bool) -> None:
     table = own[own.index("approximations against") : own.index("spectra ─")]
     assert ("kfac_expand = reduce" in table) == same
     assert ("kfac_reduce" in table) != same
+
+
+def test_damping_and_factors_of_both_flavours_are_shown_once() -> None:
+    run = one_position(make_run())
+    own = page(run, "stem.conv", width=140)
+    damping = own[own.index("damping ─") : own.index("factors and arrays")]
+    assert "kfac_reduce" not in damping
+    assert "expand = reduce here" in damping
+    factors = own[own.index("factors and arrays") :]
+    assert "expand = reduce A" in factors
+    assert "reduce A" not in factors.replace("expand = reduce A", "")
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [(8.1e-15, "≈0"), (-3e-16, "≈0"), (0.5, "0.500"), (math.nan, "–"), (2e-9, "2.0e-9")]
+)
+def test_a_ratio_of_nothing_but_rounding_is_about_zero(value: float, words: str) -> None:
+    assert Page(Console(file=io.StringIO(), width=80), None).ratio(value, 6e-16 if value < 1e-9 else math.nan) == words
+
+
+@pytest.mark.parametrize(("value", "words"), [(-7.6e19, "<-1e6"), (3e7, ">1e6"), (-58.7, "-58.7"), (math.nan, "–")])
+def test_numbers_past_meaning_are_bounded(value: float, words: str) -> None:
+    assert _bounded(Page(Console(file=io.StringIO(), width=80), None), value) == words
+
+
+@pytest.mark.parametrize("width", [30, 40])
+def test_a_terminal_that_is_too_narrow_is_told(width: int) -> None:
+    words = " ".join(page(make_run(), width=width).split())
+    assert ("30 columns: lines break below 40." in words) == (width < 40)
 
 
 @pytest.mark.parametrize(("width", "told"), [(80, True), (220, False)])

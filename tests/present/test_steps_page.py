@@ -74,7 +74,7 @@ def test_steps_by_drawn_factors_say_so_on_the_first_page() -> None:
     run.tables["global_damping"] = [
         dataclasses.replace(row, status="estimated") for row in run.tables["global_damping"][:4]
     ]
-    assert "The factors are made of draws: other draws, another step." in " ".join(section(shown(run)).split())
+    assert "how far those of other draws would differ is not assessed." in " ".join(section(shown(run)).split())
     assert "made of draws" not in section(shown(make_run()))
 
 

@@ -142,7 +142,7 @@ def test_picture_of_odd_spectra(values: list[float], other: list[float] | None, 
         (0.0, 0.04, "0.00±.04"),
         (-0.3, 0.04, "-0.30±.04"),
         (35.2, 123.0, "0±100"),
-        (1.0, 0.0, "1.00±0"),
+        (1.0, 0.0, "1.00"),
         (math.inf, 1.0, "inf±1"),
     ],
 )

@@ -17,6 +17,9 @@ from curvscope.records import Run
 
 __all__ = ["render", "show"]
 
+# Columns that every page fits in.
+LEAST_WIDTH = 40
+
 
 def render(
     run: Run,
@@ -42,6 +45,8 @@ def render(
         OutputError: the run's file is damaged; nothing is printed then.
     """
     page = Page(console, None if path is None else os.fspath(path))
+    if page.width < LEAST_WIDTH:
+        page.lines([page.text(f"{page.width} columns: lines break below {LEAST_WIDTH}.", "yellow")])
     # a stored run reads what a page shows before any of it is printed
     if steps:
         steps_page(page, run)

@@ -12,6 +12,7 @@ from curvscope.present.numbers import number
 from curvscope.present.strip import strip
 from curvscope.present.terminal.page import GAP, STATUS_WORDS, Column, Page
 from curvscope.present.terminal.steps import NAMES
+from curvscope.present.terminal.twins import same, title, without_twins
 from curvscope.records import DampingRow, GlobalDampingRow, Layer, RangeRow, leading
 
 # the clause of a row's reason that says why it has no value to set
@@ -30,6 +31,9 @@ GRID_COLUMNS = (
     ("alpha_star", "\nalpha*", 3),
     ("condition", "condi-\ntion", 2),
 )
+
+# Shares, ratios and conditions are told up to here.
+BEYOND = 1e6
 
 
 def chosen(layer: Layer) -> str:
@@ -83,7 +87,9 @@ def overview_section(
     short = [(name, "") for name in shorten(names, width, page.ellipsis)]
     page.table([Column("\nlayer", short, worth=100, left=True), *columns])
     cross = "x" if page.ascii_only else "×"
-    words = f"strip: how much the exact quadratic model loses by K-FAC's step, a factor of 10 a step; {cross}: it grows"
+    empirical = any(row.fisher == "empirical" for layer, _ in known for row in layer.errors.values())
+    model = "quadratic model with the empirical Fisher" if empirical else "exact quadratic model"
+    words = f"strip: how much the {model} loses by K-FAC's step, a factor of 10 a step; {cross}: it grows"
     words += "; [ ] the safe range, above which the step is plain gradient descent"
     if standing:
         words += "; now: one step of this layer alone, which says nothing of many steps (CS5xx) or of all layers"
@@ -159,21 +165,21 @@ def layer_section(page: Page, layer: Layer) -> None:
         rows = [row for row in layer.damping if (row.approximation, row.form) == (name, form)]
         if any(not math.isnan(row.damping) for row in rows):
             page.console.print()
-            page.lines([page.text(f"{name}, {form} form, against the exact damped step", "bold")])
+            page.lines([page.text(f"{title(layer, name)}, {form} form, against the exact damped step", "bold")])
             _grid(page, rows)
     rest = [row for row in layer.damping if math.isnan(row.damping) and not layer.ranges]
     page.lines([_reason(page, "", row) for row in rest])
 
 
 def _ranges(page: Page, layer: Layer) -> None:
-    rows = list(layer.ranges)
-    better = chosen(layer)
+    rows = without_twins(layer, layer.ranges)
+    better = "" if same(layer) else chosen(layer)
     names = [(row.approximation + ("*" if row.approximation == better else ""), "") for row in rows]
     columns = [
         Column("\napproximation", names, 100, left=True),
         Column("\nform", [(row.form, "") for row in rows], 90, left=True),
-        Column("\nstrip", [(_strip(page, layer, row), "cyan") for row in rows], 20, left=True),
-        Column("if only this layer moved:\nsafe", [(_safe(row), "") for row in rows], 9, left=True),
+        Column("\nstrip", [(_strip(page, layer, row), "cyan") for row in rows], 5, left=True),
+        Column("\nsafe", [(_safe(row), "") for row in rows], 9, left=True),
         Column("\nbest", [(page.measured(row.recommended), "") for row in rows], 8),
     ]
     if any(row.standing for row in rows):
@@ -181,10 +187,13 @@ def _ranges(page: Page, layer: Layer) -> None:
         columns.append(Column("\nnow", words, 7, left=True))
         columns.append(Column("\ngain", [(page.measured(row.gain), "") for row in rows], 6))
     if any(not math.isnan(row.joint) for row in rows):
-        columns.append(Column("all move:\nset", [(page.measured(row.joint), "bold") for row in rows], 10))
+        columns.append(Column("\nset", [(page.measured(row.joint), "bold") for row in rows], 10))
     columns.append(Column("form\ngap", [(page.measured(row.form_gap), "") for row in rows], 3))
     page.table(columns)
-    lines = page.dropped(columns)
+    legend = "safe and best: if only this layer moves"
+    legend += "; set: all layers together" if any(not math.isnan(row.joint) for row in rows) else ""
+    legend += "; expand = reduce here" if same(layer) else ""
+    lines = [page.text(legend + ".", "dim")]
     for reason in dict.fromkeys(row.reason for row in rows if row.reason):
         concerned = [row for row in rows if row.reason == reason]
         who = ", ".join(f"{row.approximation} {row.form}" for row in concerned)
@@ -197,13 +206,20 @@ def _grid(page: Page, rows: Sequence[DampingRow]) -> None:
     columns = [Column("\ndamping", [(page.measured(row.damping), "") for row in rows], 100)]
     columns.append(Column("\n", marks, 99, left=True))
     for name, header, worth in GRID_COLUMNS:
-        columns.append(Column(header, [(page.measured(getattr(row, name)), "") for row in rows], worth))
+        columns.append(Column(header, [(_bounded(page, getattr(row, name)), "") for row in rows], worth))
     page.table(columns)
-    lines = page.dropped(columns)
+    lines: list[Text] = []
     for reason in dict.fromkeys(row.reason for row in rows if row.reason):
         concerned = [row for row in rows if row.reason == reason]
         lines.append(_reason(page, f"{len(concerned)} of {len(rows)} ", concerned[0]))
     page.lines(lines)
+
+
+def _bounded(page: Page, value: float) -> str:
+    """A number up to a million either way: beyond it is far outside of what a model of the step describes."""
+    if abs(value) <= BEYOND:
+        return page.measured(value)
+    return page.dash if math.isnan(value) else f"<-{number(BEYOND, 1)}" if value < 0 else f">{number(BEYOND, 1)}"
 
 
 def _reason(page: Page, who: str, row: DampingRow | RangeRow) -> Text:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import TypeVar
 
 from rich.panel import Panel
 from rich.table import Table
@@ -15,6 +14,7 @@ from curvscope.present.terminal.damping import layer_section
 from curvscope.present.terminal.head import block_name
 from curvscope.present.terminal.page import STATUS_WORDS, Column, Page
 from curvscope.present.terminal.stability import stability_of_layer
+from curvscope.present.terminal.twins import same, title, without_twins
 from curvscope.records import ErrorRow, Layer, Run, SpectrumRow
 
 ERROR_COLUMNS = (
@@ -31,9 +31,9 @@ SPECTRUM_COLUMNS = (
     ("stable_rank", "stable\nrank", 3),
     ("effective_rank", "effective\nrank", 5),
 )
+RATIOS = ("cosine", "trace_ratio")
 PICTURE_HEIGHT = 8
 FLAVOURS = ("expand", "reduce")
-Row = TypeVar("Row", ErrorRow, SpectrumRow)
 # Dumped arrays by the file's names for them.
 KEPT = ("columns", "block", "eigenvectors")
 
@@ -100,18 +100,6 @@ def _vocabulary(layer: Layer) -> int:
     return lengths[0] if lengths else layer.row.d_in
 
 
-def _without_twins(layer: Layer, rows: list[Row]) -> list[Row]:
-    """The rows without those of reduce where it is the same matrix as expand (one position)."""
-    same = layer.row.better_flavour == "same"
-    return [row for row in rows if not (same and row.approximation.endswith("_reduce"))]
-
-
-def _title(layer: Layer, approximation: str) -> str:
-    """An approximation's name; where both flavours are the same matrix it stands for both."""
-    both = layer.row.better_flavour == "same" and approximation.endswith("_expand")
-    return f"{approximation} = reduce" if both else approximation
-
-
 def _errors(page: Page, run: Run, layer: Layer) -> None:
     """All approximations against the block."""
     rows = list(layer.errors.values())
@@ -121,8 +109,8 @@ def _errors(page: Page, run: Run, layer: Layer) -> None:
     exact = "estimates" if drawn else "the exact block" if run.info.fisher != "empirical" else block_name(run)
     page.heading(f"approximations against {exact}")
     better = f"kfac_{layer.row.better_flavour}"
-    rows = _without_twins(layer, rows)
-    names = [(_title(layer, row.approximation) + ("*" if row.approximation == better else ""), "") for row in rows]
+    rows = without_twins(layer, rows)
+    names = [(title(layer, row.approximation) + ("*" if row.approximation == better else ""), "") for row in rows]
     columns = [Column("\napproximation", names, worth=100, left=True)]
     columns += _measured(page, rows, ERROR_COLUMNS)
     if page.width >= 60:
@@ -136,9 +124,8 @@ def _errors(page: Page, run: Run, layer: Layer) -> None:
 def _sources(page: Page, layer: Layer) -> None:
     """What each K-FAC's error comes from, a line each; one line for both where they agree or are not known."""
     lines: dict[str, list[str]] = {}
-    same = layer.row.better_flavour == "same"
     for name, row in layer.sources.items():
-        if same and name.endswith("_reduce"):
+        if same(layer) and name.endswith("_reduce"):
             continue
         if row.status == "ok":
             spread, mean, cross = (whole_percent(share) for share in (row.spread, row.mean, row.cross))
@@ -148,7 +135,7 @@ def _sources(page: Page, layer: Layer) -> None:
             words = f"{STATUS_WORDS.get(row.status, row.status)}, {row.reason}"
         lines.setdefault(words, []).append(name)
     found = [
-        page.text(f"{', '.join(_title(layer, name) for name in names)}'s error comes from: {words}", "dim")
+        page.text(f"{', '.join(title(layer, name) for name in names)}'s error comes from: {words}", "dim")
         for words, names in lines.items()
     ]
     page.lines(found)
@@ -163,8 +150,8 @@ def _spectra(page: Page, run: Run, layer: Layer) -> None:
     order = ["ggn", *layer.errors]
     rows.sort(key=lambda row: order.index(row.approximation) if row.approximation in order else len(order))
     words = "empirical" if run.info.fisher == "empirical" else "ggn"
-    rows = _without_twins(layer, rows)
-    names = [(words, "bold") if row.approximation == "ggn" else (_title(layer, row.approximation), "") for row in rows]
+    rows = without_twins(layer, rows)
+    names = [(words, "bold") if row.approximation == "ggn" else (title(layer, row.approximation), "") for row in rows]
     page.table(
         [Column("\nmatrix", names, worth=100, left=True), *_measured(page, rows, SPECTRUM_COLUMNS)],
     )
@@ -177,8 +164,9 @@ def _measured(
     """Columns of measured values with their standard errors."""
     columns = []
     for name, header, worth in wanted:
+        shown = page.ratio if name in RATIOS else page.measured
         cells = [
-            page.measured(getattr(row, name), getattr(row, f"{name}_stderr"), estimated=row.status == "estimated")
+            shown(getattr(row, name), getattr(row, f"{name}_stderr"), estimated=row.status == "estimated")
             for row in rows
         ]
         columns.append(Column(header, [(cell, "dim" if cell == page.dash else "") for cell in cells], worth))
@@ -239,10 +227,13 @@ def _factors(page: Page, layer: Layer) -> None:
     """Shape and extreme eigenvalues of each factor, and which arrays the run keeps."""
     table: list[tuple[str, str, str, str]] = []
     for key, factors in layer.factors.items():
+        if same(layer) and key.startswith("reduce"):
+            continue
         for side, values in (("A", factors.A), ("B", factors.B)):
             shape = page.times.join(str(size) for size in values.shape)
             words = [_attribute(page, layer, f"{key}/{side}", name) for name in ("lambda_max", "lambda_min")]
-            table.append((f"{key} {side}", f"{shape} {values.dtype}", words[0], words[1]))
+            flavours = key.replace("expand", "expand = reduce", 1) if same(layer) else key
+            table.append((f"{flavours} {side}", f"{shape} {values.dtype}", words[0], words[1]))
     kept = [name for name in KEPT if _has(layer, name)]
     facts = [
         f"{name}: {value}"

@@ -123,7 +123,8 @@ def _trace_ratio(page: Page, layer: Layer, flavour: str) -> tuple[str, str]:
 def _value(page: Page, row: ErrorRow | None, column: str) -> str:
     if row is None:
         return page.dash
-    return page.measured(getattr(row, column), getattr(row, f"{column}_stderr"))
+    shown = page.ratio if column == "trace_ratio" else page.measured
+    return shown(getattr(row, column), getattr(row, f"{column}_stderr"))
 
 
 def _condition(page: Page, layer: Layer) -> tuple[str, str]:

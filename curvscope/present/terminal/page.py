@@ -19,6 +19,8 @@ from curvscope.present.numbers import number, with_stderr
 from curvscope.records import FindingRow
 
 GAP = 2
+# Ratios of traces and cosines below this are rounding: of float64 sums over float32 factors.
+ROUNDING = 1e-9
 SEVERITY_STYLES = {"error": "bold red", "warning": "bold yellow", "info": "bold cyan"}
 STATUS_WORDS = {
     "not_assessed": "not assessed",
@@ -99,6 +101,12 @@ class Page:
             return f"~{number(value)}" if estimated else number(value)
         return with_stderr(value, stderr, "+-" if self.ascii_only else "±")
 
+    def ratio(self, value: float, stderr: float = math.nan, *, estimated: bool = False) -> str:
+        """The same for a ratio of two like quantities; one that is nothing but their rounding is about 0."""
+        if abs(value) < ROUNDING:
+            return "~0" if self.ascii_only else "≈0"
+        return self.measured(value, stderr, estimated=estimated)
+
     def heading(self, words: str) -> None:
         """A heading with a line to the right edge."""
         self.console.print()
@@ -128,7 +136,13 @@ class Page:
             table.add_row(*cells, style=row_styles[index] if row_styles else "")
         self.console.print(Padding(table, (0, 0, 0, 1)))
         if missing := self.left_out(columns, kept):
-            self.lines([self.text(f"No room here for {', '.join(missing)}: a wider terminal shows them.", "dim")])
+            self.lines(
+                [
+                    self.text(
+                        f"No room here for {', '.join(missing)}: a wider terminal shows them, the file has them.", "dim"
+                    )
+                ]
+            )
 
     @classmethod
     def fitting(cls, columns: Sequence[Column], room: int) -> list[Column]:
@@ -138,14 +152,6 @@ class Page:
             least = min(column.worth for column in kept)
             kept = [column for column in kept if column.worth > least]
         return kept
-
-    def dropped(self, columns: Sequence[Column]) -> list[Text]:
-        """A line that names the columns for which `table` has no room; none where all are shown."""
-        kept = self.fitting(columns, self.width - 2)
-        names = [" ".join(column.header.replace("-\n", "").split()) for column in columns if column not in kept]
-        if not names:
-            return []
-        return [self.text(f"{self.dash} no room for {', '.join(names)}: a wider terminal, or curvscope export", "dim")]
 
     @staticmethod
     def left_out(columns: Sequence[Column], shown: Sequence[Column]) -> list[str]:

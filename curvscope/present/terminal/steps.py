@@ -7,6 +7,7 @@ import math
 from rich.text import Text
 
 from curvscope.present.numbers import count, number, whole_percent
+from curvscope.present.terminal.head import SAMPLE_WORDS
 from curvscope.present.terminal.page import STATUS_WORDS, Column, Page
 from curvscope.records import EvidenceRow, GlobalDampingRow, Run, StepRow, leading
 
@@ -29,7 +30,7 @@ SECTION_COLUMNS = ("predicted", "actual", "rho", "best length")
 
 def steps_section(page: Page, run: Run) -> None:
     """What one damped step of all layers does, for the better K-FAC; the others in a line each."""
-    summaries = [row for row in run.tables.get("global_damping", []) if row.status in ("ok", "estimated")]
+    summaries = [row for row in run.tables.get("global_damping", []) if _assessed(row)]
     weights = _evidence_line(page, run)
     reasons = {row.reason for row in run.tables.get("global_damping", [])}
     if not summaries and not weights and not reasons:
@@ -42,8 +43,7 @@ def steps_section(page: Page, run: Run) -> None:
         _table(page, rows, better, wanted=SECTION_COLUMNS)
         lines += [*_words(page, better), *_repeated(page, run)]
         if better.status == "estimated":
-            words = "The factors are made of draws: other draws, another step. Dampings by layer need exact columns."
-            lines.append(page.text(words, "dim"))
+            lines += [*_of_draws(page, run), page.text("Dampings by layer need exact columns.", "dim")]
         others = [
             f"{_name(row)} {number(row.damping)} ({_signed(row.change)}{_rho_of_unsafe(row, ', ')})"
             for row in summaries
@@ -61,10 +61,16 @@ def steps_section(page: Page, run: Run) -> None:
 
 def steps_page(page: Page, run: Run) -> None:
     """Every approximation's steps in full, and the evidence."""
-    for summary in run.tables["global_damping"]:
+    summaries = run.tables["global_damping"]
+    copies = {(row.approximation, row.form) for row in summaries if _assessed(row) and _copied(row)}
+    for summary in summaries:
+        if _key(summary) in copies:
+            continue
         rows = [row for row in run.tables["steps"] if _key(row) == _key(summary)]
-        page.heading(f"{NAMES.get(summary.approximation, summary.approximation)}, {summary.form} damping")
-        if summary.status in ("ok", "estimated"):
+        twin = summary.approximation.replace("_expand", "_reduce"), summary.form
+        name = NAMES.get(summary.approximation, summary.approximation) + (" = reduce" if twin in copies else "")
+        page.heading(f"{name}, {summary.form} damping")
+        if _assessed(summary):
             _table(page, rows, summary)
             page.lines(_words(page, summary))
             page.lines([page.text(f"{count(summary.passes, 'forward or backward pass', 'passes')}.", "dim")])
@@ -80,6 +86,10 @@ def steps_page(page: Page, run: Run) -> None:
 
 def _key(row: StepRow | GlobalDampingRow) -> tuple[str, str]:
     return row.approximation, row.form
+
+
+def _assessed(row: GlobalDampingRow) -> bool:
+    return row.status in ("ok", "estimated")
 
 
 def _copied(row: GlobalDampingRow) -> bool:
@@ -203,6 +213,13 @@ def _repeated(page: Page, run: Run) -> list[Text]:
     return [page.text(words + "(CS501): both hold.", "yellow")]
 
 
+def _of_draws(page: Page, run: Run) -> list[Text]:
+    """Says that steps or the evidence come from draws, and that their error is not known."""
+    drawn = count(run.info.samples, *SAMPLE_WORDS.get(run.info.fisher, ("draw", "")))
+    words = f"By factors made of {drawn}: how far those of other draws would differ is not assessed."
+    return [page.text(words, "yellow")]
+
+
 def _evidence_line(page: Page, run: Run) -> list[Text]:
     """The weight decay that each spectrum suggests."""
     best = [row for row in run.tables.get("evidence", []) if row.role == "maximum" and row.status != "not_assessed"]
@@ -212,7 +229,8 @@ def _evidence_line(page: Page, run: Run) -> list[Text]:
     for row in best:
         values.setdefault(number(row.weight_decay), []).append(NAMES.get(row.approximation, row.approximation))
     each = ", ".join(f"{value} ({', '.join(names)})" for value, names in values.items())
-    return [page.text(f"Laplace evidence is highest at an L2 weight decay (not AdamW's) of {each}.")]
+    line = page.text(f"Laplace evidence is highest at an L2 weight decay (not AdamW's) of {each}.")
+    return [line, *(_of_draws(page, run) if best[0].status == "estimated" else [])]
 
 
 def _evidence(page: Page, rows: list[EvidenceRow]) -> None:
