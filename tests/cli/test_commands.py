@@ -25,7 +25,7 @@ from curvscope.errors import (
 from curvscope.run import Run
 from tests.synthetic import make_run
 
-CLI = (sys.executable, "-m", "curvscope.cli.app")
+CLI = (sys.executable, "-m", "curvscope")
 
 
 class Pipeline(types.ModuleType):
