@@ -1,7 +1,8 @@
 """Shifted solves with a large matrix from its tridiagonal form T = Q^T S Q alone.
 
 S's eigenvalues come from T, a solve with T + mu I takes O(n), and Q is applied as reflectors, 2 n^2 flops a vector:
-eigenvectors, twice the work of T, are needed only for eigenvalues that count as zero.
+eigenvectors, twice the work of T, are needed only where eigenvalues count as zero, and then of those that do or of
+those that do not, whichever are fewer.
 """
 
 from __future__ import annotations
@@ -36,18 +37,25 @@ class TridiagonalSolver(Solver):
             values = eigvalsh(matrix).numpy()
         super().__init__(torch.from_numpy(values), relative)
         self._reflectors = torch.from_numpy(reduced.T[:-1, 1:].copy()).T
-        self._zero = self._zero_vectors(len(values) - self.values.numel())
+        self._zeros = len(values) - self.values.numel()
+        self._of_zero = 2 * self._zeros <= len(values)
+        self._vectors = self._vectors_on_one_side()
 
-    def _zero_vectors(self, count: int) -> Array | None:
-        """T's eigenvectors for the eigenvalues that count as zero; None: there are none."""
-        if count == 0:
+    def _vectors_on_one_side(self) -> Array | None:
+        """T's eigenvectors for the eigenvalues that count as zero, or for the others where these are fewer."""
+        size = len(self._diagonal)
+        first, last = (0, self._zeros - 1) if self._of_zero else (self._zeros, size - 1)
+        if last < first:
             return None
-        _, vectors = eigh_tridiagonal(self._diagonal, self._beside, select="i", select_range=(0, count - 1))
+        _, vectors = eigh_tridiagonal(self._diagonal, self._beside, select="i", select_range=(first, last))
         return np.asarray(vectors)
 
     def _kept(self, X: Array) -> Array:
         """Columns [n, k] without their parts along eigenvalues that count as zero."""
-        return X if self._zero is None else X - self._zero @ (self._zero.T @ X)
+        if self._vectors is None:
+            return X if self._of_zero else np.zeros_like(X)
+        along = self._vectors @ (self._vectors.T @ X)
+        return X - along if self._of_zero else along
 
     def _divided(self, X: Array, shift: float) -> Array:
         """(T + shift I)^{-1} X, by elimination with pivots; a matrix singular to rounding is moved by rounding."""
@@ -75,7 +83,7 @@ class TridiagonalSolver(Solver):
         right = self._kept(x.numpy()[:, None])
         if not self.values.numel():
             return torch.zeros_like(x)
-        if self._zero is None:
+        if self._zeros == 0:
             return torch.from_numpy(self._divided(right, 0.0)[:, 0])
         # T itself is singular; T + shift is not, and what it leaves of the right side is divided again
         shift, found = DAMPED_SHARE * self.least, np.zeros_like(right)
