@@ -15,6 +15,7 @@ sum U W^T + W U^T + W W^T, U = gsum abar^T and W the covariance of g and a over 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +33,7 @@ PIECE = 2**22
 class Split:
     """Shares `<T, E> / ||E||^2` of T = spread, mean, cross in E = G - M; they sum to 1, and may be negative.
 
-    `relative` is ||E|| / ||G||.
+    `relative` is ||E|| / ||G||. All shares are NaN where E is 0 to the last digit.
     """
 
     spread: float
@@ -71,6 +72,8 @@ def split_error(
     error = block.norm**2 - 2 * inner + size
     diagonal = of_G - diagonal_M  # <D, E>
     from_mean = of_mean - mean_M
+    if error == 0.0:  # to the last digit: nothing is there to be shared
+        return Split(math.nan, math.nan, math.nan, 0.0)
     cross = (block.norm**2 - inner) - diagonal
     spread = diagonal - from_mean - (inner - size)
     return Split(spread / error, from_mean / error, cross / error, max(error, 0.0) ** 0.5 / block.norm)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -86,3 +88,14 @@ def test_independent_curvature_leaves_nothing() -> None:
     kronecker = Kronecker(torch.einsum("nri,nrj->ij", a, a) / N, torch.einsum("knro,knrp->op", g, g))
     found = split_error(block, kronecker, a, g, a.mean((0, 1)), inner=kronecker.inner(block))
     assert found.relative < 1e-6
+
+
+def test_an_error_of_zero_to_the_last_digit_is_not_divided_by() -> None:
+    """The same row of zeros and a one everywhere: every number is whole, and the error 0 without rounding."""
+    a, g = torch.zeros_like(rows(1)[0]), torch.zeros(K, N, 1, D_OUT, dtype=torch.float64)
+    a[..., 0], g[..., 0] = 1.0, 1.0
+    block = block_of("factored", a, g)
+    kronecker = Kronecker(torch.einsum("nri,nrj->ij", a, a) / N, torch.einsum("knro,knrp->op", g, g))
+    found = split_error(block, kronecker, a, g, a.mean((0, 1)), inner=kronecker.inner(block))
+    assert found.relative == 0.0
+    assert all(math.isnan(share) for share in (found.spread, found.mean, found.cross))
