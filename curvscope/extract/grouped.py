@@ -47,7 +47,8 @@ class GroupedCollector(Collector):
                 self.draws["expand"].append(expand)
                 self.draws["reduce"].append(reduce)
             if self.column == 0:
-                self._sums = {"expand": expand, "reduce": reduce}
+                # copies where the first draw's own are kept: the sums grow in place
+                self._sums = {"expand": expand.clone(), "reduce": reduce.clone()}
             else:
                 self._sums["expand"] += expand
                 self._sums["reduce"] += reduce

@@ -22,6 +22,7 @@ LEAST = 0.9 - 3 * (0.9 * 0.1 / REPETITIONS) ** 0.5
         *product(("mlp", "tokens", "conv"), ("probe", "mc"), (False,)),
         ("conv", "probe", True),
         ("trained", "probe", False),
+        ("grouped", "probe", False),
     ],
 )
 def test_intervals_hold_the_exact_number(model: str, fisher: str, exact_factors: bool) -> None:
