@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -39,6 +40,7 @@ LEAST_VECTORS = 2 * (LEAST_BASIS + 2)
 NO_OPTIMIZER = "no optimizer is known: the checkpoint holds none that fits the model, and none was given (--optimizer)"
 NO_MEMORY = "memory ran out for products with the Hessian, even with one example at a time"
 MOMENTUMS_OWN = "the momentum's own rate, whatever the sharpness: it tells of no margin"
+BEYOND = "beyond what a float64 can say"
 QUADRATIC = "full-batch threshold of the quadratic model; training on mini-batches can diverge below it"
 
 
@@ -277,7 +279,7 @@ def _consequences(stage: Spreads, P: Preconditioner, spread: Spread, said: str, 
         reason="" if known else why,
     )
     if known:
-        own = MOMENTUMS_OWN if P.step.pinned(spread.value) else ""
+        own = MOMENTUMS_OWN if P.step.pinned(spread.value) else BEYOND if math.isinf(growth[0]) else ""
         grown = dataclasses.replace(grown, value=growth[0], low=growth[1], high=growth[2], verdict=said, reason=own)
     rate = StabilityRow(
         "network",
