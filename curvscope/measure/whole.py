@@ -241,7 +241,8 @@ class WholeNetwork:
                 rho=self._rho(bottom),
             )
             if self._audible(bottom) and not lowest_at >= row.safe_from:
-                reasons.append(f"the recommended damping is not safe (rho {bottom.rho:.3g}), see safe_damping")
+                beside = "" if math.isnan(best) else f", the safe one is {best:.3g}"
+                reasons.append(f"the recommended damping is not safe (rho {bottom.rho:.3g}){beside}")
         else:
             reasons.append("no damping tried lowers the objective")
         if math.isnan(best):

@@ -223,6 +223,8 @@ def test_values_that_are_withheld_have_no_column_but_a_reason() -> None:
     assert "all move:" not in " ".join(lines)
     [told] = [line for line in lines if "no value to set" in line]
     assert told == f" – no value to set: K-FAC-reduce: {why.removeprefix('joint: ')}"
+    own = " ".join(page(run, LAYERS[0][0], width=140).split())
+    assert f"no value to set: {why.removeprefix('joint: ')}" in own and "joint:" not in own
 
 
 @pytest.mark.parametrize(("width", "named"), [(60, True), (140, False)])

@@ -300,6 +300,15 @@ def test_layers_with_a_block_alone_stand_together() -> None:
     assert "arrays" not in alone
 
 
+@pytest.mark.parametrize(("name", "words"), [("norm", "norm"), ("blocks.0.ln", "norm blocks.0.ln")])
+def test_one_norm_with_a_block_alone(name: str, words: str) -> None:
+    run = make_run()
+    run.layers[name] = Layer(LayerRow(name, "layer_norm", 3, 1, False, 1, 3, 6, 1.0, 54, ""))
+    run.tables["layers"].append(run.layers[name].row)
+    run.tables["coverage"].append(CoverageRow(name, name, 3, "exact_only"))
+    assert f"exact block only: {words} (" in page(run, width=200)
+
+
 def test_groups_stand_in_the_shape() -> None:
     run = make_run()
     layer = run.layers["stem.conv"]

@@ -227,7 +227,7 @@ def _bounded(page: Page, value: float) -> str:
 def _reason(page: Page, who: str, row: DampingRow | RangeRow) -> Text:
     words = f"{page.dash} {who}{STATUS_WORDS.get(row.status, row.status)}: "
     line = page.text(words, "" if row.status == "ok" else "yellow")
-    line.append(page.safe(row.reason), style="dim")
+    line.append(page.safe(row.reason.replace(JOINT, "no value to set: ")), style="dim")
     return line
 
 

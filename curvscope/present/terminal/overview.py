@@ -237,7 +237,7 @@ def _exact_only(run: Run) -> list[tuple[str, int]]:
         patterns = list(dict.fromkeys(re.sub(r"\d+", "*", name) for name in names))
         listed = ", ".join(patterns[:2]) + (", ..." if len(patterns) > 2 else "")
         words = (
-            (kind + " " if kind == "norm" else "") + names[0]
+            (kind + " " if kind == "norm" and kind not in names[0] else "") + names[0]
             if len(names) == 1
             else f"{count(len(names), kind)} {listed}"
         )
