@@ -71,7 +71,7 @@ def prepare(
     if not isinstance(problem.model, nn.Module):
         dynamic = bool(problem.model.range_constraints)
         graph = build(problem.model, device=device, dtype=dtype, dynamic=dynamic, **options)
-        notes += _cast_notes(casts_in(problem.model.graph), dtype)
+        notes += _cast_notes(casts_in(problem.model.graph), problem, dtype)
         return Prepared(graph, flat, axes, examples, dynamic and index is None, False, notes, index)
     twin = shadow(problem.model, device=device, dtype=dtype)
     tensors = tuple(moved(tensor, device, dtype) for tensor in flat.tensors)
@@ -96,17 +96,26 @@ def prepare(
         )
     except ExportFailure as failure:
         if widen is not None:
-            raise own_casts(widen, dtype) from failure
+            raise own_casts(widen.refusal, dtype) from failure
         graph = build_eager(twin, flat, tensors, str(failure), **options)
         told = f"torch.export refused the model, so only its own linear modules are seen: {failure}"
         return Prepared(graph, flat, axes, examples, index is None, index is None, (*notes, told), index)
     graph = build(exported.program, device=device, dtype=dtype, dynamic=exported.dynamic, **options)
-    notes += _cast_notes(("narrower types",) if widen is not None else casts_in(exported.program.graph), dtype)
+    casts = casts_in(exported.program.graph) if widen is None else widen.kinds
+    notes += _cast_notes(casts, problem, dtype)
     return Prepared(graph, flat, axes, examples, exported.dynamic, exported.free, (*notes, *exported.notes), index)
 
 
-def _tried(twin: nn.Module, flat: FlatInputs, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> BatchError | None:
-    """Tries a forward pass: None where it runs; what it raised where it runs once its own casts are widened only.
+@dataclass(frozen=True)
+class _Casting:
+    """What a forward pass raised for its own casts, and the types that it casts to."""
+
+    refusal: BatchError
+    kinds: frozenset[torch.dtype]
+
+
+def _tried(twin: nn.Module, flat: FlatInputs, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> _Casting | None:
+    """Tries a forward pass: None where it runs; its casts where it runs once these are widened only.
 
     Raises:
         BatchError, ModelError: as `try_forward`.
@@ -115,11 +124,11 @@ def _tried(twin: nn.Module, flat: FlatInputs, tensors: tuple[Tensor, ...], dtype
         try_forward(twin, flat, tensors)
     except BatchError as refusal:
         try:
-            with Widened(dtype):
+            with Widened(dtype) as mode:
                 try_forward(twin, flat, tensors)
         except CurvscopeError:
             raise refusal from refusal.__cause__
-        return refusal
+        return _Casting(refusal, frozenset(mode.kinds))
     return None
 
 
@@ -146,12 +155,14 @@ def _precision_notes(problem: Problem, dtype: torch.dtype) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _cast_notes(kinds: Sequence[str], dtype: torch.dtype) -> tuple[str, ...]:
-    """Says so where the forward pass itself (or autocast) casts to a lower precision."""
-    if not kinds:
+def _cast_notes(kinds: Collection[torch.dtype], problem: Problem, dtype: torch.dtype) -> tuple[str, ...]:
+    """Says so where the forward pass itself (or autocast) casts to types that round the checkpoint's own."""
+    own = {p.dtype for p in problem.model.parameters() if p.is_floating_point()}
+    rounding = sorted(_name(kind) for kind in kinds if any(torch.promote_types(kind, one) != kind for one in own))
+    if not rounding:
         return ()
     return (
-        f"The forward pass casts to {', '.join(kinds)}; here all of it is computed in {_name(dtype)}, and what such "
+        f"The forward pass casts to {', '.join(rounding)}; here all of it is computed in {_name(dtype)}, and what such "
         "casts round is not in these numbers.",
     )
 

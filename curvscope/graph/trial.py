@@ -81,6 +81,9 @@ def refused(error: Exception, flat: FlatInputs, model: nn.Module | None = None) 
     first = (str(error).strip().splitlines() or [""])[0]
     mixed = any(words in first for words in MIXED)
     cast = "Its forward pass meets two dtypes: let it cast to a weight's own, x.to(self.weight.dtype), or "
+    narrow = model is None or all(p.dtype != torch.float64 for p in model.parameters())
+    if narrow and "double" in first.lower():
+        cast += 'run all of it in float64, --dtype float64 (in Python dtype="float64"), or '
     inputs = "ive the inputs with the shapes, dtypes and keywords that the model's forward pass takes."
     return BatchError(
         f"The model refuses the batch: {type(error).__name__}: {first}",

@@ -19,11 +19,15 @@ NARROWING = {Tensor.half: torch.float16, Tensor.bfloat16: torch.bfloat16, Tensor
 
 
 class Widened(TorchFunctionMode):
-    """Inside, floating types narrower than `dtype` are `dtype`, wherever a torch function is asked for one."""
+    """Inside, floating types narrower than `dtype` are `dtype`, wherever a torch function is asked for one.
+
+    `kinds` are those that were asked for.
+    """
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
+        self.kinds: set[torch.dtype] = set()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -31,9 +35,16 @@ class Widened(TorchFunctionMode):
         """The function's value, its floating types widened."""
         wanted = NARROWING.get(func)
         if wanted is not None and args and widened(wanted, self.dtype) is self.dtype:
+            self.kinds.add(wanted)
             return args[0].to(self.dtype)
-        args, kwargs = pytree.tree_map(lambda item: widened(item, self.dtype), (tuple(args), dict(kwargs or {})))
+        args, kwargs = pytree.tree_map(self._widened, (tuple(args), dict(kwargs or {})))
         return func(*args, **kwargs)
+
+    def _widened(self, item: Any) -> Any:
+        found = widened(item, self.dtype)
+        if found is not item:
+            self.kinds.add(item)
+        return found
 
 
 def widened(item: Any, dtype: torch.dtype) -> Any:
@@ -43,10 +54,10 @@ def widened(item: Any, dtype: torch.dtype) -> Any:
     return item
 
 
-def casts_in(graph: fx.Graph) -> tuple[str, ...]:
-    """The types of half precision that an exported graph casts to, by name."""
+def casts_in(graph: fx.Graph) -> set[torch.dtype]:
+    """The types of half precision that an exported graph casts to."""
     found = {node.kwargs.get("dtype") for node in graph.nodes if node.op == "call_function"}
-    return tuple(str(kind).removeprefix("torch.") for kind in (torch.bfloat16, torch.float16) if kind in found)
+    return {kind for kind in (torch.bfloat16, torch.float16) if kind in found}
 
 
 def own_casts(refusal: BatchError, dtype: torch.dtype) -> ModelError:

@@ -27,7 +27,7 @@ class Casting(nn.Module):
         if self.how == "autocast":
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 return self.second(h).float()
-        casts = {"half": h.half, "double": h.double}
+        casts = {"half": h.half, "double": h.double, "float": h.float, "bfloat16": h.bfloat16}
         h = casts[self.how]() if self.how in casts else h
         return self.second(h)
 
@@ -65,6 +65,34 @@ def test_two_dtypes_that_remain_are_told_with_their_place() -> None:
     assert "module second (Linear)" in caught.value.where
     assert "test_casts.py, line" in caught.value.where
     assert "weight.dtype" in caught.value.remedy
+
+
+def test_a_model_that_casts_to_double_runs_in_float64_as_the_remedy_says() -> None:
+    batch = torch.randn(8, 5), torch.arange(8) % 3
+    with pytest.raises(BatchError) as caught:
+        curvscope.analyze(Casting("double").double(), batch, loss="cross_entropy")
+    assert '--dtype float64 (in Python dtype="float64")' in caught.value.remedy
+    run = curvscope.analyze(Casting("double").double(), batch, loss="cross_entropy", dtype="float64")
+    assert not any("casts" in note for note in run.notes)
+
+
+@pytest.mark.parametrize(
+    ("stored", "how", "named"),
+    [
+        (torch.float32, "float", ""),
+        (torch.bfloat16, "float", ""),
+        (torch.bfloat16, "bfloat16", ""),
+        (torch.float64, "float", "float32"),
+        (torch.float32, "weights", "float16"),
+        (torch.bfloat16, "half", "float16"),
+    ],
+)
+def test_only_casts_that_round_what_is_stored_are_noted(stored: torch.dtype, how: str, named: str) -> None:
+    batch = torch.randn(8, 5), torch.arange(8) % 3
+    run = curvscope.analyze(Casting(how).to(stored), batch, loss="cross_entropy", dtype="float64")
+    noted = [note for note in run.notes if "forward pass casts" in note]
+    assert len(noted) == bool(named)
+    assert not named or f"casts to {named};" in noted[0]
 
 
 class Branching(nn.Module):
