@@ -10,7 +10,7 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from curvscope.errors import OutputError
@@ -69,6 +69,26 @@ def check_output(path: str | os.PathLike[str], force: bool = False, *, folder: b
         )
     _try_folder(target)
     return target
+
+
+def check_replaced(path: str | os.PathLike[str], is_result: Callable[[Path], bool]) -> None:
+    """Refuse to replace a file that is neither empty nor, by its content, an earlier result.
+
+    Raises:
+        OutputError: somebody else's file has that name, or it can't be read.
+    """
+    target = Path(os.path.realpath(path))
+    try:
+        if not target.is_file() or target.stat().st_size == 0 or is_result(target):
+            return
+        found = "The file that has this name is not an earlier result"
+    except OSError as error:
+        found = f"The file that has this name can't be looked at ({error.strerror or error})"
+    raise OutputError(
+        f"{found}, and is kept, whatever --force says.",
+        where=str(target),
+        remedy="Name another place with -o (from Python: another path), or delete the file yourself.",
+    )
 
 
 def _try_folder(target: Path) -> None:
