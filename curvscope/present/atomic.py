@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import secrets
@@ -35,10 +36,11 @@ def check_output(path: str | os.PathLike[str], force: bool = False, *, folder: b
     target = Path(os.path.realpath(path))
     parent = target.parent
     if not parent.is_dir():
+        missing = not parent.exists()
         raise OutputError(
-            "The folder to write to does not exist." if not parent.exists() else "That is not a folder.",
+            "The folder to write to does not exist." if missing else "That is not a folder.",
             where=str(parent),
-            remedy="Create it, or name another place with -o.",
+            remedy="Create it, or name another place with -o." if missing else "Name another place with -o.",
         )
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(
@@ -198,8 +200,9 @@ def _appeared(target: Path) -> OutputError:
 
 
 def _refused(error: OSError, target: Path) -> OutputError:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return OutputError(
         f"The result could not be written: {error.strerror or error}.",
         where=str(target),
-        remedy="Free some space or name another place with -o; nothing was left behind.",
+        remedy=f"{'Free some space or name' if full else 'Name'} another place with -o; nothing was left behind.",
     )
