@@ -298,7 +298,7 @@ def test_force_replaces(pipeline: Pipeline) -> None:
         pytest.param(["show", "text.h5"], 3, "not an HDF5 file", id="text"),
         pytest.param(["export", "run.h5", "--to", "npz"], 0, "wrote run.npz", id="export"),
         pytest.param(["export", "run.h5", "--to", "csv", "-o", "t"], 0, "wrote t", id="export to"),
-        pytest.param(["export", "run.h5", "--to", "json", "-o", "text.h5"], 3, "exists already", id="kept"),
+        pytest.param(["export", "run.h5", "--to", "json", "-o", "text.h5"], 3, "not an earlier result", id="kept"),
         pytest.param(["export", "run.h5", "--to", "xml"], 2, "not one of npz", id="no such format"),
         pytest.param(["export", "run.h5"], 2, "--to", id="no format"),
         pytest.param(["export", "none.h5", "--to", "npz"], 3, "no such file", id="export of nothing"),

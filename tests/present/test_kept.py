@@ -31,6 +31,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         torch.save(content, path)
     Path("hard.pt").hardlink_to("net.pt")
     Path("soft.pt").symlink_to("net.pt")
+    Path("nets.py").write_text("import torch")
     Path("far.pt").hardlink_to("many/b.pt")
     return tmp_path
 
@@ -46,6 +47,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         pytest.param("many/b.pt --batch many", id="one of the batches"),
         pytest.param("far.pt --batch many", id="one of the batches, by a hard link"),
         pytest.param("many/run.h5 --batch many", id="beside the batches"),
+        pytest.param("nets.py --model nets:mlp --batch batch.pt --loss nets:loss", id="the module of the model"),
     ],
 )
 def test_analyze_keeps_its_inputs(files: Path, options: str) -> None:
