@@ -14,6 +14,9 @@ MEASURES = ("spectral", "kron_best", "split", "damping", "steps", "stability")
 DUMPS = ("factors", "spectra", "columns", "blocks")
 DTYPES = ("float32", "float64")
 DEVICES = ("auto", "cpu", "cuda")
+# Dampings whose squares, and products with sums of squares, float64 holds.
+LEAST_DAMPING, MOST_DAMPING = 1e-100, 1e100
+SQUARED = f"from {LEAST_DAMPING:g} to {MOST_DAMPING:g}, where float64 holds its square"
 
 
 @dataclass(frozen=True)
@@ -93,9 +96,14 @@ def checked_settings(**given: Any) -> Settings:
         raise UsageError("seed must be a whole number from 0 to 2^63 - 1.", where="--seed", remedy="Choose another.")
     if given["samples"] is not None and given["samples"] < 1:
         raise UsageError("samples must be at least 1.", where="--samples", remedy="Leave it out for the default.")
-    if given.get("damping") is not None and not 0 < given["damping"] < math.inf:
+    damping = given.get("damping")
+    if damping is not None and not 0 < damping < math.inf:
         raise UsageError(
             "damping must be positive and finite.", where="--damping", remedy="Leave it out if the optimizer has none."
+        )
+    if damping is not None and not LEAST_DAMPING <= damping <= MOST_DAMPING:
+        raise UsageError(
+            f"damping must be {SQUARED}; got {damping:g}.", where="--damping", remedy="Give the optimizer's own."
         )
     if given.get("dataset_size") is not None and given["dataset_size"] < 1:
         raise UsageError(

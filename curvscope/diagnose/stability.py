@@ -51,9 +51,9 @@ def stability_findings(model: ModelInfo, rows: Sequence[StabilityRow]) -> list[t
             "CS503",
             "info",
             "",
-            f"Whether training is stable is undecided: the sharpness is {sharpness.value:.3g} on {model.examples} "
-            f"examples, against a threshold of {sharpness.threshold:.3g}, and there are no halves of the batch to show "
-            "how far it varies.",
+            f"Whether training is stable is undecided: the sharpness is {sharpness.value:.3g} on "
+            f"{_examples(model)}, against a threshold of {sharpness.threshold:.3g}, and there are no halves of the "
+            "batch to show how far it varies.",
             "Analyze more examples.",
         )
         return [(2, 0.5, row), *later]
@@ -197,7 +197,7 @@ def _damping(model: ModelInfo) -> str:
 def _spread(model: ModelInfo, row: StabilityRow) -> str:
     """The value on the batch with its spread, in words."""
     halves = f", {row.low:.3g} to {row.high:.3g} with its halves" if not math.isnan(row.low) else ""
-    return f"{row.value:.3g} (on {model.examples} examples{halves})"
+    return f"{row.value:.3g} (on {_examples(model)}{halves})"
 
 
 def _rate(network: dict[str, StabilityRow]) -> str:
@@ -224,3 +224,7 @@ def _blamed(rows: Sequence[StabilityRow]) -> tuple[str, str]:
         block = blocks[first]
         return first, f"{said}, and its own block is above the threshold ({block.value:.3g})."
     return (first if shares[first] >= BLAME_SHARE else ""), f"{said}."
+
+
+def _examples(model: ModelInfo) -> str:
+    return f"{model.examples} example{'' if model.examples == 1 else 's'}"

@@ -193,6 +193,9 @@ def get_ready(
     if passes.shared and apart is not None:
         notes.append(shared_note(apart))
     notes += [reason] if reason else []
+    given = passes.pieces.survey.batches
+    if settings.batches is not None and given < settings.batches and problem.batches is not None:
+        notes.append(f"There are {given} batches, and all were taken: --batches {settings.batches} asked for more.")
     whole = [name for name, layer in plan.layers.items() if layer.no_dump]
     if whole:
         why = plan.layers[whole[0]].no_dump

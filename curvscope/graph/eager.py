@@ -92,7 +92,7 @@ def build_eager(
     weights = list(dict.fromkeys(by_identity[id(module.weight)] for module in used.values()))
     require_trainable(weights, requires_grad)
     names = layer_names(weights)
-    require_layers([names[w] for w in weights if requires_grad[w]], layers, skip)
+    require_layers([names[w] for w in weights if requires_grad[w]], layers, skip, list(requires_grad))
 
     specs: dict[str, LayerSpec] = {}
     standing: list[_Calls] = []
@@ -173,7 +173,7 @@ def build_eager(
             _put(twin, path, module.requires_grad_(False))
             specs.pop(names[weight], None)
     standing[:] = [calls for weight, calls in zip(weight_of, standing, strict=True) if weight not in lost]
-    require_layers(list(specs), layers, skip)
+    require_layers(list(specs), layers, skip, list(requires_grad))
     owned = {spec.weight for spec in specs.values()} | {spec.bias for spec in specs.values()}
     wanted = {name: p for name, p in own.items() if requires_grad[name] and name not in owned}
 

@@ -184,7 +184,7 @@ def build(
         replaced[node] = site
         specs[site.layer].selected = selected(site.layer, layers, skip)
     reasons |= {name: ("", "uncovered", reason) for name, reason in why.items()}
-    require_layers(list(specs), layers, skip)
+    require_layers(list(specs), layers, skip, list(requires_grad))
 
     for node, site in replaced.items():
         leaf = Leaf()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import fnmatch
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
-from curvscope.errors import ModelError
+from curvscope.errors import ModelError, UsageError
 
 
 def layer_names(weights: Sequence[str]) -> dict[str, str]:
@@ -25,19 +25,32 @@ def selected(name: str, keep: Sequence[str], skip: Sequence[str]) -> bool:
     return kept and not any(fnmatch.fnmatchcase(name, pattern) for pattern in skip)
 
 
-def require_layers(found: Sequence[str], keep: Sequence[str], skip: Sequence[str]) -> None:
-    """Refuse a selection that leaves nothing.
+def require_layers(
+    found: Sequence[str], keep: Sequence[str], skip: Sequence[str], parameters: Collection[str] = ()
+) -> None:
+    """Refuse a selection that leaves nothing, and a glob that matches nothing: neither a layer nor a module of weights.
+
+    `parameters` are the names of the model's.
 
     Raises:
-        ModelError: the globs match none of the layers found.
+        ModelError: the globs match none of the layers found, or leave all of them out.
+        UsageError: one of several matches nothing.
     """
+    shown = ", ".join(found[:8]) + (f", ... ({len(found)} in all)" if len(found) > 8 else "")
+    remedy = f"The model's linear layers are: {shown}."
     if found and not any(selected(name, keep, skip) for name in found):
-        shown = ", ".join(found[:8]) + (f", ... ({len(found)} in all)" if len(found) > 8 else "")
+        matched = any(selected(name, keep, ()) for name in found)
+        kept = "all that --layers keeps" if keep else "all of them"
         raise ModelError(
-            "No layer is left to analyze: the patterns match none.",
+            f"No layer is left to analyze: {f'--skip leaves out {kept}' if matched else 'the patterns match none'}.",
             where=" ".join([*(["--layers", *keep] if keep else []), *(["--skip", *skip] if skip else [])]),
-            remedy=f"The model's linear layers are: {shown}.",
+            remedy=remedy,
         )
+    known = {*found, *parameters, *(name.rpartition(".")[0] for name in parameters)}
+    for option, patterns in (("--layers", keep), ("--skip", skip)):
+        for pattern in patterns:
+            if found and not any(fnmatch.fnmatchcase(name, pattern) for name in known):
+                raise UsageError(f"The pattern {pattern!r} matches no layer.", where=option, remedy=remedy)
 
 
 def require_trainable(weights: Sequence[str], requires_grad: dict[str, bool]) -> None:

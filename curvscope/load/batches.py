@@ -6,6 +6,7 @@ reading yields has to be what the first one did, since sums of several sweeps ar
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import zlib
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from curvscope.errors import BatchError
+from curvscope.errors import BatchError, UsageError
 from curvscope.load.batch import FILE_FORMS, check_batch, load_batch, pair_batch
 from curvscope.load.importing import describe, import_object, is_import_spec, parse_import_spec, user_code
 from curvscope.load.problem import Batch
@@ -164,6 +165,7 @@ def open_batches(batch: Any, most: int | None = None) -> Batches:
 
     Raises:
         BatchError: the batch can't be read, is missing, or can be read only once.
+        UsageError: several are asked for, and one is given.
     """
     if isinstance(batch, (str, os.PathLike)):
         path = Path(batch)
@@ -183,7 +185,21 @@ def open_batches(batch: Any, most: int | None = None) -> Batches:
         )
     elif isinstance(batch, Iterable) and not isinstance(batch, (Mapping, Sequence, Tensor, Batch)):
         return Batches(lambda: batch, "batch", most=most)
-    held = load_batch(batch)
+    return _single(load_batch(batch), most)
+
+
+def _single(held: Batch, most: int | None) -> Batches:
+    """One batch, of which more than one can't be taken.
+
+    Raises:
+        UsageError: more are asked for.
+    """
+    if most is not None and most > 1:
+        raise UsageError(
+            f"The first {most} batches can't be taken: one batch was given.",
+            where="--batches",
+            remedy=f"Leave it out. {MANY}",
+        )
     return Batches(lambda: (), held.source, held=held)
 
 
@@ -243,7 +259,7 @@ def _called(function: Callable[[], Any], source: str, most: int | None) -> Batch
         return batches
     held = pair_batch(found, source)
     check_batch(held)
-    return Batches(lambda: (), source, held=held)
+    return _single(dataclasses.replace(held, source=source), most)
 
 
 def _has_length(value: Iterable[Any]) -> bool:

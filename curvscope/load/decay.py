@@ -8,6 +8,7 @@ from typing import Any
 from curvscope.load.optimizer import entries_by_name
 from curvscope.load.optimizer_settings import kind_of
 from curvscope.load.problem import OptimizerState, Problem
+from curvscope.settings import LEAST_DAMPING, MOST_DAMPING
 
 COUPLED = ("SGD", "Adam", "NAdam", "RMSprop", "Adagrad", "ASGD", "Adadelta", "Rprop", "KFAC", "KFACOptimizer")
 
@@ -29,7 +30,23 @@ def l2_decay(state: OptimizerState | None) -> dict[str, float]:
 
 
 def own_dampings(state: OptimizerState | None) -> dict[str, float]:
-    """Parameter name -> the damping of a second-order optimizer, where its group holds one."""
+    """Parameter name -> the damping of a second-order optimizer, where its group holds one that can be computed with.
+
+    One that is not 0 and whose square float64 does not hold is left out (see `lost_dampings`).
+    """
+    return {name: value for name, value in _dampings(state).items() if _usable(value)}
+
+
+def lost_dampings(state: OptimizerState | None) -> dict[str, float]:
+    """Parameter name -> the damping that its group holds and that can't be computed with."""
+    return {name: value for name, value in _dampings(state).items() if not _usable(value)}
+
+
+def _usable(damping: float) -> bool:
+    return damping == 0 or LEAST_DAMPING <= damping <= MOST_DAMPING
+
+
+def _dampings(state: OptimizerState | None) -> dict[str, float]:
     entries = {} if state is None else entries_by_name(state)
     found = {name: _number(group, "damping") for name, (_, group, _) in entries.items()}
     return {name: value for name, value in found.items() if value is not None}

@@ -9,6 +9,7 @@ from typing import Any
 from curvscope.errors import UsageError
 from curvscope.load.optimizer_settings import FLAVOURS, KIND_NAMES, KINDS, kind_of
 from curvscope.load.problem import OptimizerState
+from curvscope.settings import LEAST_DAMPING, MOST_DAMPING, SQUARED
 
 WHERE = "optimizer"
 # Name of a number -> whether 1 is above its range.
@@ -144,6 +145,8 @@ def _number(name: str, value: Any) -> float:
     if not (math.isfinite(number) and number >= 0 and (number < 1 or not NUMBERS[name])):
         bound = "from 0 to below 1" if NUMBERS[name] else "of 0 or more"
         raise UsageError(f"{name} must be a number {bound}; got {value!r}.", where=WHERE, remedy="Correct it.")
+    if name == "damping" and number and not LEAST_DAMPING <= number <= MOST_DAMPING:
+        raise UsageError(f"damping must be {SQUARED}; got {value!r}.", where=WHERE, remedy="Give the optimizer's own.")
     return number
 
 

@@ -21,6 +21,7 @@ from curvscope.load.optimizer_class import UNKNOWN
 from curvscope.load.optimizer_ranges import out_of_range, spoiled
 from curvscope.load.problem import OptimizerState, Schedule
 from curvscope.load.shampoo_state import feeds_back, shampoo_factors
+from curvscope.settings import LEAST_DAMPING, MOST_DAMPING, SQUARED
 
 KINDS = ("sgd", "adam", "adamw", "nadam", "rmsprop", "adagrad", "kfac", "shampoo")
 OTHER = "other"
@@ -366,6 +367,8 @@ def _problems(settings: OptimizerSettings, state: OptimizerState | None) -> list
             "its momentum goes through the preconditioner again, as in torch_optimizer and pytorch_optimizer, for "
             "which no threshold is known"
         )
+    if settings.damping and not LEAST_DAMPING <= settings.damping <= MOST_DAMPING:
+        found.append(f"its damping is {settings.damping:g}, which has to be {SQUARED}")
     if settings.kind == "kfac" and settings.damping is None:
         found.append("K-FAC's damping is not known; give it with --damping")
     factored = settings.kind == "shampoo" and any(

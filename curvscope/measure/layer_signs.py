@@ -22,6 +22,8 @@ LISTED = 5
 UNEQUAL = "positions do not stand for the same thing in every example"
 # Positions are compared where there are at least this many.
 LEAST_POSITIONS = 4
+# Examples are compared where there are at least this many: an equal share is then a quarter of what is told.
+LEAST_EXAMPLES = 8
 OF_TOKENS = "an embedding's inputs are tokens, which have no size"
 
 
@@ -52,7 +54,7 @@ def layer_signs(
     if isinstance(shares, str):
         return [*rows, missing("example_share", shares, layer=name)], []
     listed = example_rows(name, shares, extract.example_squares)
-    rows.append(sign_row("example_share", float(shares.max()), layer=name, reason=indices(listed)))
+    rows.append(share_row(listed, len(shares), layer=name))
     return rows, listed
 
 
@@ -208,6 +210,14 @@ def example_rows(layer: str, shares: Tensor, squares: Tensor | None) -> list[Exa
         ExampleRow(layer, n, float(shares[n]), float("nan") if of_gradient is None else float(of_gradient[n]))
         for n in order
     ]
+
+
+def share_row(rows: Sequence[ExampleRow], examples: int, *, layer: str = "") -> StabilityRow:
+    """The largest share of the curvature, of the examples listed (at least one) out of so many."""
+    if examples < LEAST_EXAMPLES:
+        reason = f"{'one example has' if examples == 1 else f'of {examples} examples any has'} a large share"
+        return missing("example_share", f"{reason}: told from {LEAST_EXAMPLES} examples on", layer=layer)
+    return sign_row("example_share", rows[0].curvature_share, layer=layer, reason=indices(rows))
 
 
 def indices(rows: Sequence[ExampleRow]) -> str:

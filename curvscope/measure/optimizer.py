@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 from curvscope.graph.functional import Graph
 from curvscope.graph.sites import LayerSpec
-from curvscope.load.decay import l2_decay, own_dampings
+from curvscope.load.decay import l2_decay, lost_dampings, own_dampings
 from curvscope.load.problem import OptimizerState
 from curvscope.measure.damping import DampingWishes
-from curvscope.settings import Settings
+from curvscope.settings import SQUARED, Settings
 
 SHAMPOO = (
     "Shampoo's own damping is not assessed: it sits inside a root of its factors L and R, in other units than K-FAC's, "
@@ -25,7 +25,7 @@ def damping_wishes(
     Damping is `settings.damping`, else the entry "damping" of the layer's parameter group; none for Shampoo. Weight
     decay counts where it is added to the gradient (not decoupled) and the same for all of the layer's parameters.
     """
-    dampings, decays = own_dampings(state), l2_decay(state)
+    dampings, decays, lost = own_dampings(state), l2_decay(state), lost_dampings(state)
     current: dict[str, float] = {}
     decay: dict[str, float] = {}
     remarks: dict[str, str] = {}
@@ -37,6 +37,8 @@ def damping_wishes(
             current[spec.name] = settings.damping
         elif found:
             current[spec.name] = found
+        elif away := _common(lost, spec):
+            remarks[spec.name] = f"the optimizer's own damping of {away:g} is not assessed: it has to be {SQUARED}"
         value = _common(decays, spec)
         if value is None:
             uneven = "weight decay is not the same for all of the layer's parameters and is left out"

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 
 import numpy as np
+import numpy.typing as npt
 
 from curvscope.measure.ranges import Curve, Values
 
@@ -25,6 +26,8 @@ MOST = 3
 GAIN = 1e-5
 # A peak is known where a value this near (in log damping) is: between nearer values interpolation has rounding's slope.
 NEAR = 0.1
+# Between values further apart (in log damping) nothing is interpolated: the optimizer's own may lie far off the grid.
+GAP = math.log(1e4)
 # Interpolation is trusted where it was right to this share of the largest decrease.
 CLOSE_ENOUGH = 0.03
 
@@ -40,6 +43,9 @@ def peaks(curve: Curve) -> dict[float, float]:
     higher than the grid's values beside them, are left out.
     """
     known = np.isfinite(curve.decrease) & (curve.slope > 0) & (curve.bend > 0)
+    if not known.any():
+        return {}
+    known &= _connected(curve.damping, known)
     places, decrease = np.log(curve.damping[known]), curve.decrease[known]
     if len(places) < 3:
         return {}
@@ -66,6 +72,15 @@ def agree(curve: Curve, expected: Mapping[float, float]) -> bool:
     best = float(np.nanmax(curve.decrease))
     known = dict(zip(curve.damping.tolist(), curve.decrease.tolist(), strict=True))
     return all(abs(known[damping] - value) <= CLOSE_ENOUGH * abs(best) for damping, value in expected.items())
+
+
+def _connected(damping: Values, known: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """The longest run of known values without a gap: a polynomial across many decades says nothing, and overflows."""
+    places = np.flatnonzero(known)
+    runs = np.split(places, np.flatnonzero(np.diff(np.log(damping[places])) > GAP) + 1)
+    inside = np.zeros_like(known)
+    inside[max(runs, key=len)] = True
+    return inside
 
 
 def _pairs(places: Values) -> list[tuple[float, float]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,12 +18,11 @@ from curvscope.load.optimizer_settings import OptimizerSettings, optimizer_setti
 from curvscope.load.problem import Problem
 from curvscope.measure import stability
 from curvscope.measure.halves import halves
-from curvscope.measure.layer_signs import example_rows, indices
+from curvscope.measure.layer_signs import example_rows, share_row
 from curvscope.measure.network import Network
 from curvscope.measure.preconditioner import Preconditioner, Unassessable, preconditioner
 from curvscope.measure.sharpness import Space, decay_share, energy_shares
 from curvscope.measure.sign_stage import members, signs
-from curvscope.measure.signs import sign_row
 from curvscope.measure.spreads import Spreads, Wanted
 from curvscope.measure.stability import Spread, verdict
 from curvscope.measure.surroundings import clip_scale, clipped, clipped_rows, norm_of, scheduled_row
@@ -39,6 +39,7 @@ LEAST_VECTORS = 2 * (LEAST_BASIS + 2)
 NO_OPTIMIZER = "no optimizer is known: the checkpoint holds none that fits the model, and none was given (--optimizer)"
 NO_MEMORY = "memory ran out for products with the Hessian, even with one example at a time"
 MOMENTUMS_OWN = "the momentum's own rate, whatever the sharpness: it tells of no margin"
+BEYOND = "beyond what a float64 can say"
 QUADRATIC = "full-batch threshold of the quadratic model; training on mini-batches can diverge below it"
 
 
@@ -57,6 +58,7 @@ def stability_stage(problem: Problem, network: Network, layers: Mapping[str, Lay
     """The stability table of a problem whose loss is settled; a model without second derivatives gets the reason."""
     stage = None
     listed: list[ExampleRow] = []
+    examples = 0
     shapes = {name: p.shape for name, p in network.parameters.items()}
     settings = optimizer_settings(problem.optimizer, shapes, problem.optimizer_options)
     try:
@@ -64,7 +66,7 @@ def stability_stage(problem: Problem, network: Network, layers: Mapping[str, Lay
         rows, found = _assess(network, settings, network.graph.layers, factors, wanted)
         if found is not None:
             stage, direction, space = found
-            listed = _top_examples(stage, direction, space, layers)
+            listed, examples = _top_examples(stage, direction, space, layers)
     except (
         RuntimeError,
         AnalysisError,
@@ -80,7 +82,7 @@ def stability_stage(problem: Problem, network: Network, layers: Mapping[str, Lay
         stage.products.clear()
     rows += signs(network, layers, gradients, settings, None if stage is None else stage.P)
     if listed:
-        rows.append(sign_row("example_share", listed[0].curvature_share, reason=indices(listed)))
+        rows.append(share_row(listed, examples))
     if settings is None:
         return Assessment(rows, listed)
     return Assessment(rows, listed, settings.label, settings.learning_rate, settings.notes)
@@ -132,17 +134,19 @@ def _assess(
     return rows, (stage, direction, space)
 
 
-def _top_examples(stage: Spreads, direction: Tensor, space: Space, layers: Mapping[str, Layer]) -> list[ExampleRow]:
-    """The examples that carry most of the GGN along the top direction; none where it has no curvature there."""
+def _top_examples(
+    stage: Spreads, direction: Tensor, space: Space, layers: Mapping[str, Layer]
+) -> tuple[list[ExampleRow], int]:
+    """The examples that carry most of the GGN along the top direction, and of how many; none if it is not curved."""
     vector = space.split(direction)
     if stage.P is not None:
         vector = stage.P.inverse_root(vector)
     energy = stage.network.example_curvature(vector)
     total = float(energy.sum())
     if not total > 0 or bool((energy < 0).any()):
-        return []
+        return [], len(energy)
     squares = [layer.example_gradients for layer in layers.values() if layer.example_gradients is not None]
-    return example_rows("", energy / total, torch.as_tensor(sum(squares)) if squares else None)
+    return example_rows("", energy / total, torch.as_tensor(sum(squares)) if squares else None), len(energy)
 
 
 def _network_rows(
@@ -277,7 +281,7 @@ def _consequences(stage: Spreads, P: Preconditioner, spread: Spread, said: str, 
         reason="" if known else why,
     )
     if known:
-        own = MOMENTUMS_OWN if P.step.pinned(spread.value) else ""
+        own = MOMENTUMS_OWN if P.step.pinned(spread.value) else BEYOND if math.isinf(growth[0]) else ""
         grown = dataclasses.replace(grown, value=growth[0], low=growth[1], high=growth[2], verdict=said, reason=own)
     rate = StabilityRow(
         "network",

@@ -21,12 +21,15 @@ Sources: edge of stability arXiv:2103.00065; preconditioned, for Adam arXiv:2207
 from __future__ import annotations
 
 import cmath
+import math
 from dataclasses import dataclass
 
 from curvscope.load.optimizer_settings import ParameterSettings
 
 EDGE = "arXiv:2103.00065"
 ADAPTIVE = "arXiv:2207.14484"
+# Up to here a trace's square is far from overflow, and beyond it the determinant is lost beside it.
+SQUARED = 1e100
 
 
 @dataclass(frozen=True)
@@ -47,9 +50,16 @@ class Dynamics:
         return float("inf") if speed == 0 else (2 - self.decay) * (1 + self.retained) / speed
 
     def growth(self, eigenvalue: float) -> float:
-        """The factor a step, after the first few, along an eigenvector of this eigenvalue: the spectral radius."""
-        pull = self.averaged * self.entering + self.direct
-        trace = self.retained + 1 - self.decay - self.lr * pull * eigenvalue
+        """The factor a step, after the first few, along an eigenvector of this eigenvalue: the spectral radius.
+
+        inf where it is beyond float64.
+        """
+        trace = self._trace(eigenvalue)
+        if math.isnan(trace):
+            return float("nan") if math.isnan(eigenvalue) else float("inf")
+        if abs(trace) > SQUARED:
+            # the determinant is of the trace's order, and nothing beside its square
+            return abs(trace)
         determinant = self.retained * (1 - self.decay - self.lr * self.direct * eigenvalue)
         root = cmath.sqrt(trace**2 / 4 - determinant)
         return max(abs(trace / 2 + root), abs(trace / 2 - root))
@@ -60,9 +70,12 @@ class Dynamics:
         Where the two eigenvalues of the step are a complex pair, their modulus is the root of the determinant, in which
         h stands only as lr direct h.
         """
+        trace = self._trace(eigenvalue)
+        return self.direct == 0 and abs(trace) <= SQUARED and trace**2 / 4 < self.retained * (1 - self.decay)
+
+    def _trace(self, eigenvalue: float) -> float:
         pull = self.averaged * self.entering + self.direct
-        trace = self.retained + 1 - self.decay - self.lr * pull * eigenvalue
-        return self.direct == 0 and trace**2 / 4 < self.retained * (1 - self.decay)
+        return self.retained + 1 - self.decay - self.lr * pull * eigenvalue
 
     def stable_lr(self, eigenvalue: float) -> float:
         """The learning rate at which this eigenvalue is just at the threshold; inf where none is too large."""

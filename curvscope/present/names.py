@@ -71,8 +71,8 @@ def _without(parts: list[str], dropped: set[int], cut: int, kept: int, ellipsis:
 
 
 def some(names: list[str], noun: str, most: int = 2) -> str:
-    """The names, or how many there are."""
-    return ", ".join(names) if len(names) <= most else count(len(names), noun)
+    """The layers' names as they are spoken, or how many there are."""
+    return ", ".join(map(spoken, names)) if len(names) <= most else count(len(names), noun)
 
 
 def spoken(layer: str) -> str:

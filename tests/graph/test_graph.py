@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import curvscope
-from curvscope.errors import LayoutError, ModelError
+from curvscope.errors import LayoutError, ModelError, UsageError
 from curvscope.graph.export import export_model
 from curvscope.graph.functional import build
 from curvscope.graph.layout import Layout, candidates
@@ -257,6 +258,25 @@ def test_a_selection_of_nothing_lists_the_layers() -> None:
             models.mlp(4, 5, 3), (torch.randn(6, 4), torch.randint(3, (6,))), loss="cross_entropy", layers="conv*"
         )
     assert "0, 2" in caught.value.remedy
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_a_pattern_that_matches_nothing_is_refused_beside_one_that_does(eager: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 3))
+    model = Branching(model) if eager else model
+    batch = torch.randn(6, 4), torch.randint(3, (6,))
+    analyze = functools.partial(curvscope.analyze, model, batch, loss="cross_entropy", measure=())
+    for given in ({"layers": ["*0", "nomatch*"]}, {"skip": ["nope"]}, {"layers": ["*0"], "skip": ["*2", "nope"]}):
+        with pytest.raises(UsageError, match="matches no layer") as caught:
+            analyze(**given)
+        assert "0, " in caught.value.remedy
+        assert caught.value.exit_code == 2
+    # a norm is no linear layer, but it is there
+    assert len(analyze(skip=["*1"]).layers) == 2
+    with pytest.raises(ModelError, match="--skip leaves out all of them"):
+        analyze(skip=["*"])
+    with pytest.raises(ModelError, match="--skip leaves out all that --layers keeps"):
+        analyze(layers=["*0"], skip=["*0*"])
 
 
 @pytest.mark.parametrize(

@@ -102,3 +102,21 @@ def test_a_file_in_the_middle_that_can_not_be_read_is_named(tmp_path: Path, cont
         next(source)
     assert "3.pt" in caught.value.where
     assert caught.value.remedy
+
+
+def test_fewer_batches_than_asked_for_are_told(tmp_path: Path) -> None:
+    model = nn.Linear(3, 2)
+    notes = curvscope.analyze(model, folder(tmp_path), loss="cross_entropy", batches=9).notes
+    assert "There are 6 batches, and all were taken: --batches 9 asked for more." in notes
+    for most in (6, 2):
+        run = curvscope.analyze(model, folder(tmp_path), loss="cross_entropy", batches=most)
+        assert not any("--batches" in note for note in run.notes)
+
+
+@pytest.mark.parametrize("kind", ["pair", "file", "callable"])
+def test_of_one_batch_several_cannot_be_taken(kind: str, tmp_path: Path) -> None:
+    folder(tmp_path)
+    one = {"pair": PAIRS[0], "file": str(tmp_path / "0.pt"), "callable": lambda: PAIRS[0]}[kind]
+    assert firsts(one, 1) == firsts(one, None) == [0.0]
+    with pytest.raises(UsageError, match="one batch was given"):
+        open_batches(one, 3)

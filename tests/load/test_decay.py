@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+import curvscope
+from curvscope.errors import UsageError
 from curvscope.load.decay import l2_decay, own_damping
 from curvscope.load.optimizer import as_optimizer_state
 from curvscope.load.problem import OptimizerState
@@ -50,3 +53,36 @@ def test_an_unknown_class_says_nothing() -> None:
     assert own_damping(state) is None
     assert l2_decay(None) == {}
     assert own_damping(None) is None
+
+
+@pytest.mark.parametrize("damping", [1e300, 1e-300])
+def test_a_stored_damping_beyond_float64_is_not_assessed(damping: float) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 2))
+    optimizer = type("KFAC", (torch.optim.SGD,), {})(model.parameters(), lr=0.1)
+    optimizer.param_groups[0]["damping"] = damping
+    run = curvscope.analyze(model, (torch.randn(8, 3), torch.randn(8, 2)), loss="mse", optimizer=optimizer)
+    assert run.layers["0"].ranges and all(
+        f"damping of {damping:g} is not" in row.reason for row in run.layers["0"].ranges
+    )
+    assert all(math.isnan(row.current) for row in run.layers["0"].ranges)
+    governs = next(row for row in run.tables["stability"] if row.quantity == "preconditioned_sharpness")
+    assert governs.status == "not_assessed" and f"its damping is {damping:g}" in governs.reason
+
+
+@pytest.mark.parametrize("damping", [1e300, 1e-300])
+def test_a_given_damping_beyond_float64_is_refused(damping: float) -> None:
+    for given in ({"damping": damping}, {"optimizer": f"kfac:lr=0.1,damping={damping}"}):
+        with pytest.raises(UsageError, match="from 1e-100 to 1e\\+100"):
+            curvscope.analyze(nn.Linear(3, 2), (torch.randn(8, 3), torch.randn(8, 2)), loss="mse", **given)
+
+
+@pytest.mark.parametrize("damping", [1e100, 1e30, 1e-30, 1e-100])
+def test_a_damping_far_off_the_grid_is_computed(damping: float, recwarn: pytest.WarningsRecorder) -> None:
+    torch.manual_seed(0)
+    model, batch = nn.Sequential(nn.Linear(3, 2)), (torch.randn(8, 3), torch.randn(8, 2))
+    run = curvscope.analyze(model, batch, loss="mse", optimizer=f"kfac:lr=1,damping={damping}")
+    row = run.layers["0"].ranges[0]
+    assert row.current == damping
+    assert damping <= row.recommended < 1e9 or row.recommended < 1e9 < damping
+    assert not [one for one in recwarn if issubclass(one.category, RuntimeWarning)]

@@ -16,7 +16,7 @@ from curvscope.records import StabilityRow
 from tests import models
 from tests.reference import parameter_block
 
-N = 6
+N = 8
 
 
 class Grouped(nn.Module):
@@ -167,7 +167,11 @@ def test_shares_of_the_top_curvature_are_those_of_each_examples_block(analyzed: 
         shares /= shares.sum()
         for row in listed:
             assert row.curvature_share == pytest.approx(float(shares[row.example]), abs=1e-4)
-        assert rows(run, "example_share")[name].value == pytest.approx(float(shares.max()), abs=1e-4)
+        told = rows(run, "example_share")[name]
+        if len(shares) < 8:
+            assert told.status == "not_assessed"
+        else:
+            assert told.value == pytest.approx(float(shares.max()), abs=1e-4)
 
 
 def test_shares_of_every_error_sum_to_one(analyzed: Any) -> None:
@@ -294,3 +298,21 @@ def test_what_a_table_of_tokens_has_not() -> None:
         row = rows(run, quantity)["0"]
         assert row.status == "not_assessed" or quantity == "example_share", row
         assert "pieces" not in row.reason
+
+
+@pytest.mark.parametrize("examples", [1, 2, 7, 8, 9])
+def test_the_largest_share_of_few_examples_is_not_assessed(examples: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Tanh(), nn.Linear(4, 2, bias=False))
+    x, y = torch.randn(examples, 3), torch.randn(examples, 2)
+    x[1:] *= 1e-2  # the first carries it
+    run = curvscope.analyze(model, (x, y), loss="mse", optimizer="sgd:lr=0.1")
+    told = [row for row in run.tables["stability"] if row.quantity == "example_share"]
+    assert len(told) == 3
+    if examples < 8:
+        assert {row.status for row in told} == {"not_assessed"} and math.isnan(told[0].value)
+        assert all("told from 8 examples on" in row.reason for row in told)
+    else:
+        assert {row.status for row in told} == {"ok"} and told[0].value <= 1
+    assert ("CS207" in {row.code for row in run.findings}) == (examples >= 8)
+    assert [row for row in run.tables["examples"] if not row.layer]

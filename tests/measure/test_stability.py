@@ -320,3 +320,17 @@ def test_halves_that_did_not_converge_are_no_spread() -> None:
     assert row.status == "ok"
     assert "did not converge" in row.reason
     assert verdict(cut, 5.0, halved=True) == "undecided"
+
+
+def test_a_growth_beyond_float64_is_said_in_words() -> None:
+    torch.manual_seed(0)
+    run = curvscope.analyze(
+        nn.Sequential(nn.Linear(3, 2)),
+        (torch.randn(8, 3), torch.randn(8, 2)),
+        loss="mse",
+        optimizer="sgd:lr=1e200,weight_decay=1e200",
+    )
+    rows = {row.quantity: row for row in run.tables["stability"] if row.scope == "network"}
+    assert math.isinf(rows["growth_factor"].value)
+    assert rows["growth_factor"].reason == "beyond what a float64 can say"
+    assert rows["preconditioned_sharpness"].verdict == "above"

@@ -127,3 +127,15 @@ def test_the_largest_stable_rate(name: str) -> None:
 def test_every_rule_names_its_source() -> None:
     for kind, settings, *_ in CASES.values():
         assert "arXiv" in rule(kind, settings) or kind in ("nadam", "kfac", "shampoo")
+
+
+@pytest.mark.parametrize("lr", [1e160, 1e300])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_the_growth_of_an_absurd_rate_is_still_a_number(lr: float, momentum: float, nesterov: bool) -> None:
+    given = dynamics("sgd", ParameterSettings(lr, momentum=momentum, nesterov=nesterov))
+    # all but the pull is lost beside it
+    pull = 1 + momentum if nesterov else 1
+    assert given.growth(3.0) == pytest.approx(3 * pull * lr, rel=1e-12)
+    assert not given.pinned(3.0)
+    assert given.growth(1e200) == float("inf")

@@ -11,6 +11,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from curvscope.present.meanings import meaning
+from curvscope.present.names import some
 from curvscope.present.strip import strip
 from curvscope.present.terminal import render
 from curvscope.records import TABLES, DampingRow, RangeRow, Run
@@ -222,3 +223,18 @@ def test_values_that_are_withheld_have_no_column_but_a_reason() -> None:
     assert "all move:" not in " ".join(lines)
     [told] = [line for line in lines if "no value to set" in line]
     assert told == f" – no value to set: K-FAC-reduce: {why.removeprefix('joint: ')}"
+
+
+@pytest.mark.parametrize(("width", "named"), [(60, True), (140, False)])
+def test_overview_names_the_columns_it_has_no_room_for(width: int, named: bool) -> None:
+    words = " ".join(" ".join(section(page(make_run(), width=width), "damping of", "parameters")).split())
+    header = words.partition("strip: ")[0]
+    assert ("No room here for" in header) == named
+    for column in ("best", "safe", "now"):
+        assert column in header
+
+
+def test_a_bare_number_is_told_to_be_a_layers_name() -> None:
+    assert some(["8"], "layer") == "layer 8"
+    assert some(["net.0", "head"], "layer") == "net.0, head"
+    assert some(["0", "1", "2"], "layer") == "3 layers"

@@ -95,7 +95,7 @@ def test_tables_replace_tables_only(tmp_path: Path) -> None:
 def test_save_keeps_what_the_run_is_made_from(
     files: Path, batch: str | None, target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = curvscope.analyze("net.pt", batch, loss="cross_entropy", fisher="mc", samples=1, skip="nothing")
+    run = curvscope.analyze("net.pt", batch, loss="cross_entropy", fisher="mc", samples=1, skip=())
     target = os.path.abspath(target)
     monkeypatch.chdir("/")
     before = {path: path.read_bytes() for path in files.rglob("*") if path.is_file()}

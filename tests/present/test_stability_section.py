@@ -59,3 +59,10 @@ def test_json_has_the_table(value: float) -> None:
     (row,) = json.document(run)["tables"]["stability"]
     assert row["value"] == (3.5 if value == 3.5 else None)
     assert row["verdict"] == "not_assessed"
+
+
+def test_one_example_is_no_examples() -> None:
+    run = make_run()
+    run.model = dataclasses.replace(run.model, examples=1)
+    text = " ".join(page(run, width=140).split())
+    assert "on 1 example and halves" in text and "1 examples" not in text

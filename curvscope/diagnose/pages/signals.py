@@ -82,7 +82,8 @@ ENTRIES = (
         "One example has most of u^T G u, u the direction that the stability verdict speaks of.",
         "The step's stability hangs on one example. It may be mislabelled, or out of scale; or it is one of the "
         "few hard ones that are left late in training, as in any network.",
-        "More than 50 % (a choice). tables/examples lists the first five of the network and of every layer.",
+        "More than 50 %, of at least 8 examples (a choice). tables/examples lists the first five of the network and of "
+        "every layer.",
         "The GGN is a sum over examples: arXiv:1912.10985.",
         "Look at the example. Harmless where it is merely hard: a larger batch averages it out.",
         "Example 40 (75%) carries the top direction's curvature, and 89% of the squared gradients.",

@@ -82,13 +82,15 @@ def overview_section(
         columns.append(Column("all move:\nset", [(page.measured(value), "bold") for value in joint], 9))
     names = [page.safe(layer.name) for layer, _ in known]
     longest = max(len(name) for name in names)
-    columns = page.fitting(columns, page.width - 2 - GAP - min(longest, max(12, page.width // 4)))
+    every, columns = columns, page.fitting(columns, page.width - 2 - GAP - min(longest, max(12, page.width // 4)))
     width = max(10, min(longest, page.width - 2 - GAP - page.needed(columns)))
     short = [(name, "") for name in shorten(names, width, page.ellipsis)]
     page.table([Column("\nlayer", short, worth=100, left=True), *columns])
     cross = "x" if page.ascii_only else "×"
     empirical = any(row.fisher == "empirical" for layer, _ in known for row in layer.errors.values())
     model = "quadratic model with the empirical Fisher" if empirical else "exact quadratic model"
+    if missing := page.left_out(every, columns):
+        page.no_room(missing)
     words = f"strip: how much the {model} loses by K-FAC's step, a factor of 10 a step; {cross}: it grows"
     words += "; [ ] the safe range, above which the step is plain gradient descent"
     if standing:

@@ -136,13 +136,12 @@ class Page:
             table.add_row(*cells, style=row_styles[index] if row_styles else "")
         self.console.print(Padding(table, (0, 0, 0, 1)))
         if missing := self.left_out(columns, kept):
-            self.lines(
-                [
-                    self.text(
-                        f"No room here for {', '.join(missing)}: a wider terminal shows them, the file has them.", "dim"
-                    )
-                ]
-            )
+            self.no_room(missing)
+
+    def no_room(self, missing: Sequence[str]) -> None:
+        """Names the columns that a table leaves out."""
+        words = f"No room here for {', '.join(missing)}: a wider terminal shows them, the file has them."
+        self.lines([self.text(words, "dim")])
 
     @classmethod
     def fitting(cls, columns: Sequence[Column], room: int) -> list[Column]:

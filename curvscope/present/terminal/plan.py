@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from curvscope.planned import PlannedLayer, PlannedRun
+from curvscope.present.numbers import count
 
 # The stages as the page calls them.
 STAGES = {"measure": "measures"}
@@ -21,7 +22,7 @@ def render_plan(planned: PlannedRun, console: Console) -> None:
     """Prints the page."""
     facts = {
         "model": f"{planned.name}, {planned.loss}",
-        "data": f"{planned.examples} examples in {_count(planned.batches, 'batch', 'batches')}, "
+        "data": f"{count(planned.examples, 'example')} in {_count(planned.batches, 'batch', 'batches')}, "
         f"up to {planned.piece_examples} a pass",
         "curvature": f"{planned.fisher}, {planned.columns} columns an example, {planned.dtype} on {planned.device}",
         "passes": f"{planned.backward_passes} backward passes in {_count(planned.sweeps, 'sweep', 'sweeps')}",
@@ -70,12 +71,12 @@ def _of_treatment(layers: Sequence[PlannedLayer]) -> list[str]:
     return [f"{counts[name]} {name.replace('_', ' ')}" for name in TREATMENTS if counts[name]]
 
 
-def size(count: float) -> str:
+def size(number: float) -> str:
     """Bytes with a unit."""
     unit = 0
-    while count >= 999.5 and unit < len(BINARY) - 1:
-        count, unit = count / 1024, unit + 1
-    return f"{count:.3g} {BINARY[unit]}"
+    while number >= 999.5 and unit < len(BINARY) - 1:
+        number, unit = number / 1024, unit + 1
+    return f"{number:.3g} {BINARY[unit]}"
 
 
 def duration(seconds: float) -> str:

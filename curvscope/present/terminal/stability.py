@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from curvscope.present.names import shorten
-from curvscope.present.numbers import number, percent, with_stderr
+from curvscope.present.numbers import count, number, percent, with_stderr
 from curvscope.present.terminal.page import STATUS_WORDS, Column, Page
 from curvscope.records import Run, StabilityRow
 
@@ -148,7 +148,7 @@ def _noise(page: Page, run: Run, network: dict[str, StabilityRow]) -> Text | Non
         return None
     words = f"noise tr Sigma {number(noise.value)}, signal |G|^2 {number(signal.value)}: "
     if signal.value <= 0:
-        return page.text(words + f"no signal stands out of the noise of {run.model.examples} examples")
+        return page.text(words + f"no signal stands out of the noise of {count(run.model.examples, 'example')}")
     return page.text(words + f"equal in a batch of about {number(noise.value / signal.value)}")
 
 
@@ -192,7 +192,7 @@ def _verdict(page: Page, run: Run, row: StabilityRow) -> Text:
     words = f": {_value(row)} against {number(row.threshold)} ({row.source.partition(',')[0]}), "
     if row.status == "ok" and math.isfinite(row.threshold) and row.threshold > 0 and row.value > 0:
         words += f"{number(row.value / row.threshold)} of it, "
-    words += f"on {run.model.examples} examples"
+    words += f"on {count(run.model.examples, 'example')}"
     line.append(page.safe(words + (" and halves of them" if not math.isnan(row.low) else "")), style="not bold default")
     return line
 
