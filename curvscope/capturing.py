@@ -22,9 +22,9 @@ from curvscope.graph.shadow import shadow
 from curvscope.graph.trial import try_forward
 from curvscope.load.archive import RefusedArchiveError, UnreadableArchiveError
 from curvscope.load.batch import load_batch, named_axes
-from curvscope.load.bundle import FORMAT, VERSION
+from curvscope.load.bundle import FORMAT, VERSION, holds_bundle
 from curvscope.load.eval_mode import eval_mode
-from curvscope.load.importing import describe, random_state_kept
+from curvscope.load.importing import random_state_kept
 from curvscope.load.loss import load_loss
 from curvscope.load.optimizer import as_optimizer_state
 from curvscope.load.problem import Batch, Inputs, Loss, OptimizerState
@@ -52,7 +52,7 @@ def capture(
     analyzed. The file appears complete or not at all.
 
     Args:
-        path: where to write; an existing file is replaced.
+        path: where to write; an earlier bundle is replaced, and no other file.
         model: the network being trained.
         batch: `(inputs, targets)`; inputs are a tensor, a tuple or a dict of keyword arguments.
         loss: a name with settings, a torch loss module, or a callable `(outputs, targets) -> scalar`.
@@ -69,8 +69,10 @@ def capture(
         BatchError, LossError: the batch or the loss does not suit the model.
         UsageError: the optimizer does not train this model, or holds what a bundle can't; a scheduler or a bound
             without an optimizer, or of the wrong kind.
-        OutputError: the file can't be written.
+        OutputError: the file can't be written, or one that is no bundle has that name.
     """
+    target = Path(os.path.realpath(path))
+    _check_target(target)
     chosen = load_loss(loss)
     loaded = load_batch(batch)
     if chosen.name in CLASS_LOSSES:
@@ -104,7 +106,30 @@ def capture(
     }
     if index is not None:
         content["example_index"] = index
-    _write(Path(path), content)
+    _write(target, content)
+
+
+def _check_target(path: Path) -> None:
+    """Refuse a missing folder, and what has that name and is no bundle (an empty file may go)."""
+    if not path.parent.is_dir():
+        raise OutputError(
+            "The bundle can't be written: its folder does not exist.",
+            where=str(path.parent),
+            remedy="Create the folder, or give another path.",
+        )
+    if not path.exists():
+        return
+    try:
+        if path.is_file() and (path.stat().st_size == 0 or holds_bundle(path)):
+            return
+        found = "a folder" if path.is_dir() else "a file that is no bundle" if path.is_file() else "a device or pipe"
+    except OSError as cause:
+        found = f"a file that can't be looked at ({cause.strerror or cause})"
+    raise OutputError(
+        f"The bundle can't be written: {found} has that name, and is kept.",
+        where=str(path),
+        remedy="Give another path, or delete it yourself; capture replaces earlier bundles only.",
+    )
 
 
 def _try(model: nn.Module, inputs: Inputs) -> None:
@@ -238,6 +263,7 @@ def _as_tensor(data: bytes) -> Tensor:
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
     """Write beside the target, then rename: a reader sees the old file or the new one."""
+    _check_target(path)
     temporary: str | None = None
     try:
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
@@ -250,7 +276,7 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
         temporary = None
     except OSError as cause:
         raise OutputError(
-            f"The bundle can't be written: {describe(cause)}.",
+            f"The bundle can't be written: {cause.strerror or cause}.",
             where=str(path),
             remedy="Choose a folder that exists and that you may write to.",
         ) from cause

@@ -8,6 +8,16 @@ EXIT_USAGE = 2
 EXIT_BAD_INPUT = 3
 EXIT_ANALYSIS = 4
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does: what is half written is cleaned up."""
+
+
+def ending(stop: KeyboardInterrupt) -> tuple[str, int]:
+    """What stopped a command, in a word, and its exit code."""
+    return ("Terminated.", EXIT_TERMINATED) if isinstance(stop, Terminated) else ("Interrupted.", EXIT_INTERRUPTED)
 
 
 class CurvscopeError(Exception):

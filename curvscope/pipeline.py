@@ -27,6 +27,7 @@ from curvscope.load.problem import Problem
 from curvscope.measure.effort import STABILITY_SHARE, stability_seconds
 from curvscope.measure.layers import attempt, measure_layers, timed
 from curvscope.measure.optimizer import SHAMPOO, damping_wishes
+from curvscope.measure.series import kept_bytes
 from curvscope.measure.spreads import Wanted
 from curvscope.measure.stability_stage import Assessment, stability_stage
 from curvscope.measure.stage import NetworkStage, no_tables, open_network
@@ -280,7 +281,7 @@ def _check_dataset(settings: Settings, examples: int) -> None:
 
 
 def _planned(given: _Given, device: torch.device) -> PlannedRun:
-    ready = get_ready(given.problem, given.settings, device, given.report, dict(given.seconds))
+    ready = get_ready(given.problem, given.settings, device, given.report, dict(given.seconds), kept_bytes)
     _check_dataset(given.settings, ready.passes.pieces.survey.examples)
     opened = attempt(partial(open_network, ready))
     if opened is None:
@@ -301,7 +302,7 @@ def _planned(given: _Given, device: torch.device) -> PlannedRun:
 def _analyzed(given: _Given, run_on: torch.device) -> Run:
     """The analysis on one device."""
     settings, report, seconds = given.settings, given.report, dict(given.seconds)
-    ready = get_ready(given.problem, settings, run_on, report, seconds)
+    ready = get_ready(given.problem, settings, run_on, report, seconds, kept_bytes)
     settings, problem, passes, notes = ready.settings, ready.problem, ready.passes, ready.notes
     graph, chosen = passes.graph, ready.fisher
     _check_dataset(settings, passes.pieces.survey.examples)

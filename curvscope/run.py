@@ -45,8 +45,8 @@ class Run(records.Run):
         """The path of the HDF5 file that now holds the run (schema 1.0).
 
         Raises:
-            OutputError: a file is there and `force` is false, or it is one that the run is made from, or it can't be
-                written; the old one is kept.
+            OutputError: a file is there and `force` is false, or it is no run or one that this run is made from, or it
+                can't be written; the old one is kept.
         """
         from curvscope.present import hdf5
         from curvscope.present.kept import check_kept, check_no_batch

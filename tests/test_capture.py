@@ -204,8 +204,10 @@ def test_what_can_not_be_captured(name: str, tmp_path: Path) -> None:
 
 
 def test_an_unwritable_target_leaves_nothing(model: Net, pair: Any, tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="can't be written"):
+    with pytest.raises(OutputError, match="can't be written") as caught:
         capture(tmp_path / "absent" / "b.pt", model, pair, "cross_entropy")
+    assert caught.value.where == str(tmp_path / "absent")
+    assert "tmp" not in caught.value.what
     (tmp_path / "folder").mkdir()
     with pytest.raises(OutputError, match="can't be written"):
         capture(tmp_path / "folder", model, pair, "cross_entropy")
@@ -215,7 +217,8 @@ def test_an_unwritable_target_leaves_nothing(model: Net, pair: Any, tmp_path: Pa
 def test_a_failed_write_keeps_the_old_file(
     model: Net, pair: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "b.pt").write_text("old")
+    capture(tmp_path / "b.pt", model, pair, "cross_entropy")
+    old = (tmp_path / "b.pt").read_bytes()
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -223,8 +226,27 @@ def test_a_failed_write_keeps_the_old_file(
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OutputError, match="No space left"):
         capture(tmp_path / "b.pt", model, pair, "cross_entropy")
-    assert (tmp_path / "b.pt").read_text() == "old"
+    assert (tmp_path / "b.pt").read_bytes() == old
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_bundles_replace_bundles_only(model: Net, pair: Any, tmp_path: Path) -> None:
+    weights, bundle, link = tmp_path / "mine.pt", tmp_path / "b.pt", tmp_path / "link.pt"
+    torch.save(model.state_dict(), weights)
+    (tmp_path / "notes.txt").write_text("mine")
+    before = weights.read_bytes()
+    link.symlink_to(weights)
+    for path in (weights, link, tmp_path / "notes.txt"):
+        with pytest.raises(OutputError, match="is no bundle has that name") as caught:
+            capture(path, model, pair, "cross_entropy")
+        assert caught.value.where
+        assert caught.value.remedy
+    assert weights.read_bytes() == before
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    bundle.touch()
+    for step in (1, 2):
+        capture(bundle, model, pair, "cross_entropy", step=step)
+    assert torch.load(bundle, weights_only=True)["step"] == 2
 
 
 def test_what_eval_mode_hides_is_remembered(model: Net, pair: Any, tmp_path: Path) -> None:

@@ -240,14 +240,14 @@ def analyze(
     """
     axes = dict(example_axis(words) for words in example_axes or ())
     with guarded(debug):
-        from curvscope.present.atomic import check_output
+        from curvscope.present import hdf5
         from curvscope.present.kept import check_kept, check_no_batch
 
         target = output or default_output(checkpoint)
         if not dry_run:
             check_kept(target, (checkpoint, batch))
             check_no_batch(target, batch)
-            check_output(target, force)
+            hdf5.check_target(target, force)
         messages = Output(stderr=True)
         # A model's own prints must not get between the parts of the JSON document.
         own_prints = contextlib.redirect_stdout(sys.stderr) if format == "json" else contextlib.nullcontext()
@@ -292,8 +292,6 @@ def analyze(
         if dry_run:
             _print_plan(found, format)
             return
-        from curvscope.present import hdf5
-
         run: Run = found
         hdf5.write(run, target, force=force)
         _report(run, target, messages, format=format, quiet=quiet)

@@ -41,7 +41,7 @@ def _print_version(wanted: bool) -> None:
 @app.callback(
     epilog="Try: [bold cyan]curvscope analyze sample_models/digits_vit.pt[/]    "
     "Exit codes: 0 done, 1 findings at or above --fail-on, 2 usage, 3 bad input, 4 the analysis failed, "
-    "130 interrupted."
+    "130 interrupted, 143 terminated."
 )
 def curvscope(
     version: Annotated[

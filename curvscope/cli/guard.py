@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from curvscope.errors import EXIT_ANALYSIS, EXIT_INTERRUPTED, CurvscopeError, OutputError
+from curvscope.errors import EXIT_ANALYSIS, CurvscopeError, OutputError, ending
 
 
 class Output(Console):
@@ -89,11 +89,12 @@ def guarded(debug: bool) -> Iterator[None]:
             _traceback()
         report(error.what, error.where, error.remedy)
         raise typer.Exit(error.exit_code) from None
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         if debug:
             _traceback()
-        report("Interrupted.", "", "No half-written file was left.")
-        raise typer.Exit(EXIT_INTERRUPTED) from None
+        what, code = ending(stop)
+        report(what, "", "No half-written file was left.")
+        raise typer.Exit(code) from None
     except BrokenPipeError:
         # The reader has seen enough.
         drop_output()

@@ -15,7 +15,9 @@ FORMATS = ("table", "json")
 RunFile = Annotated[
     Path, typer.Argument(metavar="RUN.h5", help="A file that curvscope analyze wrote.", show_default=False)
 ]
-Force = Annotated[bool, typer.Option("--force", "-f", help="Replace a result that exists.", rich_help_panel=OUTPUT)]
+Force = Annotated[
+    bool, typer.Option("--force", "-f", help="Replace an earlier result, and nothing else.", rich_help_panel=OUTPUT)
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=OUTPUT)]
 Format = Annotated[
     str,

@@ -14,6 +14,8 @@ from curvscope.extract.collector import Form
 
 # Rows kept beside columns of another form, in all.
 ROWS_BYTES = 64 * 2**20
+# Matrices of all pairs of draws: products among blocks and what approximates them, and what is made of these.
+PAIRED = 6
 # A Lanczos basis has at least so many vectors; products and residuals beside it.
 LEAST_BASIS = 20
 VECTORS_BESIDE = 8
@@ -118,8 +120,9 @@ def dumped_bytes(sizes: Sizes, dump: Collection[str]) -> int:
 
 
 def _of_draws(form: Form, sizes: Sizes) -> int:
-    """B of each draw (both flavours, one of them in float64, half of that again), and the columns turned."""
+    """B of each draw (both flavours, one of them in float64, half of that again), products of pairs, columns turned."""
     factors = sizes.columns * sizes.d_out**2 * (_flavours(sizes) * sizes.itemsize + 12) if sizes.factored else 0
+    factors += 8 * PAIRED * sizes.columns**2
     half = (sizes.columns + 1) // 2
     if form == "formed":
         return factors

@@ -111,9 +111,17 @@ class Ready:
 
 
 def get_ready(
-    problem: Problem, settings: Settings, device: torch.device, report: Progress, seconds: dict[str, float]
+    problem: Problem,
+    settings: Settings,
+    device: torch.device,
+    report: Progress,
+    seconds: dict[str, float],
+    reserve: Callable[[Graph, int], int],
 ) -> Ready:
     """The problem made ready on a device; `seconds` gets the stages export, layout and survey.
+
+    `reserve` gives the bytes that later stages keep beside the columns, of a graph and a number's bytes: the bounds
+    that are said to do leave room for them.
 
     Raises:
         CurvscopeError: whatever speaks against analyzing it.
@@ -164,10 +172,11 @@ def get_ready(
     passes.rows_bytes = rows_bytes(usable(settings))
     passes.settle(layouts.outputs)
     plan_beside = partial(_plan_beside, graph, everything, passes, settings, without, apart if passes.shared else None)
-    plan = told(plan_beside(0), partial(plan_beside, 0), budget(settings), without)
+    reserved = reserve(graph, dtype.itemsize)
+    plan = told(plan_beside(0), partial(plan_beside, reserved), budget(settings), without)
     if NO_COLUMNS in reason:
         exact_beside = partial(
-            _plan_beside, graph, everything, exact, settings, NONE, apart if exact.shared else None, 0
+            _plan_beside, graph, everything, exact, settings, NONE, apart if exact.shared else None, reserved
         )
         enough = least_bound(lambda bound: nothing_left_out(exact_beside(bound)), budget(settings))
         reason += f" All exact columns fit under --memory {size_in_words(enough)}." if enough else ""

@@ -22,8 +22,10 @@ import contextlib
 import io
 import logging
 import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -132,6 +134,20 @@ class Bundle:
                 remedy="Give the same inputs as when the bundle was captured.",
             )
         return Inputs(tuple(tensors))
+
+
+def holds_bundle(path: Path) -> bool:
+    """Whether the file is a bundle, of any version of torch; nothing in it is run, and its tensors are not read.
+
+    Raises:
+        OSError: it can't be read.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+            return any(FORMAT.encode() in archive.read(name) for name in pickles)
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError):
+        return False
 
 
 def is_bundle(content: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import secrets
@@ -10,7 +11,7 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from curvscope.errors import OutputError
@@ -35,10 +36,11 @@ def check_output(path: str | os.PathLike[str], force: bool = False, *, folder: b
     target = Path(os.path.realpath(path))
     parent = target.parent
     if not parent.is_dir():
+        missing = not parent.exists()
         raise OutputError(
-            "The folder to write to does not exist." if not parent.exists() else "That is not a folder.",
+            "The folder to write to does not exist." if missing else "That is not a folder.",
             where=str(parent),
-            remedy="Create it, or name another place with -o.",
+            remedy="Create it, or name another place with -o." if missing else "Name another place with -o.",
         )
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(
@@ -69,6 +71,26 @@ def check_output(path: str | os.PathLike[str], force: bool = False, *, folder: b
         )
     _try_folder(target)
     return target
+
+
+def check_replaced(path: str | os.PathLike[str], is_result: Callable[[Path], bool]) -> None:
+    """Refuse to replace a file that is neither empty nor, by its content, an earlier result.
+
+    Raises:
+        OutputError: somebody else's file has that name, or it can't be read.
+    """
+    target = Path(os.path.realpath(path))
+    try:
+        if not target.is_file() or target.stat().st_size == 0 or is_result(target):
+            return
+        found = "The file that has this name is not an earlier result"
+    except OSError as error:
+        found = f"The file that has this name can't be looked at ({error.strerror or error})"
+    raise OutputError(
+        f"{found}, and is kept, whatever --force says.",
+        where=str(target),
+        remedy="Name another place with -o (from Python: another path), or delete the file yourself.",
+    )
 
 
 def _try_folder(target: Path) -> None:
@@ -178,8 +200,9 @@ def _appeared(target: Path) -> OutputError:
 
 
 def _refused(error: OSError, target: Path) -> OutputError:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return OutputError(
         f"The result could not be written: {error.strerror or error}.",
         where=str(target),
-        remedy="Free some space or name another place with -o; nothing was left behind.",
+        remedy=f"{'Free some space or name' if full else 'Name'} another place with -o; nothing was left behind.",
     )

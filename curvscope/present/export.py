@@ -12,10 +12,13 @@ import numpy as np
 
 from curvscope.errors import OutputError, UsageError
 from curvscope.present import json
-from curvscope.present.atomic import check_output, replacing
+from curvscope.present.atomic import check_output, check_replaced, replacing
 from curvscope.present.names import encode
-from curvscope.records import TABLES, Array, Layer, Run, row_values
+from curvscope.records import TABLES, Array, Layer, Run, RunInfo, row_values
 
+# what every export says of itself near its beginning (npz: in the comment), by which an earlier one is known
+FORMAT = RunInfo.format.encode()
+HEAD_BYTES = 4096
 FORMATS = ("npz", "safetensors", "csv", "json")
 
 
@@ -27,7 +30,8 @@ def export(run: Run, path: str | os.PathLike[str], to: str, *, force: bool = Fal
 
     Raises:
         UsageError: there is no format of that name.
-        OutputError: a result is there and `force` is false, or it can't be written; the old one is untouched.
+        OutputError: a result is there and `force` is false, or something else is, or it can't be written; what is there
+            is untouched.
     """
     writers: dict[str, Callable[[Run, Path], None]] = {
         "npz": _write_npz,
@@ -49,15 +53,42 @@ def default_path(run_file: str | os.PathLike[str], to: str) -> Path:
 
 
 def check_export(path: str | os.PathLike[str], to: str, *, force: bool = False) -> None:
-    """Raise OutputError where `export` could not write to `path`; writes nothing."""
+    """Raise OutputError where `export` could not or, as what is there is no earlier export, shall not write."""
+    earlier = {"npz": _is_npz, "safetensors": _is_safetensors, "json": _is_json}
+    if to in earlier:
+        check_replaced(path, earlier[to])
     target = check_output(path, force, folder=to == "csv")
-    strangers = sorted(file.name for file in target.iterdir() if file.suffix != ".csv") if target.is_dir() else []
+    tables = {f"{name}.csv" for name in TABLES}
+    strangers = sorted(file.name for file in target.iterdir() if file.name not in tables) if target.is_dir() else []
     if strangers:
         raise OutputError(
             f"The folder holds more than tables ({strangers[0]}) and is kept.",
             where=str(target),
             remedy="Name another place with -o.",
         )
+
+
+def _is_npz(path: Path) -> bool:
+    """Whether `_write_npz` wrote the file: it says so in the archive's comment."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.comment == FORMAT
+    except (zipfile.BadZipFile, NotImplementedError):
+        return False
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether `_write_safetensors` wrote the file: its metadata say so, which come first after 8 bytes of length."""
+    with path.open("rb") as file:
+        head = file.read(HEAD_BYTES)[8:]
+    return head.startswith(b'{"__metadata__"') and b'"format":"%s"' % FORMAT in head
+
+
+def _is_json(path: Path) -> bool:
+    """Whether `_write_json` wrote the file: the document says so near its beginning."""
+    with path.open("rb") as file:
+        head = file.read(HEAD_BYTES)
+    return head.startswith(b"{") and b'"format": "%s"' % FORMAT in head
 
 
 def arrays(run: Run) -> Iterator[tuple[str, Array]]:
@@ -86,6 +117,7 @@ def _write_npz(run: Run, path: Path) -> None:
         for name, values in arrays(run):
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, values, allow_pickle=False)
+        archive.comment = run.info.format.encode()
 
 
 def _write_safetensors(run: Run, path: Path) -> None:

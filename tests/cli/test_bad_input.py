@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import curvscope
 from curvscope.cli.app import app
+from tests.synthetic import make_run
 
 FACTORIES = """
     import torch
@@ -86,7 +87,7 @@ def overflow() -> None:
 
 def existing() -> None:
     write_state()
-    Path("net.curvscope.h5").write_text("somebody's results")
+    make_run(layers=1).save("net.curvscope.h5")
 
 
 MODEL = ["--model", "nets:net"]

@@ -261,7 +261,8 @@ def test_usage_errors_of_any_command(arguments: list[str], words: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        pytest.param([], "exists already", id="exists"),
+        pytest.param([], "not an earlier result", id="somebody's file"),
+        pytest.param(["--force"], "not an earlier result", id="somebody's file, by force"),
         pytest.param(["-o", "nowhere/run.h5"], "does not exist", id="no folder"),
         pytest.param(["-o", ".", "--force"], "a folder has that name", id="folder"),
         pytest.param(["-o", "/dev/null", "--force"], "a device", id="device"),
@@ -278,7 +279,11 @@ def test_output_is_checked_before_the_work(pipeline: Pipeline, arguments: list[s
 
 
 def test_force_replaces(pipeline: Pipeline) -> None:
-    Path("w.curvscope.h5").write_text("old")
+    make_run(layers=1).save("w.curvscope.h5")
+    refused = call("analyze", "w.pt")
+    assert refused.exit_code == 3
+    assert "exists already" in refused.stderr
+    assert pipeline.called_with == {}
     assert call("analyze", "w.pt", "--force").exit_code == 0
     assert len(curvscope.open("w.curvscope.h5").layers) == 9
 
@@ -293,7 +298,7 @@ def test_force_replaces(pipeline: Pipeline) -> None:
         pytest.param(["show", "text.h5"], 3, "not an HDF5 file", id="text"),
         pytest.param(["export", "run.h5", "--to", "npz"], 0, "wrote run.npz", id="export"),
         pytest.param(["export", "run.h5", "--to", "csv", "-o", "t"], 0, "wrote t", id="export to"),
-        pytest.param(["export", "run.h5", "--to", "json", "-o", "text.h5"], 3, "exists already", id="kept"),
+        pytest.param(["export", "run.h5", "--to", "json", "-o", "text.h5"], 3, "not an earlier result", id="kept"),
         pytest.param(["export", "run.h5", "--to", "xml"], 2, "not one of npz", id="no such format"),
         pytest.param(["export", "run.h5"], 2, "--to", id="no format"),
         pytest.param(["export", "none.h5", "--to", "npz"], 3, "no such file", id="export of nothing"),

@@ -22,7 +22,7 @@ def test_draws_are_those_of_sweeps_over_one(model: str, fisher: str) -> None:
     for k in range(DRAWS):
         alone = problem.swept(dataclasses.replace(root, columns=1, column=lambda _, k=k: root.column(k)))
         for name, extract in together.items():
-            for flavour, draws in extract.draws.items():
+            for flavour, draws in extract.probe_B.items():
                 torch.testing.assert_close(draws[k], alone[name].factors[flavour][1], rtol=1e-12, atol=1e-14)
                 seen += 1
     assert seen >= DRAWS * 2 * 2

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -29,6 +30,7 @@ def test_refused_before_the_work(tmp_path: Path, name: str, force: bool, words: 
     with pytest.raises(OutputError, match=words) as caught:
         check_output(tmp_path / name, force)
     assert caught.value.remedy
+    assert ("Create it" in caught.value.remedy) == (words == "does not exist")
     assert (tmp_path / "there.h5").read_text() == "old"
 
 
@@ -74,14 +76,16 @@ def test_nothing_is_left_when_the_work_fails(tmp_path: Path, error: type[BaseExc
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_disk_refuses(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.ENOENT])
+def test_the_disk_refuses(tmp_path: Path, number: int) -> None:
     with (  # noqa: PT012
-        pytest.raises(OutputError, match="No space left") as caught,
+        pytest.raises(OutputError, match=os.strerror(number)) as caught,
         replacing(tmp_path / "run.h5") as temporary,
     ):
         temporary.write_text("half")
-        raise OSError(28, "No space left on device")
+        raise OSError(number, os.strerror(number))
     assert caught.value.exit_code == 3
+    assert ("Free some space" in caught.value.remedy) == (number == errno.ENOSPC)
     assert list(tmp_path.iterdir()) == []
 
 

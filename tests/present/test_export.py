@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import curvscope
 from curvscope.errors import OutputError, UsageError
@@ -97,6 +97,22 @@ def test_what_is_there_is_kept(run: Run, tmp_path: Path, to: str) -> None:
         export(run, path, to)
     export(run, path, to, force=True)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_force_replaces_exports_only(run: Run, tmp_path: Path, to: str) -> None:
+    """Files of the same kind that somebody else wrote, and sources."""
+    (tmp_path / "nets.py").write_text("import torch")
+    np.savez(tmp_path / "a.npz", weight=np.ones(3))
+    save_file({"weight": np.ones(3)}, tmp_path / "a.safetensors", metadata={"format": "pt"})
+    (tmp_path / "a.json").write_text('{"format": "mine"}')
+    (tmp_path / "a.csv").mkdir()
+    (tmp_path / "a.csv" / "train.csv").write_text("1,2")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
+    for name in (f"a.{to}", "nets.py"):
+        with pytest.raises(OutputError):
+            export(run, tmp_path / name, to, force=True)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize("to", FORMATS)

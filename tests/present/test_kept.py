@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import h5py
 import pytest
 import torch
 from torch import nn
@@ -30,6 +31,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         torch.save(content, path)
     Path("hard.pt").hardlink_to("net.pt")
     Path("soft.pt").symlink_to("net.pt")
+    Path("nets.py").write_text("import torch")
     Path("far.pt").hardlink_to("many/b.pt")
     return tmp_path
 
@@ -45,6 +47,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         pytest.param("many/b.pt --batch many", id="one of the batches"),
         pytest.param("far.pt --batch many", id="one of the batches, by a hard link"),
         pytest.param("many/run.h5 --batch many", id="beside the batches"),
+        pytest.param("nets.py --model nets:mlp --batch batch.pt --loss nets:loss", id="the module of the model"),
     ],
 )
 def test_analyze_keeps_its_inputs(files: Path, options: str) -> None:
@@ -100,3 +103,32 @@ def test_save_keeps_what_the_run_is_made_from(
         run.save(target, force=True)
     assert {path: path.read_bytes() for path in files.rglob("*") if path.is_file()} == before
     run.save(files / "run.h5")
+
+
+def test_force_replaces_results_only(tmp_path: Path) -> None:
+    run, target = make_run(layers=1), tmp_path / "r.h5"
+    for name, content in (("nets.py", b"import torch"), ("net.pt", b"PK\x03\x04"), ("short.h5", b"\x89HDF")):
+        (tmp_path / name).write_bytes(content)
+        for force in (False, True):
+            with pytest.raises(OutputError, match="not an earlier result"):
+                run.save(tmp_path / name, force=force)
+        assert (tmp_path / name).read_bytes() == content
+    with h5py.File(tmp_path / "data.h5", "w") as file:
+        file["inputs"] = [1.0]
+    with pytest.raises(OutputError, match="not an earlier result"):
+        run.save(tmp_path / "data.h5", force=True)
+    target.touch()
+    run.save(target, force=True)
+    size = target.stat().st_size
+    for cut in (size // 2, size - 1):
+        os.truncate(target, cut)
+        run.save(target, force=True)
+        assert len(hdf5.read(target).layers) == 1
+
+
+def test_a_run_read_back_keeps_its_checkpoint(files: Path) -> None:
+    before = Path("net.pt").read_bytes()
+    make_run(layers=1).save("run.h5")
+    with pytest.raises(OutputError, match="not an earlier result"):
+        curvscope.open("run.h5").save("net.pt", force=True)
+    assert Path("net.pt").read_bytes() == before

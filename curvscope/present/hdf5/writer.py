@@ -13,6 +13,7 @@ import numpy as np
 from curvscope.errors import OutputError
 from curvscope.present.atomic import replacing
 from curvscope.present.hdf5 import schema
+from curvscope.present.hdf5.earlier import check_target
 from curvscope.present.hdf5.sink import Sink
 from curvscope.present.meanings import meaning
 from curvscope.present.names import encode
@@ -29,8 +30,9 @@ def write(run: Run, path: str | os.PathLike[str], *, force: bool = False) -> Pat
     Floats and arrays keep their bits. A reader sees the previous file or the new one, never half of one.
 
     Raises:
-        OutputError: as `check_output`, or the disk refuses; the previous file is untouched then.
+        OutputError: as `check_target`, or the disk refuses; the previous file is untouched then.
     """
+    check_target(path, force)
     with replacing(path, force) as temporary:
         sink = Sink(temporary)
         try:
