@@ -23,6 +23,7 @@ from curvscope.extract.sweep import no_progress
 from curvscope.graph.prepare import Prepared, prepare
 from curvscope.load import load_problem
 from curvscope.load.loss import load_loss, named_loss
+from curvscope.measure.series import kept_bytes
 from curvscope.settings import Settings
 from tests import reference
 from tests.case_parts import CausalLM, ClassesLast
@@ -139,7 +140,7 @@ def extracts(name: str, form: str) -> dict[str, Extract]:
     whole = load_problem(network, ((x, ids), loss.targets), asked)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ready, "prepare", lambda *_: exported(name))
-        found = ready.get_ready(whole, SETTINGS, CPU, no_progress, {})
+        found = ready.get_ready(whole, SETTINGS, CPU, no_progress, {}, kept_bytes)
     assert not found.passes.shared
     assert found.passes.columns == loss.columns
     forms = {key: layer.form for key, layer in found.plan.layers.items()}
